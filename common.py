@@ -1,0 +1,568 @@
+"""What both sides of Socket Pair agree on; ``server.py`` and ``client.py`` stand on it.
+
+From the bottom up:
+
+===================  ==============================================================
+errors               ``SocketPairError`` and its kin: every failure a user may meet
+text for people      ``escape``, ``format_bytes``, ``say``, ``complain``, ``ask``
+``Deadline``         how long a wait may still take
+``Connection``       a socket with its reads, its writes and its time limits:
+                     exact bytes, then frames, then messages
+``require``          a field of a peer's message, checked for its type
+``BlockPipeline``    blocks of a file handed to a second thread, in order
+checksum             ``calculate_checksum``: SHA-256 of a file or of its beginning
+command line         arguments of both scripts, and ``run``, which turns every end
+                     of a program into its exit status
+===================  ==============================================================
+
+A **frame** is a 4-byte big-endian length and that many bytes. A **message** is a frame that
+holds a JSON object; its ``type`` says what it is. A file's bytes travel as **segments**, which
+are framed alike but never parsed (see ``server.handle_file_client`` for the conversation).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+__version__ = "1.0.0"
+
+PROTOCOL = 1
+MODES = ("file", "audio")
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 50007
+
+HANDSHAKE_TIMEOUT_S = 10.0
+PROGRESS_TIMEOUT_S = 60.0
+KEEPALIVE_INTERVAL_S = 1.0
+
+LENGTH = struct.Struct("!I")
+MAX_HELLO_BYTES = 4 * 1024
+MAX_FRAME_BYTES = 1024 * 1024
+RECEIVE_BYTES = 256 * 1024
+SEND_BYTES = 256 * 1024
+
+# Measured with tests/bench/files.py: 1 MiB stays in a core's cache while it is received, hashed
+# and written; smaller blocks cost more hand-overs, larger ones more trips to memory.
+SEGMENT_BYTES = 1024 * 1024
+PIPELINE_BLOCKS = 4
+END_OF_FILE = 0
+GIVEN_UP = 0xFFFFFFFF
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+
+class SocketPairError(Exception):
+    """Base of every failure that a user is told in one line, without a traceback."""
+
+
+class ConnectionLost(SocketPairError):
+    """The connection is gone or has come to a stop; trying again may help."""
+
+
+class PeerClosed(ConnectionLost):
+    """The other side closed the connection between two frames: a clean end."""
+
+    def __init__(self) -> None:
+        super().__init__("the other side closed the connection")
+
+
+class ConnectionBroken(ConnectionLost):
+    """The connection ended inside a frame, or the system reported it broken."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"connection lost: {reason}")
+
+
+class PeerStalled(ConnectionLost):
+    """The other side sent or took nothing for as long as it may."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the other side made no progress for {seconds:.0f} s")
+
+
+class ProtocolError(SocketPairError):
+    """The other side sent something that Socket Pair never sends."""
+
+
+class PeerRefused(SocketPairError):
+    """The other side answered with an error of its own; its words, escaped."""
+
+
+# --- text for people ------------------------------------------------------------------------
+
+
+def escape(text: str, limit: int = 500) -> str:
+    """Return `text` fit for a terminal: control codes spelled out, at most `limit` characters.
+
+    File names and error texts come from the other side and may hold anything, sequences that
+    move the cursor or rewrite earlier lines among them.
+    """
+    shown = text if len(text) <= limit else text[: limit - 3] + "..."
+    if shown.isprintable():
+        return shown
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in shown
+    )
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes in decimal units, as ``1.2 GB``."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return what the system says of `error`, without errno or path, as ``no space left``."""
+    return (error.strerror or str(error)).lower()
+
+
+def say(text: str) -> None:
+    """Print a line for people on standard output, at once."""
+    print(text, flush=True)
+
+
+def complain(text: str) -> None:
+    """Print what went wrong on standard error, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def ask(question: str) -> str:
+    """Return the user's answer to `question`; blocks until there is one.
+
+    An answer that does not come from a terminal is printed too, so that the output reads like
+    the session it was. Raises SocketPairError at the end of input.
+    """
+    try:
+        answer = input(question)
+    except EOFError:
+        raise SocketPairError(
+            f"\nno answer to {question.strip(': ')!r}: end of input"
+        ) from None
+    if not sys.stdin.isatty():
+        say(answer)
+    return answer
+
+
+def ask_mode() -> str:
+    """Ask for the mode until the answer is one."""
+    while True:
+        answer = ask("Mode (file/audio): ").strip().lower()
+        if answer in MODES:
+            return answer
+        say("please type file or audio")
+
+
+# --- connection -----------------------------------------------------------------------------
+
+
+class Deadline:
+    """A moment by which something must be done, and what is left until then."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def remaining(self) -> float:
+        """Return the seconds left, at least 0."""
+        return max(0.0, self._end - time.monotonic())
+
+
+class Connection:
+    """A connected stream socket, read and written in frames, with a limit to every wait.
+
+    Reads are buffered: one system call brings many small frames. Writes are too, where the
+    caller asks for it with `queue`; `flush` or `send` lets them go. One thread may read while
+    another writes. The connection owns the socket: `close` it, or use it in a ``with`` block.
+
+    No call waits longer than ``PROGRESS_TIMEOUT_S`` for the next byte to move, nor beyond the
+    end of the `limit` it stands in.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.socket = sock
+        self.peer = peer
+        self._received = b""
+        self._position = 0
+        self._queued = bytearray()
+        self._deadline: Deadline | None = None
+        sock.settimeout(PROGRESS_TIMEOUT_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket and wake whoever waits in it. May be called twice."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+    @contextlib.contextmanager
+    def limit(self, seconds: float) -> Iterator[None]:
+        """Let everything inside the ``with`` block take `seconds` together, not each."""
+        self._deadline = Deadline(seconds)
+        try:
+            yield
+        finally:
+            self._deadline = None
+            with contextlib.suppress(OSError):
+                self.socket.settimeout(PROGRESS_TIMEOUT_S)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Give the socket the time that is left, and name what goes wrong meanwhile."""
+        deadline = self._deadline
+        allowed = deadline.seconds if deadline else PROGRESS_TIMEOUT_S
+        try:
+            if deadline:
+                # 0 would make the socket non-blocking, so the last wait is a very short one.
+                self.socket.settimeout(max(0.001, deadline.remaining()))
+            yield
+        except TimeoutError:
+            raise PeerStalled(allowed) from None
+        except OSError as error:
+            raise ConnectionBroken(describe_os_error(error)) from error
+
+    # exact bytes
+
+    def buffered(self) -> int:
+        """Return how many bytes have arrived that nobody has read yet."""
+        return len(self._received) - self._position
+
+    def read(self, size: int) -> bytes:
+        """Return exactly `size` bytes; blocks until they are there.
+
+        Raises PeerClosed when the connection ended before the first of them, ConnectionBroken
+        when it ended later, PeerStalled when they did not come in time.
+        """
+        start, end = self._position, self._position + size
+        if end <= len(self._received):
+            self._position = end
+            return self._received[start:end]
+        if size > RECEIVE_BYTES:
+            data = bytearray(size)
+            self.read_into(memoryview(data))
+            return bytes(data)
+        self._receive_more(size)
+        self._position = size
+        return self._received[:size]
+
+    def _receive_more(self, size: int) -> None:
+        """Receive until at least `size` bytes are buffered, and let go of those read before."""
+        chunks = [self._received[self._position :]]
+        have = len(chunks[0])
+        while have < size:
+            with self._waiting():
+                chunk = self.socket.recv(RECEIVE_BYTES)
+            if not chunk:
+                raise self._ended(inside=have > 0)
+            chunks.append(chunk)
+            have += len(chunk)
+        self._received, self._position = b"".join(chunks), 0
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill all of `view`, straight from the socket; blocks and raises as `read` does."""
+        have = min(self.buffered(), len(view))
+        view[:have] = self._received[self._position : self._position + have]
+        self._position += have
+        while have < len(view):
+            with self._waiting():
+                count = self.socket.recv_into(view[have:])
+            if not count:
+                raise self._ended(inside=have > 0)
+            have += count
+
+    @staticmethod
+    def _ended(inside: bool) -> ConnectionLost:
+        return ConnectionBroken("it ended in the middle of a frame") if inside else PeerClosed()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Send `data` after all that is queued; blocks until the system has taken it.
+
+        Raises PeerStalled or ConnectionBroken.
+        """
+        self.flush()
+        self._send_all(memoryview(data))
+
+    def queue(self, data: bytes | memoryview) -> None:
+        """Keep `data` for the next `flush`; sends by itself once a good deal has gathered."""
+        self._queued += data
+        if len(self._queued) >= SEND_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is queued; blocks and raises as `write` does."""
+        if self._queued:
+            data, self._queued = self._queued, bytearray()
+            self._send_all(memoryview(data))
+
+    def _send_all(self, view: memoryview) -> None:
+        # Not sendall(): its time limit is for the whole, ours for each step forward.
+        while view:
+            with self._waiting():
+                view = view[self.socket.send(view) :]
+
+    # frames
+
+    def read_length(self) -> int:
+        """Return the length that opens a frame or a segment; blocks and raises as `read`."""
+        return int(LENGTH.unpack(self.read(LENGTH.size))[0])
+
+    def read_frame(self, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
+        """Return the next frame, of `max_bytes` at most; blocks and raises as `read` does.
+
+        Raises ProtocolError, before it reads any further, where the frame declares more.
+        """
+        header = self.read(LENGTH.size)
+        (size,) = LENGTH.unpack(header)
+        if size > max_bytes:
+            raise ProtocolError(f"not Socket Pair's protocol (received {header!r})")
+        try:
+            return self.read(size)
+        except PeerClosed:
+            raise self._ended(inside=True) from None
+
+    # messages
+
+    def send(self, message_type: str, **fields: Any) -> None:
+        """Send a message, after all that is queued; blocks and raises as `write` does."""
+        self.queue_message(message_type, **fields)
+        self.flush()
+
+    def queue_message(self, message_type: str, **fields: Any) -> None:
+        """Queue a message for the next `flush`."""
+        frame = json.dumps({"type": message_type, **fields}, separators=(",", ":")).encode()
+        self.queue(LENGTH.pack(len(frame)) + frame)
+
+    def receive(self, *expected: str, max_bytes: int = MAX_FRAME_BYTES) -> dict[str, Any]:
+        """Return the next message; blocks and raises as `read_frame` does.
+
+        Raises PeerRefused where the other side reports an error instead, and ProtocolError
+        where the message is none of the types `expected`.
+        """
+        message = parse_message(self.read_frame(max_bytes))
+        if message["type"] == "error":
+            raise PeerRefused(escape(require(message, "error", str)))
+        if message["type"] not in expected:
+            raise ProtocolError(f"unexpected message {escape(message['type'], 40)!r}")
+        return message
+
+
+def parse_message(frame: bytes) -> dict[str, Any]:
+    """Return the JSON object in `frame`; raises ProtocolError where there is none."""
+    try:
+        message = json.loads(frame)
+    except (ValueError, RecursionError):
+        raise ProtocolError("received a message that is not JSON") from None
+    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+        raise ProtocolError("received a message without a type")
+    return message
+
+
+T = TypeVar("T")
+
+
+def require(message: dict[str, Any], field: str, kind: type[T]) -> T:
+    """Return `message[field]`, which must be of type `kind`; raises ProtocolError if not."""
+    value = message.get(field)
+    # bool is a kind of int to Python, but never to a peer.
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ProtocolError(f"received a message with a bad {field!r}")
+    return value
+
+
+def require_size(message: dict[str, Any], field: str) -> int:
+    """Return `message[field]`, a number of bytes that a file can have, as `require` does."""
+    value = require(message, field, int)
+    if not 0 <= value < 2**63:
+        raise ProtocolError(f"received a message with a bad {field!r}")
+    return value
+
+
+# --- blocks and checksum --------------------------------------------------------------------
+
+
+class BlockPipeline:
+    """A few reused blocks of ``SEGMENT_BYTES``, filled by one thread and consumed by another.
+
+    While the thread that made the pipeline fills the next block (from a socket or a file), a
+    thread of the pipeline's own calls ``consume`` on those before, in order: hashing and
+    writing let go of the interpreter's lock, so both really run at once. What `consume` raises
+    is raised by the next `take` or at the end of the ``with`` block.
+    """
+
+    def __init__(self, consume: Callable[[memoryview], object]) -> None:
+        self._consume = consume
+        self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+        self._filled: queue.SimpleQueue[tuple[bytearray, int] | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._made = 0
+        self._thread = threading.Thread(target=self._run, name="block pipeline", daemon=True)
+
+    def __enter__(self) -> BlockPipeline:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._filled.put(None)
+        self._thread.join()
+        if error is None and self._error is not None:
+            raise self._error
+
+    def take(self) -> bytearray:
+        """Return a free block; blocks while all are still to be consumed."""
+        if self._made < PIPELINE_BLOCKS and self._free.empty():
+            self._made += 1
+            self._free.put(bytearray(SEGMENT_BYTES))
+        block = self._free.get()
+        if self._error is not None:
+            raise self._error
+        return block
+
+    def give(self, block: bytearray, size: int) -> None:
+        """Hand over a taken block, of which the first `size` bytes count. Never blocks."""
+        self._filled.put((block, size))
+
+    def _run(self) -> None:
+        while (filled := self._filled.get()) is not None:
+            block, size = filled
+            if self._error is None:
+                try:
+                    self._consume(memoryview(block)[:size])
+                except BaseException as error:
+                    self._error = error
+            self._free.put(block)
+
+
+def calculate_checksum(
+    path: str | os.PathLike[str] | int,
+    length: int | None = None,
+    *,
+    digest: hashlib._Hash | None = None,
+    on_progress: Callable[[int], object] = lambda count: None,
+) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits, read block by block.
+
+    `path` may also be the descriptor of an open file, which is read from where it stands and
+    stays open. With `length`, only that many first bytes count. `digest` is a SHA-256 object
+    to use, which the caller may go on updating. `on_progress` is told the bytes of each block.
+
+    Blocks until done. Raises OSError where the file cannot be read, and ProtocolError's base
+    SocketPairError where it has fewer than `length` bytes.
+    """
+    digest = hashlib.sha256() if digest is None else digest
+    left = sys.maxsize if length is None else length
+    view = memoryview(bytearray(min(left, SEGMENT_BYTES)))
+    with open(path, "rb", buffering=0, closefd=not isinstance(path, int)) as file:
+        while left and (count := file.readinto(view[:left])):
+            digest.update(view[:count])
+            on_progress(count)
+            left -= count
+    if length is not None and left:
+        raise SocketPairError("the file is shorter than it was")
+    return digest.hexdigest()
+
+
+class Keepalive:
+    """Calls `send` at most once a second: the sign of life of whoever hashes for long."""
+
+    def __init__(self, send: Callable[[], object]) -> None:
+        self._send = send
+        self._next = time.monotonic() + KEEPALIVE_INTERVAL_S
+
+    def __call__(self, _count: int) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + KEEPALIVE_INTERVAL_S
+            self._send()
+
+
+# --- command line ---------------------------------------------------------------------------
+
+
+def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that both scripts have."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("mode", nargs="?", choices=MODES, help="what to carry; asked for if left out")
+    parser.add_argument("--version", action="version", version=f"Socket Pair {__version__}")
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument("-v", "--verbose", action="store_true", help="say more")
+    volume.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")
+    return parser
+
+
+def port_number(text: str) -> int:
+    """Return `text` as a TCP port, for argparse."""
+    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (1 to 65535)")
+    return int(text)
+
+
+class Terminated(BaseException):
+    """Raised in the main thread by SIGTERM, as KeyboardInterrupt is by Ctrl+C."""
+
+
+def _terminate(_signal: int, _frame: object) -> NoReturn:
+    raise Terminated
+
+
+def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run `main` on the command line's arguments and exit with the status it returns.
+
+    Every other end gets its status here too: SocketPairError (1, with its line), Ctrl+C (130),
+    SIGTERM (143), a closed standard output (1). The exit is immediate, so that a thread that
+    still waits in a socket cannot hold it up.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by whoever started us
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        status = main(sys.argv[1:])
+    except SocketPairError as error:
+        complain(str(error))
+        status = EXIT_FAILED
+    except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
+    except Terminated:
+        status = EXIT_TERMINATED
+    except BrokenPipeError:
+        status = EXIT_FAILED
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(status)

@@ -9,7 +9,7 @@ text for people      ``escape``, ``format_bytes``, ``say``, ``complain``, ``ask`
 ``Connection``       a socket with its reads, its writes and its time limits:
                      exact bytes, then frames, then messages
 ``require``          a field of a peer's message, checked for its type
-``BlockPipeline``    blocks of a file handed to a second thread, in order
+``BlockPipeline``    blocks of a file, consumed by a second thread while the next is filled
 checksum             ``calculate_checksum``: SHA-256 of a file or of its beginning
 command line         arguments of both scripts, and ``run``, which turns every end
                      of a program into its exit status
@@ -59,8 +59,10 @@ SEND_BYTES = 256 * 1024
 # and written; smaller blocks cost more hand-overs, larger ones more trips to memory.
 SEGMENT_BYTES = 1024 * 1024
 PIPELINE_BLOCKS = 4
+# Lengths of segments that are none.
 END_OF_FILE = 0
 GIVEN_UP = 0xFFFFFFFF
+STILL_HERE = 0xFFFFFFFE
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -136,9 +138,16 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
 
 
-def describe_os_error(error: OSError) -> str:
-    """Return what the system says of `error`, without errno or path, as ``no space left``."""
-    return (error.strerror or str(error)).lower()
+def describe_error(error: Exception) -> str:
+    """Return what went wrong in words, an OSError's without number and path: ``no space left``."""
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)).lower()
+    return str(error)
+
+
+def format_address(host: str, port: int) -> str:
+    """Return an address as it is written: ``127.0.0.1:50007``, ``[::1]:50007``."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def say(text: str) -> None:
@@ -160,9 +169,7 @@ def ask(question: str) -> str:
     try:
         answer = input(question)
     except EOFError:
-        raise SocketPairError(
-            f"\nno answer to {question.strip(': ')!r}: end of input"
-        ) from None
+        raise SocketPairError(f"\nno answer to {question.strip(': ')!r}: end of input") from None
     if not sys.stdin.isatty():
         say(answer)
     return answer
@@ -249,7 +256,7 @@ class Connection:
         except TimeoutError:
             raise PeerStalled(allowed) from None
         except OSError as error:
-            raise ConnectionBroken(describe_os_error(error)) from error
+            raise ConnectionBroken(describe_error(error)) from error
 
     # exact bytes
 
@@ -350,6 +357,17 @@ class Connection:
         except PeerClosed:
             raise self._ended(inside=True) from None
 
+    def send_segment(self, segment: memoryview) -> None:
+        """Send a part of a file, framed; blocks and raises as `write` does.
+
+        Only queues a small one, of which it takes a copy.
+        """
+        self.queue(LENGTH.pack(len(segment)))
+        if len(segment) <= SEND_BYTES // 4:
+            self.queue(segment)
+        else:
+            self.write(segment)
+
     # messages
 
     def send(self, message_type: str, **fields: Any) -> None:
@@ -410,58 +428,95 @@ def require_size(message: dict[str, Any], field: str) -> int:
 # --- blocks and checksum --------------------------------------------------------------------
 
 
-class BlockPipeline:
-    """A few reused blocks of ``SEGMENT_BYTES``, filled by one thread and consumed by another.
+class Blocks:
+    """One reused block of `size` bytes: filled by the caller, consumed as it is given.
+
+    Use it in a ``with`` block; `BlockPipeline` does the same with a thread in between.
+    """
+
+    def __init__(self, consume: Callable[[memoryview], object], size: int = SEGMENT_BYTES) -> None:
+        self._consume = consume
+        self._block = memoryview(bytearray(size))
+
+    def __enter__(self) -> Blocks:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        """Nothing is left to wait for."""
+
+    def take(self) -> memoryview:
+        """Return a block to fill."""
+        return self._block
+
+    def give(self, block: memoryview) -> None:
+        """Have a filled block consumed, or the part of one that counts."""
+        self._consume(block)
+
+
+class BlockPipeline(Blocks):
+    """A few reused blocks, filled by one thread and consumed by another.
 
     While the thread that made the pipeline fills the next block (from a socket or a file), a
-    thread of the pipeline's own calls ``consume`` on those before, in order: hashing and
-    writing let go of the interpreter's lock, so both really run at once. What `consume` raises
-    is raised by the next `take` or at the end of the ``with`` block.
+    thread of the pipeline's own calls `consume` on those before, in order: hashing and
+    writing let go of the interpreter's lock, so both really run at once. The end of the
+    ``with`` block waits until all is consumed. What `consume` raises is raised by the next
+    `give` or there, and what is given after that is passed over.
     """
 
     def __init__(self, consume: Callable[[memoryview], object]) -> None:
         self._consume = consume
-        self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
-        self._filled: queue.SimpleQueue[tuple[bytearray, int] | None] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        self._given: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
-        self._made = 0
+        for _ in range(PIPELINE_BLOCKS):
+            self._free.put(memoryview(bytearray(SEGMENT_BYTES)))
         self._thread = threading.Thread(target=self._run, name="block pipeline", daemon=True)
-
-    def __enter__(self) -> BlockPipeline:
         self._thread.start()
-        return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
-        self._filled.put(None)
+        self._given.put(None)
         self._thread.join()
-        if error is None and self._error is not None:
-            raise self._error
+        if error is None:
+            self._raise_error()
 
-    def take(self) -> bytearray:
-        """Return a free block; blocks while all are still to be consumed."""
-        if self._made < PIPELINE_BLOCKS and self._free.empty():
-            self._made += 1
-            self._free.put(bytearray(SEGMENT_BYTES))
-        block = self._free.get()
+    def take(self) -> memoryview:
+        """Return a block to fill; blocks while all are still to be consumed."""
+        return self._free.get()
+
+    def give(self, block: memoryview) -> None:
+        """Hand over a filled block, or the part of one that counts. Never blocks."""
+        self._given.put(block)
+        self._raise_error()
+
+    def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
-        return block
-
-    def give(self, block: bytearray, size: int) -> None:
-        """Hand over a taken block, of which the first `size` bytes count. Never blocks."""
-        self._filled.put((block, size))
 
     def _run(self) -> None:
-        while (filled := self._filled.get()) is not None:
-            block, size = filled
+        while (view := self._given.get()) is not None:
             if self._error is None:
                 try:
-                    self._consume(memoryview(block)[:size])
-                except BaseException as error:
+                    self._consume(view)
+                except BaseException as error:  # noqa: BLE001  (raised in the other thread)
                     self._error = error
-            self._free.put(block)
+            self._free.put(memoryview(view.obj))
+
+
+def blocks_for(size: int | None, consume: Callable[[memoryview], object]) -> Blocks:
+    """Return the blocks that suit a file of `size` bytes: a small one is not worth a thread."""
+    if size is not None and size <= SEGMENT_BYTES:
+        return Blocks(consume, size)
+    return BlockPipeline(consume)
 
 
 def calculate_checksum(
@@ -471,14 +526,15 @@ def calculate_checksum(
     digest: hashlib._Hash | None = None,
     on_progress: Callable[[int], object] = lambda count: None,
 ) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits, read block by block.
+    """Return the SHA-256 of a file as 64 hexadecimal digits, read block by
+    block.
 
     `path` may also be the descriptor of an open file, which is read from where it stands and
     stays open. With `length`, only that many first bytes count. `digest` is a SHA-256 object
     to use, which the caller may go on updating. `on_progress` is told the bytes of each block.
 
-    Blocks until done. Raises OSError where the file cannot be read, and ProtocolError's base
-    SocketPairError where it has fewer than `length` bytes.
+    Blocks until done. Raises OSError where the file cannot be read, and SocketPairError where
+    it has fewer than `length` bytes.
     """
     digest = hashlib.sha256() if digest is None else digest
     left = sys.maxsize if length is None else length
@@ -501,6 +557,7 @@ class Keepalive:
         self._next = time.monotonic() + KEEPALIVE_INTERVAL_S
 
     def __call__(self, _count: int) -> None:
+        """Take note of progress, and call `send` if it is time."""
         now = time.monotonic()
         if now >= self._next:
             self._next = now + KEEPALIVE_INTERVAL_S
@@ -517,12 +574,25 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("mode", nargs="?", choices=MODES, help="what to carry; asked for if left out")
+    parser.add_argument("mode", nargs="?", choices=MODES, help="asked for if left out")
     parser.add_argument("--version", action="version", version=f"Socket Pair {__version__}")
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-v", "--verbose", action="store_true", help="say more")
     volume.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")
     return parser
+
+
+def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> None:
+    """Add --host and --port."""
+    parser.add_argument("--host", default=DEFAULT_HOST, help=f"{host_help} (%(default)s)")
+    parser.add_argument("--port", type=port_number, default=DEFAULT_PORT, help="(%(default)s)")
+
+
+def positive_number(text: str) -> int:
+    """Return `text` as a whole number above 0, for argparse."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def port_number(text: str) -> int:

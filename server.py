@@ -1,0 +1,1074 @@
+"""The receiving end of Socket Pair: takes files into a folder.
+
+    python server.py file
+
+From the top down:
+
+====================  =============================================================
+command line          ``main`` asks for what the arguments leave open
+listener              ``Server`` accepts, gives each connection a thread, shakes hands
+file conversation     ``handle_file_client`` and ``Reception``: offers, resuming, results
+one file              ``Incoming``: what is known of it, from the offer to its result
+on disk               ``PartialFile``: hidden until complete, then moved into place
+names                 ``safe_parts``, ``Folders``: nothing outside the folder
+====================  =============================================================
+
+The file conversation, after the handshake, any number of times until the client hangs up::
+
+    client  offer     entries: up to 1,000 files and folders
+    server  held      for entries of which something is here already: how many bytes
+    client  prefixes  SHA-256 of that many first bytes of its own files
+    server  start     for each entry: the offset to send from, or why not
+    client            for each entry to send, in order: segments, then END_OF_FILE and the
+                      32-byte SHA-256 of the whole, or GIVEN_UP; STILL_HERE at times,
+                      when a pipe has nothing to send
+    server  result    for each entry, as soon as it is decided
+
+``held`` and ``prefixes`` are left out where nothing is held. Whoever hashes for long sends
+``hashing`` every second meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import ipaddress
+import itertools
+import logging
+import os
+import secrets
+import shutil
+import socket
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import common
+from common import (
+    END_OF_FILE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    GIVEN_UP,
+    HANDSHAKE_TIMEOUT_S,
+    SEGMENT_BYTES,
+    STILL_HERE,
+    Blocks,
+    Connection,
+    Deadline,
+    Keepalive,
+    PeerClosed,
+    ProtocolError,
+    SocketPairError,
+    blocks_for,
+    calculate_checksum,
+    describe_error,
+    escape,
+    format_bytes,
+    require,
+    require_size,
+)
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+    import resource
+
+log = logging.getLogger("socket-pair")
+
+MAX_CLIENTS = 64
+MAX_ENTRIES = 1000
+# Far beyond what any system takes, to bound what a client can make us work through.
+MAX_PATH_CHARS = 16 * 1024
+MAX_NAME_BYTES = 255
+# More partial files than this of one batch are not looked at again: each is an open file.
+MAX_CLAIMS = 32
+# How long the connection that a client has just lost may take to notice, and let go its file.
+CLAIM_TIMEOUT_S = 2.0
+CLAIM_INTERVAL_S = 0.02
+MAX_KNOWN_FOLDERS = 10_000
+
+PARTIAL_SUFFIX = ".socketpair-part"
+WINDOWS_RESERVED = {"CON", "PRN", "AUX", "NUL"} | {
+    f"{port}{number}" for port in ("COM", "LPT") for number in "123456789"
+}
+NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+
+
+class Refused(SocketPairError):
+    """A file that is not taken, and why; the others of its client are."""
+
+
+class GivenUp(SocketPairError):
+    """The client stopped in the middle of a file; it has told its user why."""
+
+
+# --- names ----------------------------------------------------------------------------------
+
+
+def safe_parts(path: str, windows: bool = sys.platform == "win32") -> list[str]:
+    """Return the folders and the name in an offered `path`, which parts them with ``/``.
+
+    Raises Refused where it could mean a place outside the folder, or a name that this system
+    (Windows, if `windows`) cannot hold.
+    """
+    if len(path) > MAX_PATH_CHARS:
+        raise Refused("the path is too long")
+    parts = path.split("/")
+    for part in parts:
+        check_name(part)
+        if windows:
+            check_windows_name(part)
+    return parts
+
+
+def check_name(name: str) -> None:
+    """Raise Refused unless `name` can stand for a file inside a folder, and for nothing else."""
+    if name in ("", ".", ".."):
+        raise Refused("the path is not one inside the folder")
+    if "\0" in name:
+        raise Refused("the name holds a NUL")
+    if name.endswith(PARTIAL_SUFFIX):
+        raise Refused(f"names that end in {PARTIAL_SUFFIX} are kept for unfinished files")
+    try:
+        size = len(os.fsencode(name))
+    except UnicodeEncodeError:
+        raise Refused("the name is not valid Unicode, which this system requires") from None
+    if size > MAX_NAME_BYTES:
+        raise Refused(f"the name is too long ({size} bytes; {MAX_NAME_BYTES} at most)")
+
+
+def check_windows_name(name: str) -> None:
+    """Raise Refused where Windows would read `name` as a path, a drive or a device.
+
+    After Microsoft's "Naming Files, Paths, and Namespaces".
+    """
+    if any(char in '<>:"\\|?*' or char < " " for char in name):
+        raise Refused("the name holds a character that Windows does not allow")
+    if name[-1] in " .":
+        raise Refused("the name ends in a dot or a space, which Windows does not allow")
+    if name.split(".", maxsplit=1)[0].rstrip().upper() in WINDOWS_RESERVED:
+        raise Refused("the name is a device on Windows")
+
+
+def numbered_names(path: str) -> Iterator[str]:
+    """Yield `path`, then ``name (1).ext``, ``name (2).ext`` and so on, without end."""
+    yield path
+    folder, name = os.path.split(path)
+    stem, suffix = os.path.splitext(name)
+    for number in itertools.count(1):
+        tail = f" ({number}){suffix}"
+        while len(os.fsencode(stem + tail)) > MAX_NAME_BYTES and stem:
+            stem = stem[:-1]
+        yield os.path.join(folder, stem + tail)
+
+
+class Folders:
+    """Turns offered folders into real ones below `root`, made where they are missing.
+
+    Remembers what it has found: one client's ten thousand files share few folders.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = os.path.realpath(root)
+        self._prefix = os.path.join(self._root, "")
+        self._real: dict[str, str] = {}
+        self._leftovers: dict[str, dict[str, list[str]]] = {}
+
+    def locate(self, parts: Sequence[str]) -> str:
+        """Return the real path of the folder that `parts` name, made if need be.
+
+        Raises Refused where a symbolic link leads out of the root or a file is in the way,
+        and OSError where the system does not allow it.
+        """
+        folder = "/".join(parts)
+        if folder not in self._real:
+            if len(self._real) >= MAX_KNOWN_FOLDERS:
+                self._real.clear()
+                self._leftovers.clear()
+            self._real[folder] = self._make(parts)
+        return self._real[folder]
+
+    def _make(self, parts: Sequence[str]) -> str:
+        real = os.path.realpath(os.path.join(self._root, *parts))
+        if os.path.commonpath([self._root, real]) != self._root:
+            raise Refused("a symbolic link there leads out of the folder")
+        # Not os.makedirs: it goes a level deeper into itself for every level of the path.
+        path = self._root
+        for part in os.path.relpath(real, self._root).split(os.sep):
+            path = os.path.join(path, part)
+            if not os.path.isdir(path):
+                make_folder(path)
+        return real
+
+    def name_of(self, path: str) -> str:
+        """Return a real path below the root as it is told to the client."""
+        return path[len(self._prefix) :].replace(os.sep, "/")
+
+    def leftovers(self, folder: str, name: str) -> list[str]:
+        """Return the paths of partial files in `folder` (a real one) that were to become `name`."""
+        if folder not in self._leftovers:
+            self._leftovers[folder] = find_leftovers(folder)
+        return self._leftovers[folder].pop(partial_stem(name), [])
+
+
+def make_folder(path: str) -> None:
+    """Make one folder, unless another thread just has. Raises Refused or OSError."""
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise Refused("a file stands where a folder should go") from None
+
+
+# --- on disk --------------------------------------------------------------------------------
+
+
+def partial_stem(name: str) -> str:
+    """Return what the partial files of `name` begin with, short enough to leave room for more."""
+    if len(os.fsencode(name)) <= MAX_NAME_BYTES - 50:
+        return f".{name}"
+    return "." + hashlib.sha256(os.fsencode(name)).hexdigest()
+
+
+def find_leftovers(folder: str) -> dict[str, list[str]]:
+    """Return the partial files in `folder`: their paths, by their stems."""
+    found: dict[str, list[str]] = {}
+    for name in os.listdir(folder):
+        if name.endswith(PARTIAL_SUFFIX):
+            stem = name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
+            found.setdefault(stem, []).append(os.path.join(folder, name))
+    return found
+
+
+def lock_file(descriptor: int) -> bool:
+    """Lock an open file against other connections and other servers; False if one has it.
+
+    The system lets go of the lock when the file is closed or the process dies.
+    """
+    try:
+        if sys.platform == "win32":
+            os.lseek(descriptor, 2**62, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+OPEN_FLAGS = (
+    os.O_RDWR
+    | getattr(os, "O_BINARY", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+)
+
+
+class PartialFile:
+    """A file under way: hidden beside its place, locked, and open until it is moved there.
+
+    Ends with exactly one of `publish`, `discard` and `close` (which keeps it for another run).
+    """
+
+    _run = secrets.token_hex(4)
+    _numbers = itertools.count()
+
+    def __init__(self, path: str, descriptor: int, size: int) -> None:
+        self.path = path
+        self.descriptor = descriptor
+        self.size = size
+        self.digest = hashlib.sha256()  # of those bytes, once they have been read again
+
+    @classmethod
+    def create(cls, folder: str, name: str) -> PartialFile:
+        """Make an empty one that is to become `name` in `folder`. Raises OSError."""
+        while True:
+            tail = f".{cls._run}{next(cls._numbers):x}{PARTIAL_SUFFIX}"
+            path = os.path.join(folder, partial_stem(name) + tail)
+            descriptor = os.open(path, OPEN_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
+            if lock_file(descriptor):
+                return cls(path, descriptor, 0)
+            os.close(descriptor)
+
+    @classmethod
+    def claim(cls, path: str) -> PartialFile | None:
+        """Open the one at `path`, left by an earlier run; None if it is not to be used (again).
+
+        Raises BlockingIOError while another connection is still writing it.
+        """
+        try:
+            descriptor = os.open(path, OPEN_FLAGS)
+        except OSError:
+            return None
+        locked = False
+        try:
+            locked = lock_file(descriptor)
+            if not locked:
+                raise BlockingIOError
+            found = os.fstat(descriptor)
+            # Between opening and locking it may have been moved into place; and a server killed
+            # while it did that leaves both names: writing here would change the finished file.
+            if stat.S_ISREG(found.st_mode) and os.path.samestat(found, os.lstat(path)):
+                if found.st_nlink == 1:
+                    return cls(path, descriptor, found.st_size)
+                os.unlink(path)
+        except FileNotFoundError:
+            locked = False
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        return None
+
+    def write(self, view: memoryview) -> None:
+        """Append `view`; blocks until the system has taken it. Raises OSError."""
+        while view:
+            view = view[os.write(self.descriptor, view) :]
+
+    def publish(self, path: str, entry: Entry, overwrite: bool) -> str:
+        """Move the complete file to `path`, or beside what stands there; return where it went.
+
+        Raises OSError, and Refused where a folder is in the way; the file is still there then.
+        """
+        self._set_metadata(entry)
+        if sys.platform == "win32":  # where an open file cannot be moved
+            self.close()
+        if overwrite:
+            replace_file(self.path, path)
+        else:
+            path = next(name for name in numbered_names(path) if move_new(self.path, name))
+        self.close()
+        return path
+
+    def _set_metadata(self, entry: Entry) -> None:
+        mode = stat.S_IMODE(os.stat(self.path).st_mode)
+        # Who may read it may run it, as a compiler would leave it.
+        wanted = mode | (mode & 0o444) >> 2 if entry.executable else mode & ~0o111
+        if wanted != mode:
+            with contextlib.suppress(OSError):  # as in set_times
+                os.chmod(self.path, wanted)
+        set_times(self.path, entry.mtime_ns)
+
+    def discard(self) -> None:
+        """Remove it."""
+        if sys.platform == "win32":  # where an open file cannot be removed
+            self.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        self.close()
+
+    def close(self) -> None:
+        """Close and unlock it, and keep it as it is. May be called twice."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def set_times(path: str, mtime_ns: int | None) -> None:
+    """Give the file or folder at `path` its modification time, if the client told one.
+
+    A file system that cannot hold it is no reason to refuse the content.
+    """
+    if mtime_ns is not None:
+        with contextlib.suppress(OSError, OverflowError):
+            os.utime(path, ns=(mtime_ns, mtime_ns))
+
+
+def replace_file(source: str, target: str) -> None:
+    """Move `source` over `target` in one step. Raises OSError, or Refused for a folder."""
+    try:
+        os.replace(source, target)
+    except (IsADirectoryError, PermissionError):
+        if os.path.isdir(target):
+            raise Refused("a folder of that name is there already") from None
+        raise
+
+
+_moving = threading.Lock()
+
+
+def move_new(source: str, target: str) -> bool:
+    """Move `source` to `target` in one step unless something is there; False if so.
+
+    Raises OSError.
+    """
+    try:
+        if sys.platform == "win32":
+            os.rename(source, target)  # which never replaces there
+        else:
+            os.link(source, target)
+            os.unlink(source)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        return _move_new_without_links(source, target)
+    return True
+
+
+def _move_new_without_links(source: str, target: str) -> bool:
+    """Do what `move_new` does on FAT and the like, safe among this server's own threads."""
+    with _moving:
+        if os.path.lexists(target):
+            return False
+        os.rename(source, target)
+        return True
+
+
+# --- one file -------------------------------------------------------------------------------
+
+
+@dataclass
+class Entry:
+    """A file or folder as a client offers it."""
+
+    path: str
+    size: int | None = None  # None: unknown until it ends (a pipe)
+    mtime_ns: int | None = None
+    executable: bool = False
+    is_folder: bool = False
+
+    @classmethod
+    def from_message(cls, message: Any) -> Entry:
+        """Return the entry in one item of an offer; raises ProtocolError."""
+        if not isinstance(message, dict):
+            raise ProtocolError("received an offer that is not one")
+        mtime_ns = message.get("mtime_ns")
+        if mtime_ns is not None and abs(require(message, "mtime_ns", int)) >= 2**63:
+            raise ProtocolError("received a message with a bad 'mtime_ns'")
+        return cls(
+            path=require(message, "path", str),
+            size=None if message.get("size") is None else require_size(message, "size"),
+            mtime_ns=mtime_ns,
+            executable=bool(message.get("executable")),
+            is_folder=bool(message.get("folder")),
+        )
+
+
+@dataclass
+class Incoming:
+    """One entry of an offer, and what is known and decided of it so far."""
+
+    index: int
+    entry: Entry
+    target: str = ""
+    claims: list[PartialFile] = field(default_factory=list)  # may be its beginning
+    twins: dict[str, str] = field(default_factory=dict)  # finished, may be the same: SHA-256
+    partial: PartialFile | None = None
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    received: int = 0  # bytes of it that are here, those of earlier runs too
+    arrived: bool = False  # nothing of it is left to read from the connection
+    outcome: dict[str, str] | None = None
+
+    def held(self) -> list[int]:
+        """Return the lengths, in bytes, of all that may be its beginning or the whole of it."""
+        lengths = {claim.size for claim in self.claims}
+        if self.twins and self.entry.size is not None:
+            lengths.add(self.entry.size)
+        return sorted(lengths)
+
+    def hash_held(self, keepalive: Keepalive) -> None:
+        """Hash all that is held of it; blocks until done."""
+        for claim in self.claims:
+            calculate_checksum(
+                claim.descriptor, claim.size, digest=claim.digest, on_progress=keepalive
+            )
+        for twin in self.twins:
+            with contextlib.suppress(OSError):  # unreadable: not known to be the same
+                self.twins[twin] = calculate_checksum(twin, on_progress=keepalive)
+
+    def find_twin(self, checksum: str | None) -> str | None:
+        """Return the finished file whose SHA-256 is `checksum`, if there is one."""
+        return next((twin for twin, its in self.twins.items() if its and its == checksum), None)
+
+    def choose_partial(self, prefixes: dict[int, str]) -> None:
+        """Go on with the longest partial file whose SHA-256 is the client's; remove the others."""
+        for claim in sorted(self.claims, key=lambda claim: claim.size, reverse=True):
+            if self.partial is None and prefixes.get(claim.size) == claim.digest.hexdigest():
+                self.partial, self.digest, self.received = claim, claim.digest, claim.size
+            else:
+                claim.discard()
+        self.claims = []
+
+    def open(self) -> None:
+        """Make a partial file for it unless one is gone on with. Raises OSError."""
+        if self.partial is None:
+            self.partial = PartialFile.create(*os.path.split(self.target))
+
+    def consume(self, view: memoryview) -> None:
+        """Write and hash its next bytes; blocks until done. Raises OSError."""
+        assert self.partial is not None
+        self.partial.write(view)
+        self.digest.update(view)
+
+    def publish(self, overwrite: bool) -> str:
+        """Move the complete file into place; return where that is. Raises OSError, Refused."""
+        assert self.partial is not None
+        path = self.partial.publish(self.target, self.entry, overwrite)
+        self.partial = None
+        return path
+
+    def discard(self) -> None:
+        """Remove what is here of it."""
+        if self.partial is not None:
+            self.partial.discard()
+            self.partial = None
+
+    def close(self) -> None:
+        """Let go of what is open; keep on disk what another run can go on from."""
+        for claim in self.claims:
+            claim.close()
+        if self.entry.size is None or not self.received:
+            self.discard()
+        elif self.partial is not None:
+            self.partial.close()
+
+
+def find_twins(target: str, size: int | None, overwrite: bool) -> dict[str, str]:
+    """Return the finished files under the names of `target` that have `size` bytes.
+
+    Raises Refused where `target` is a folder.
+    """
+    twins: dict[str, str] = {}
+    for path in numbered_names(target):
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            return twins
+        if path == target and stat.S_ISDIR(found.st_mode):
+            raise Refused("a folder of that name is there already")
+        if stat.S_ISREG(found.st_mode) and found.st_size == size:
+            twins[path] = ""
+        if overwrite:
+            return twins
+    return twins
+
+
+# --- file conversation ----------------------------------------------------------------------
+
+
+@dataclass
+class Store:
+    """Where files go, and whether they replace others of their name."""
+
+    folder: str
+    overwrite: bool = False
+
+
+def handle_file_client(connection: Connection, store: Store) -> None:
+    """Take all the files that one client sends; blocks until it is done or gone.
+
+    Whatever goes wrong ends in a line of the log, never in an exception: other clients go on.
+    """
+    reception = Reception(connection, store)
+    try:
+        while (batch := reception.receive_offer()) is not None:
+            reception.receive_batch(batch)
+    except ProtocolError as error:
+        log.warning("%s: %s", connection.peer, error)
+        with contextlib.suppress(SocketPairError):
+            connection.send("error", error=str(error))
+    except SocketPairError as error:
+        log.warning("%s: %s%s", connection.peer, error, reception.describe_current())
+    except OSError as error:
+        log.error("%s: %s", connection.peer, escape(str(error)))
+
+
+class Reception:
+    """The conversation with one client that sends files."""
+
+    def __init__(self, connection: Connection, store: Store) -> None:
+        self._connection = connection
+        self._store = store
+        self._folders = Folders(store.folder)
+        self._current: Incoming | None = None
+
+    def describe_current(self) -> str:
+        """Return what becomes of the file that was under way, for the end of a log line."""
+        if self._current is None or not self._current.received:
+            return ""
+        path, received = self._current.entry.path, self._current.received
+        return f"; {format_bytes(received)} of {escape(path)} are kept for the next run"
+
+    def receive_offer(self) -> list[Incoming] | None:
+        """Return the next batch; None when the client has hung up instead: it is done."""
+        try:
+            message = self._connection.receive("offer")
+        except PeerClosed:
+            return None
+        entries = require(message, "entries", list)
+        if len(entries) > MAX_ENTRIES:
+            raise ProtocolError(f"received an offer of more than {MAX_ENTRIES} files")
+        return [Incoming(index, Entry.from_message(entry)) for index, entry in enumerate(entries)]
+
+    def receive_batch(self, batch: list[Incoming]) -> None:
+        """Answer an offer, take what is then sent, and say what became of each entry."""
+        try:
+            self._look_up(batch)
+            self._compare([incoming for incoming in batch if incoming.held()])
+            self._check_space(batch)
+            self._connection.send(
+                "start", entries=[each.outcome or {"offset": each.received} for each in batch]
+            )
+            for incoming in batch:
+                if incoming.outcome is None:
+                    self._receive_entry(incoming)
+            self._connection.flush()
+        finally:
+            for incoming in batch:
+                incoming.close()
+
+    # before the transfer
+
+    def _look_up(self, batch: list[Incoming]) -> None:
+        """Find where each entry goes and what is there of it already."""
+        patience = Deadline(CLAIM_TIMEOUT_S)
+        claims_left = MAX_CLAIMS
+        for incoming in batch:
+            entry = incoming.entry
+            try:
+                parts = safe_parts(entry.path)
+                if entry.is_folder:
+                    continue
+                folder = self._folders.locate(parts[:-1])
+                incoming.target = os.path.join(folder, parts[-1])
+                # Partial files first: one that is moved into place meanwhile is then a twin.
+                for path in self._folders.leftovers(folder, parts[-1])[:claims_left]:
+                    if entry.size is not None and (claim := claim_patiently(path, patience)):
+                        incoming.claims.append(claim)
+                        claims_left -= 1
+                incoming.twins = find_twins(incoming.target, entry.size, self._store.overwrite)
+            except (Refused, OSError) as error:
+                self._fail(incoming, error)
+
+    def _compare(self, held: list[Incoming]) -> None:
+        """Find out, together with the client, what of the files here is the same as there."""
+        if not held:
+            return
+        connection = self._connection
+        connection.send("held", entries=[[each.index, each.held()] for each in held])
+        keepalive = Keepalive(lambda: connection.send("hashing"))
+        for incoming in held:
+            incoming.hash_held(keepalive)
+        answers = self._receive_prefixes(len(held))
+        for incoming, checksums in zip(held, answers, strict=True):
+            # Short where the client could not read so much of its file.
+            prefixes = dict(zip(incoming.held(), checksums, strict=False))
+            incoming.choose_partial(prefixes)
+            twin = incoming.find_twin(prefixes.get(incoming.entry.size or 0))
+            if twin is not None:
+                incoming.discard()
+                incoming.outcome = {"already": self._folders.name_of(twin)}
+
+    def _receive_prefixes(self, count: int) -> list[list[str]]:
+        while (message := self._connection.receive("prefixes", "hashing"))["type"] == "hashing":
+            pass
+        answers = require(message, "entries", list)
+        if len(answers) != count or not all(is_strings(answer) for answer in answers):
+            raise ProtocolError("received a message with bad 'entries'")
+        return answers
+
+    def _check_space(self, batch: list[Incoming]) -> None:
+        """Refuse what cannot fit, file by file, before any of it is sent."""
+        free: dict[int, int] = {}
+        for incoming in batch:
+            if incoming.outcome is not None or not incoming.entry.size:
+                continue
+            folder = os.path.dirname(incoming.target)
+            try:
+                device = os.stat(folder).st_dev
+                if device not in free:
+                    free[device] = shutil.disk_usage(folder).free
+            except OSError as error:
+                self._fail(incoming, error)
+                continue
+            needed = incoming.entry.size - incoming.received
+            if needed > free[device]:
+                shortage = f"{format_bytes(needed)} needed, {format_bytes(free[device])} free"
+                self._fail(incoming, Refused(f"the disk is too full ({shortage})"))
+            else:
+                free[device] -= needed
+
+    # the transfer
+
+    def _receive_entry(self, incoming: Incoming) -> None:
+        """Take one entry, and queue its result."""
+        self._current = incoming
+        try:
+            if incoming.entry.is_folder:
+                self._make_folder(incoming)
+            else:
+                self._receive_file(incoming)
+        except (Refused, GivenUp, OSError) as error:
+            incoming.discard()
+            self._fail(incoming, error)
+        self._queue_result(incoming)
+        if not incoming.arrived:
+            # Let the client know, so that it stops sending what nobody can keep.
+            self._connection.flush()
+            self._pass_over(incoming)
+        self._current = None
+
+    def _make_folder(self, incoming: Incoming) -> None:
+        """Make an offered folder, or find it there; it comes after all that is in it."""
+        incoming.arrived = True
+        path = self._folders.locate(safe_parts(incoming.entry.path))
+        set_times(path, incoming.entry.mtime_ns)
+        incoming.outcome = {"saved": self._folders.name_of(path)}
+
+    def _receive_file(self, incoming: Incoming) -> None:
+        """Take a file's bytes and move it into place.
+
+        Raises OSError for what fails on this side, Refused where it is not to be kept, GivenUp.
+        """
+        if not self._connection.buffered():
+            self._connection.flush()  # the results so far, before the next wait
+        started, offset = time.monotonic(), incoming.received
+        incoming.open()
+        with blocks_for(incoming.entry.size, incoming.consume) as blocks:
+            checksum = self._receive_segments(incoming, blocks)
+        if checksum != incoming.digest.digest():
+            raise Refused("its SHA-256 does not match: it changed while it was sent")
+        path = incoming.publish(self._store.overwrite)
+        incoming.outcome = {"saved": self._folders.name_of(path)}
+        self._log_saved(incoming, incoming.received - offset, time.monotonic() - started)
+
+    def _receive_segments(self, incoming: Incoming, blocks: Blocks) -> bytes:
+        """Hand all segments of a file to `blocks`; return the client's SHA-256 of the whole.
+
+        Raises GivenUp, and whatever `blocks` raises.
+        """
+        connection, size = self._connection, incoming.entry.size
+        while (length := connection.read_length()) != END_OF_FILE:
+            if length == GIVEN_UP:
+                incoming.arrived = True
+                raise GivenUp("the client gave up in the middle of it")
+            if length == STILL_HERE:
+                continue
+            if length > SEGMENT_BYTES:
+                raise ProtocolError(f"received a segment of {length} bytes")
+            if size is not None and incoming.received + length > size:
+                raise ProtocolError("received more of a file than was offered")
+            segment = blocks.take()[:length]
+            connection.read_into(segment)
+            incoming.received += length
+            blocks.give(segment)
+        checksum = connection.read(hashlib.sha256().digest_size)
+        incoming.arrived = True
+        return checksum
+
+    def _pass_over(self, incoming: Incoming) -> None:
+        """Read and drop the rest of a file that has failed here."""
+        with contextlib.suppress(GivenUp), Blocks(lambda view: None) as blocks:
+            self._receive_segments(incoming, blocks)
+
+    # results
+
+    def _fail(self, incoming: Incoming, error: Exception) -> None:
+        reason = describe_error(error)
+        incoming.outcome = {"failed": reason}
+        log.warning("%s failed %s: %s", self._connection.peer, escape(incoming.entry.path), reason)
+
+    def _queue_result(self, incoming: Incoming) -> None:
+        self._connection.queue_message("result", index=incoming.index, **(incoming.outcome or {}))
+
+    def _log_saved(self, incoming: Incoming, count: int, seconds: float) -> None:
+        assert incoming.outcome is not None
+        log.info(
+            "%s sent %s: %s in %.2f s (%s/s), SHA-256 %s, saved as %s",
+            self._connection.peer,
+            escape(incoming.entry.path),
+            format_bytes(count),
+            seconds,
+            format_bytes(count / max(seconds, 1e-6)),
+            incoming.digest.hexdigest()[:8],
+            escape(os.path.join(self._store.folder, incoming.outcome["saved"])),
+        )
+
+
+def is_strings(value: Any) -> bool:
+    """Tell whether `value` is a list of strings."""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def claim_patiently(path: str, patience: Deadline) -> PartialFile | None:
+    """Claim the partial file at `path`; None if it is gone or stays in use.
+
+    A client that was cut off comes back at once, perhaps before its old connection has been
+    found broken: so it is worth waiting a moment for the file. (Nothing tells when a lock is
+    let go, but taking it: hence the short sleeps.)
+    """
+    while True:
+        try:
+            return PartialFile.claim(path)
+        except BlockingIOError:
+            if not patience.remaining():
+                return None
+            time.sleep(CLAIM_INTERVAL_S)
+
+
+# --- listener -------------------------------------------------------------------------------
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on `host` and `port`; raises SocketPairError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address, family=family, backlog=1024)
+    except OSError as error:
+        hint = "; another program has it: choose one with --port"
+        raise SocketPairError(
+            f"cannot listen on {common.format_address(host, port)}: {describe_error(error)}"
+            + (hint if error.errno == errno.EADDRINUSE else "")
+        ) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether every address of `host` is this machine's own, unreachable from others."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    addresses = {str(address[4][0]) for address in found}
+    return all(ipaddress.ip_address(text.partition("%")[0]).is_loopback for text in addresses)
+
+
+class Server:
+    """Accepts connections and has each handled in a thread of its own."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        mode: str,
+        handle: Callable[[Connection], None],
+        *,
+        max_clients: int,
+        welcome: dict[str, Any] | None = None,
+    ) -> None:
+        self.listener = listener
+        self._mode = mode
+        self._handle = handle
+        self._max_clients = max_clients
+        self._welcome = welcome or {}
+        self._threads: set[threading.Thread] = set()
+        self._served: set[threading.Thread] = set()  # those past the handshake
+        self._lock = threading.Lock()
+
+    def serve_forever(self) -> None:
+        """Accept until the thread is interrupted; blocks."""
+        if sys.platform == "win32":
+            self.listener.settimeout(0.5)  # for there, Ctrl+C does not wake accept()
+        while True:
+            try:
+                sock, address = self.listener.accept()
+            except TimeoutError:
+                continue
+            except OSError as error:
+                log.error("cannot accept a connection: %s", describe_error(error))
+                time.sleep(0.1)  # out of descriptors, most likely: let some be closed
+                continue
+            self._start(sock, common.format_address(*address[:2]))
+
+    def _start(self, sock: socket.socket, peer: str) -> None:
+        """Give a new connection its thread, or close it where there are far too many."""
+        thread = threading.Thread(
+            target=self._converse, args=(sock, peer), name=f"client {peer}", daemon=True
+        )
+        with self._lock:
+            crowded = len(self._threads) >= 2 * self._max_clients + 64
+            if not crowded:
+                self._threads.add(thread)
+        if crowded:
+            sock.close()
+        else:
+            thread.start()
+
+    def _converse(self, sock: socket.socket, peer: str) -> None:
+        """Shake hands with one client and have it handled; the whole life of a thread."""
+        try:
+            with Connection(sock, peer) as connection:
+                if self._shake_hands(connection):
+                    self._handle(connection)
+        except OSError as error:  # it was gone before we had looked
+            log.debug("%s: %s", peer, error)
+        except Exception as error:
+            log.error("%s: internal error: %r", peer, error, exc_info=log.isEnabledFor(10))
+        finally:
+            with self._lock:
+                self._threads.discard(threading.current_thread())
+                self._served.discard(threading.current_thread())
+
+    def _shake_hands(self, connection: Connection) -> bool:
+        """Greet a client; False if it is not to be served, which it has been told then."""
+        try:
+            with connection.limit(HANDSHAKE_TIMEOUT_S):
+                hello = connection.receive("hello", max_bytes=common.MAX_HELLO_BYTES)
+                objection = self._object(hello)
+                if objection:
+                    connection.send("error", error=objection)
+                    raise Refused(f"turned away: {objection}")
+                connection.send(
+                    "welcome", protocol=common.PROTOCOL, mode=self._mode, **self._welcome
+                )
+        except SocketPairError as error:
+            log.warning("%s: %s", connection.peer, error)
+            return False
+        return True
+
+    def _object(self, hello: dict[str, Any]) -> str:
+        """Return why a client that says `hello` is not served; empty if it is."""
+        protocol, mode = require(hello, "protocol", int), require(hello, "mode", str)
+        if protocol != common.PROTOCOL:
+            return f"this server speaks protocol {common.PROTOCOL}, not {protocol}: update one"
+        if mode != self._mode:
+            return f"this server is in {self._mode} mode: python client.py {self._mode}"
+        with self._lock:
+            if len(self._served) >= self._max_clients:
+                return f"this server is busy with {self._max_clients} clients: try again later"
+            self._served.add(threading.current_thread())
+        return ""
+
+    def stop(self) -> None:
+        """Accept no more connections."""
+        self.listener.close()
+
+    def clients(self) -> list[threading.Thread]:
+        """Return the threads of the connections under way."""
+        with self._lock:
+            return list(self._threads)
+
+
+# --- command line ---------------------------------------------------------------------------
+
+
+EXAMPLES = """examples:
+  server.py                          ask for everything
+  server.py file --folder ~/inbox    receive files into a folder
+  server.py file --overwrite         let new files replace old ones of their name
+"""
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the command line's arguments; exits with status 2 where they are wrong."""
+    parser = common.make_parser("Receive files from client.py.", EXAMPLES)
+    common.add_address_arguments(parser, "address to listen on")
+    files = parser.add_argument_group("file mode")
+    files.add_argument("--folder", default="received", help="where files go (%(default)s)")
+    files.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files of the same name, rather than keep both",
+    )
+    files.add_argument(
+        "--max-clients",
+        type=common.positive_number,
+        default=MAX_CLIENTS,
+        metavar="N",
+        help="clients served at once (%(default)s)",
+    )
+    args = parser.parse_args(argv)
+    if not is_loopback(args.host):
+        parser.error(
+            f"--host {escape(args.host)}: only this machine's own addresses (127.0.0.1, ::1, "
+            "localhost) until there are pairing codes"
+        )
+    return args
+
+
+def set_up_log(args: argparse.Namespace) -> None:
+    """Send what was done to standard output, and what went wrong to standard error."""
+    level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
+    done = logging.StreamHandler(sys.stdout)
+    done.addFilter(lambda record: record.levelno <= logging.INFO)
+    wrong = logging.StreamHandler(sys.stderr)
+    wrong.setLevel(logging.WARNING)
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[done, wrong]
+    )
+    # A log line a file is most of the work on a small file: leave out what no line shows, and
+    # do not answer a log that cannot be written with a traceback.
+    logging.raiseExceptions = logging.logThreads = logging.logProcesses = False
+    logging.logMultiprocessing = False
+
+
+def prepare_folder(folder: str) -> str:
+    """Make the folder for files where it is missing; return its path. Raises SocketPairError."""
+    folder = os.path.expanduser(folder)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError:
+        raise SocketPairError(f"--folder {escape(folder)}: there is a file of that name") from None
+    except OSError as error:
+        raise SocketPairError(f"--folder {escape(folder)}: {describe_error(error)}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SocketPairError(f"--folder {escape(folder)}: no permission to write there")
+    return folder
+
+
+def serve_files(args: argparse.Namespace) -> int:
+    """Receive files until Ctrl+C, then let those under way finish; return the exit status."""
+    store = Store(prepare_folder(args.folder), args.overwrite)
+    listener = open_listener(args.host, args.port)
+    address = common.format_address(*listener.getsockname()[:2])
+    server = Server(
+        listener,
+        "file",
+        lambda connection: handle_file_client(connection, store),
+        max_clients=args.max_clients,
+    )
+    if not args.quiet:
+        shown = escape(os.path.join(store.folder, ""))
+        common.say(f"Receiving into {shown} on {address} - Ctrl+C to stop")
+    return serve_until_stopped(server)
+
+
+def serve_until_stopped(server: Server) -> int:
+    """Serve until Ctrl+C, then until the last client is done; a second Ctrl+C goes through."""
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.stop()
+    under_way = server.clients()
+    if under_way:
+        common.complain(f"\nfinishing {len(under_way)} under way - Ctrl+C again to stop at once")
+    for thread in under_way:
+        thread.join()
+    return EXIT_INTERRUPTED
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the server with the command line's arguments; return its exit status."""
+    args = parse_arguments(argv)
+    set_up_log(args)
+    if sys.platform != "win32":
+        raise_open_file_limit()
+    mode = args.mode or common.ask_mode()
+    if mode == "audio":
+        common.complain("audio mode is not built yet")
+        return EXIT_FAILED
+    return serve_files(args)
+
+
+if sys.platform != "win32":
+
+    def raise_open_file_limit() -> None:
+        """Let this process open as many files as the system allows: each connection is one."""
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -424,13 +424,18 @@ class ResultReader:
     def _run(self) -> None:
         try:
             while self._waiting:
-                message = self._connection.receive("result")
-                source = self._waiting.pop(require(message, "index", int), None)
-                if source is None:
-                    raise ProtocolError("received a result of a file that was not sent")
-                settle(source, message, self._report)
+                message = self._connection.receive("results")
+                for result in require(message, "entries", list):
+                    self._settle(result)
         except Exception as error:  # noqa: BLE001  (raised again in the other thread)
             self._error = error
+
+    def _settle(self, result: Any) -> None:
+        match result:
+            case [int(index), dict(outcome)] if index in self._waiting:
+                settle(self._waiting.pop(index), outcome, self._report)
+            case _:
+                raise ProtocolError("received a result of a file that was not sent")
 
 
 def settle(source: Source, outcome: dict[str, Any], report: Report) -> None:

@@ -372,13 +372,9 @@ class Connection:
 
     def send(self, message_type: str, **fields: Any) -> None:
         """Send a message, after all that is queued; blocks and raises as `write` does."""
-        self.queue_message(message_type, **fields)
-        self.flush()
-
-    def queue_message(self, message_type: str, **fields: Any) -> None:
-        """Queue a message for the next `flush`."""
         frame = json.dumps({"type": message_type, **fields}, separators=(",", ":")).encode()
         self.queue(LENGTH.pack(len(frame)) + frame)
+        self.flush()
 
     def receive(self, *expected: str, max_bytes: int = MAX_FRAME_BYTES) -> dict[str, Any]:
         """Return the next message; blocks and raises as `read_frame` does.

@@ -480,8 +480,7 @@ def start_file_client(
     report = Report(progress, quiet, verbose)
     sender = Sender(address, report, progress)
     try:
-        for batch in in_batches(find_sources(paths, name, report.problem)):
-            sender.send(batch)
+        sender.send(in_batches(find_sources(paths, name, report.problem)))
     except SocketPairError as error:
         progress.complain(str(error))
         return EXIT_FAILED
@@ -503,6 +502,9 @@ class Sender:
         self._report = report
         self._progress = progress
         self._connection: Connection | None = None
+        self._batches: Iterator[list[Source]] = iter(())
+        self._next: list[Source] = []  # the batch after the one under way, looked up meanwhile
+        self._offered: list[Source] | None = None  # the batch that the server knows of
         self._was_connected = False
         self._moved = False  # since the last time that the connection was lost
 
@@ -510,15 +512,17 @@ class Sender:
         """Hang up. May be called twice."""
         if self._connection:
             self._connection.close()
-            self._connection = None
+            self._connection = self._offered = None
 
-    def send(self, batch: list[Source]) -> None:
-        """Send a batch; blocks until each of it is decided.
+    def send(self, batches: Iterator[list[Source]]) -> None:
+        """Send all batches; blocks until each file in them is decided.
 
         Comes back to a lost server after growing waits; raises ConnectionLost in the end,
         PeerRefused and ProtocolError at once.
         """
+        self._batches = batches
         waits = iter(RETRY_WAITS_S)
+        batch = next(batches, [])
         while batch:
             try:
                 self._send_once(self._connected(), batch)
@@ -532,6 +536,8 @@ class Sender:
                 self._progress.complain(f"{error}; trying again in {wait_s:g} s")
                 time.sleep(wait_s)
             batch = [source for source in batch if not self._is_done(source)]
+            if not batch:
+                batch, self._next = self._next or next(batches, []), []
 
     def _is_done(self, source: Source) -> bool:
         if source.begun and not source.decided:
@@ -546,16 +552,24 @@ class Sender:
         return self._connection
 
     def _send_once(self, connection: Connection, batch: list[Source]) -> None:
-        """Offer a batch and send what the server needs of it."""
+        """Send what the server needs of a batch, and offer it the next one."""
         for source in batch:
             source.problem = ""
-        connection.send("offer", entries=[source.offer() for source in batch])
+        self._offer(connection, batch)
         wanted = self._settle_or_want(batch, self._receive_start(connection, batch))
         with ResultReader(connection, dict(wanted), self._report):
-            for source in list(wanted.values()):
+            for source in wanted.values():
                 if not source.is_folder:
                     self._send_file(connection, source)
-            connection.flush()
+            # While the server is still busy, so that it never waits for our looking up files.
+            self._next = self._next or next(self._batches, [])
+            self._offer(connection, self._next)
+
+    def _offer(self, connection: Connection, batch: list[Source]) -> None:
+        if batch and self._offered is not batch:
+            connection.send("offer", entries=[source.offer() for source in batch])
+            self._offered = batch
+        connection.flush()
 
     def _settle_or_want(self, batch: list[Source], verdicts: list[Any]) -> dict[int, Source]:
         """Report those that the server has decided on already; return the others by index."""

@@ -351,8 +351,9 @@ class PartialFile:
         if overwrite:
             replace_file(self.path, folder.path + name)
         else:
-            free = (new for new in numbered_names(name) if move_new(self.path, folder.path + new))
-            name = next(free)
+            names = numbered_names(name)
+            while not move_new(self.path, folder.path + (name := next(names))):
+                pass
         self.close()
         return name
 
@@ -815,16 +816,14 @@ class Reception:
             self._results = []
 
     def _log_saved(self, incoming: Incoming, count: int, seconds: float) -> None:
+        if not log.isEnabledFor(logging.INFO):
+            return
         assert incoming.outcome is not None
+        path = os.path.join(self._store.folder, incoming.outcome["saved"])
         log.info(
-            "%s sent %s: %s in %.2f s (%s/s), SHA-256 %s, saved as %s",
-            self._connection.peer,
-            escape(incoming.entry.path),
-            format_bytes(count),
-            seconds,
-            format_bytes(count / max(seconds, 1e-6)),
-            incoming.digest.hexdigest()[:8],
-            escape(os.path.join(self._store.folder, incoming.outcome["saved"])),
+            f"{self._connection.peer} sent {escape(incoming.entry.path)}: {format_bytes(count)} in "
+            f"{seconds:.2f} s ({format_bytes(count / max(seconds, 1e-6))}/s), "
+            f"SHA-256 {incoming.digest.hexdigest()[:8]}, saved as {escape(path)}"
         )
 
 

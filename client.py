@@ -48,6 +48,7 @@ from common import (
     ConnectionLost,
     Keepalive,
     PeerClosed,
+    PeerStalled,
     ProtocolError,
     SocketPairError,
     blocks_for,
@@ -424,11 +425,21 @@ class ResultReader:
     def _run(self) -> None:
         try:
             while self._waiting:
-                message = self._connection.receive("results")
+                message = self._receive()
                 for result in require(message, "entries", list):
                     self._settle(result)
         except Exception as error:  # noqa: BLE001  (raised again in the other thread)
             self._error = error
+
+    def _receive(self) -> dict[str, Any]:
+        """Return the next results; waits as long as the sending goes on."""
+        while True:
+            sent_bytes = self._connection.sent_bytes
+            try:
+                return self._connection.receive("results")
+            except PeerStalled:
+                if self._connection.sent_bytes == sent_bytes:
+                    raise
 
     def _settle(self, result: Any) -> None:
         match result:

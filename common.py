@@ -213,6 +213,7 @@ class Connection:
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self.socket = sock
         self.peer = peer
+        self.sent_bytes = 0
         self._received = b""
         self._position = 0
         self._queued = bytearray()
@@ -264,36 +265,33 @@ class Connection:
         """Return how many bytes have arrived that nobody has read yet."""
         return len(self._received) - self._position
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int, ahead: int = RECEIVE_BYTES) -> bytes:
         """Return exactly `size` bytes; blocks until they are there.
+
+        Receives up to `ahead` bytes at once while it waits, for the reads to come.
 
         Raises PeerClosed when the connection ended before the first of them, ConnectionBroken
         when it ended later, PeerStalled when they did not come in time.
         """
-        start, end = self._position, self._position + size
-        if end <= len(self._received):
-            self._position = end
-            return self._received[start:end]
-        if size > RECEIVE_BYTES:
-            data = bytearray(size)
-            self.read_into(memoryview(data))
-            return bytes(data)
-        self._receive_more(size)
-        self._position = size
-        return self._received[:size]
+        self._wait_for(size, ahead)
+        start = self._position
+        self._position += size
+        return self._received[start : self._position]
 
-    def _receive_more(self, size: int) -> None:
-        """Receive until at least `size` bytes are buffered, and let go of those read before."""
-        chunks = [self._received[self._position :]]
-        have = len(chunks[0])
-        while have < size:
+    def _wait_for(self, size: int, ahead: int = RECEIVE_BYTES) -> None:
+        """Block until at least `size` bytes are buffered; raises as `read` does.
+
+        Whatever has arrived stays buffered then, so that the caller may try again.
+        """
+        if self.buffered() >= size:
+            return
+        self._received, self._position = self._received[self._position :], 0
+        while len(self._received) < size:
             with self._waiting():
-                chunk = self.socket.recv(RECEIVE_BYTES)
+                chunk = self.socket.recv(max(ahead, size - len(self._received)))
             if not chunk:
-                raise self._ended(inside=have > 0)
-            chunks.append(chunk)
-            have += len(chunk)
-        self._received, self._position = b"".join(chunks), 0
+                raise self._ended(inside=bool(self._received))
+            self._received += chunk
 
     def read_into(self, view: memoryview) -> None:
         """Fill all of `view`, straight from the socket; blocks and raises as `read` does."""
@@ -335,27 +333,29 @@ class Connection:
         # Not sendall(): its time limit is for the whole, ours for each step forward.
         while view:
             with self._waiting():
-                view = view[self.socket.send(view) :]
+                count = self.socket.send(view)
+            self.sent_bytes += count
+            view = view[count:]
 
     # frames
 
-    def read_length(self) -> int:
-        """Return the length that opens a frame or a segment; blocks and raises as `read`."""
-        return int(LENGTH.unpack(self.read(LENGTH.size))[0])
+    def read_length(self, ahead: int = RECEIVE_BYTES) -> int:
+        """Return the length that opens a segment; blocks and raises as `read` does."""
+        return int(LENGTH.unpack(self.read(LENGTH.size, ahead))[0])
 
     def read_frame(self, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
         """Return the next frame, of `max_bytes` at most; blocks and raises as `read` does.
 
         Raises ProtocolError, before it reads any further, where the frame declares more.
         """
-        header = self.read(LENGTH.size)
+        self._wait_for(LENGTH.size)
+        header = self._received[self._position : self._position + LENGTH.size]
         (size,) = LENGTH.unpack(header)
         if size > max_bytes:
             raise ProtocolError(f"not Socket Pair's protocol (received {header!r})")
-        try:
-            return self.read(size)
-        except PeerClosed:
-            raise self._ended(inside=True) from None
+        # Nothing is taken before all is there: a wait that was too long can be gone on with.
+        self._wait_for(LENGTH.size + size)
+        return self.read(LENGTH.size + size)[LENGTH.size :]
 
     def send_segment(self, segment: memoryview) -> None:
         """Send a part of a file, framed; blocks and raises as `write` does.

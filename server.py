@@ -56,6 +56,8 @@ from common import (
     EXIT_INTERRUPTED,
     GIVEN_UP,
     HANDSHAKE_TIMEOUT_S,
+    KEEPALIVE_INTERVAL_S,
+    RECEIVE_BYTES,
     SEGMENT_BYTES,
     STILL_HERE,
     Blocks,
@@ -243,9 +245,13 @@ def partial_stem(name: str) -> str:
 
 
 def find_leftovers(folder: str) -> dict[str, list[str]]:
-    """Return the partial files in `folder`: their paths, by their stems."""
+    """Return the partial files in `folder`: their paths, by their stems. Raises OSError."""
     found: dict[str, list[str]] = {}
-    for name in os.listdir(folder):
+    try:
+        names = os.listdir(folder)
+    except PermissionError:  # it may still be written to
+        return found
+    for name in names:
         if name.endswith(PARTIAL_SUFFIX):
             stem = name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
             found.setdefault(stem, []).append(os.path.join(folder, name))
@@ -618,6 +624,7 @@ class Reception:
         self._current: Incoming | None = None
         self._claims_left = MAX_CLAIMS
         self._results: list[list[Any]] = []  # index and outcome, not told yet
+        self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
     def describe_current(self) -> str:
         """Return what becomes of the file that was under way, for the end of a log line."""
@@ -736,7 +743,8 @@ class Reception:
     def _receive_entry(self, incoming: Incoming) -> None:
         """Take one entry, and note its result."""
         self._current = incoming
-        if not self._connection.buffered() or (incoming.entry.size or 0) > SEGMENT_BYTES:
+        large = incoming.entry.size is None or incoming.entry.size > SEGMENT_BYTES
+        if large or not self._connection.buffered() or self._told.remaining() == 0:
             self._tell_results()  # before what may take a while
         try:
             if incoming.entry.is_folder:
@@ -780,7 +788,9 @@ class Reception:
         Raises GivenUp, and whatever `blocks` raises.
         """
         connection, size = self._connection, incoming.entry.size
-        while (length := connection.read_length()) != END_OF_FILE:
+        # A large file's bytes go straight into the blocks; many small files come with one call.
+        ahead = RECEIVE_BYTES if size is not None and size < RECEIVE_BYTES else 0
+        while (length := connection.read_length(ahead)) != END_OF_FILE:
             if length == GIVEN_UP:
                 incoming.arrived = True
                 raise GivenUp("the client gave up in the middle of it")
@@ -814,6 +824,7 @@ class Reception:
         if self._results:
             self._connection.send("results", entries=self._results)
             self._results = []
+        self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
     def _log_saved(self, incoming: Incoming, count: int, seconds: float) -> None:
         if not log.isEnabledFor(logging.INFO):

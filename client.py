@@ -362,6 +362,12 @@ class Report:
         self._failed_in_folder += 1
         self._progress.complain(f"{escape(path)}: {reason}")
 
+    def resumed(self, source: Source) -> None:
+        """Report that some of a file is at the server already."""
+        if not self._quiet:
+            there = format_bytes(source.offset)
+            self._progress.say(f"{escape(source.path)}: going on after the first {there}")
+
     def saved(self, source: Source, name: str, how: str) -> None:
         """Report a file that stands at the server as `name` now, or a folder that is complete."""
         named = "/" not in source.name
@@ -595,6 +601,8 @@ class Sender:
             source.offset = require_size(verdict, "offset")
             if source.offset and source.offset not in source.digests:
                 raise ProtocolError("received an offset that was not asked about")
+            if source.offset:
+                self._report.resumed(source)
             wanted[index] = source
         return wanted
 

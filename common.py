@@ -614,6 +614,8 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     still waits in a socket cannot hold it up.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    # Also where a shell has started us in the background, with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # closed by whoever started us
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

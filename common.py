@@ -35,7 +35,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 __version__ = "1.0.0"
@@ -437,13 +436,8 @@ class Blocks:
     def __enter__(self) -> Blocks:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        """Nothing is left to wait for."""
+    def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
+        """End; nothing is left to wait for."""
 
     def take(self) -> memoryview:
         """Return a block to fill."""
@@ -474,12 +468,7 @@ class BlockPipeline(Blocks):
         self._thread = threading.Thread(target=self._run, name="block pipeline", daemon=True)
         self._thread.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
         self._given.put(None)
         self._thread.join()
         if error is None:

@@ -514,10 +514,11 @@ class Link:
         with contextlib.suppress(OSError):
             while data := far.recv(65536):
                 near.sendall(data)
-        # The server is gone: so is the link.
+        # The server is gone: so is the link, with what is held in it.
         for sock in (near, far):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
 
 
 # --- files ----------------------------------------------------------------------------------

@@ -268,10 +268,13 @@ class Server(Process):
         """Run a client of this server to its end."""
         return send(self.port if port is None else port, *args, **options)
 
-    def idle(self) -> tuple[int, int]:
-        """Wait until no connection is left; return the counts of threads and descriptors."""
-        wait_for(lambda: self.threads() == 1, what="the server's threads have ended")
+    def held(self) -> tuple[int, int]:
+        """Return the counts of the threads and the descriptors that it has."""
         return self.threads(), self.descriptors()
+
+    def wait_until_idle(self, held: tuple[int, int]) -> None:
+        """Wait until it has let go of all that it did not hold at first."""
+        wait_for(lambda: self.held() == held, what=f"{held} threads and descriptors")
 
     def check_serves(self, tmp_path: Path) -> None:
         """Fail unless a real client is served."""
@@ -465,6 +468,10 @@ class Link:
             lambda: self._hold_at is not None and self.passed >= self._hold_at,
             what=f"{self._hold_at} bytes have passed, {self.passed} have",
         )
+
+    def wait_until_passed(self, count: int, client: Process) -> None:
+        """Wait until `count` bytes have passed, or `client` has ended."""
+        wait_for(lambda: self.passed >= count or not client.running())
 
     def _accept(self) -> None:
         while not self._closed:

@@ -391,13 +391,20 @@ class RawClient:
         return self.receive()
 
     def send_file(self, path: str, content: bytes) -> dict[str, Any]:
-        """Send a file that the server has not got; return its verdict, the first refusal's too."""
+        """Send a file that the server has not got; return what becomes of it."""
         start = self.offer({"path": path, "size": len(content)})
         if start["type"] != "start" or "offset" not in start["entries"][0]:
-            return start
+            return dict(start["entries"][0])
         segments = [content[at : at + MIB] for at in range(0, len(content), MIB)]
         self.send(b"".join(map(frame, segments)) + END_OF_FILE + hashlib.sha256(content).digest())
-        return self.receive()
+        return self.receive_result()
+
+    def receive_result(self) -> dict[str, Any]:
+        """Return what has become of the one file under way."""
+        answer = self.receive()
+        assert answer["type"] == "results", answer
+        ((_, outcome),) = answer["entries"]
+        return dict(outcome)
 
 
 # --- a link that misbehaves -----------------------------------------------------------------

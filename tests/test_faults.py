@@ -378,7 +378,7 @@ def test_another_protocol_is_told_so(server: Server, protocol: int) -> None:
         (message("welcome") + message("start", entries=[{"offset": 5}]), "not asked about"),
         (message("welcome") + message("start", entries=[{"offset": -1}]), "bad 'offset'"),
         (message("welcome") + message("held", entries=[[7, [1]]]), "held that is not one"),
-        (message("welcome") + message("result", index=0), "unexpected message"),
+        (message("welcome") + message("results", entries=[]), "unexpected message"),
         (
             message("welcome") + message("start", entries=[{"failed": "\x1b[2J"}]),
             r"\x1b[2J",
@@ -386,7 +386,7 @@ def test_another_protocol_is_told_so(server: Server, protocol: int) -> None:
         (
             message("welcome")
             + message("start", entries=[{"offset": 0}])
-            + message("result", index=3, saved="x"),
+            + message("results", entries=[[3, {"saved": "x"}]]),
             "a result of a file that was not sent",
         ),
     ],
@@ -752,7 +752,7 @@ def test_content_that_is_not_what_was_offered_is_never_saved(server: Server, sai
     with RawClient(server.port).greet() as client:
         assert client.offer(ENTRY)["entries"] == [{"offset": 0}]
         client.send(said)
-        assert "failed" in client.receive()
+        assert "failed" in client.receive_result()
         assert contents(server.folder) == {}
         assert "saved" in client.send_file("next", b"good"), "the conversation goes on"
     assert contents(server.folder) == {"next": b"good"}
@@ -761,6 +761,7 @@ def test_content_that_is_not_what_was_offered_is_never_saved(server: Server, sai
 BAD_PATHS = [
     "",
     "/",
+    "/x",
     ".",
     "..",
     "../x",
@@ -784,7 +785,7 @@ def test_a_path_that_leads_elsewhere_is_refused(server: Server, tmp_path: Path, 
         start = client.offer({"path": path, "size": 1}, {"path": path, "folder": True})
         assert "failed" in start["entries"][0]
         if "failed" not in start["entries"][1]:  # a folder is made when its turn comes
-            assert "failed" in client.receive()
+            assert "failed" in client.receive_result()
         assert "saved" in client.send_file("next", b"good")
     assert contents(server.folder) == {"next": b"good"}
     assert visible(tmp_path) == ["inbox"]

@@ -164,6 +164,15 @@ def test_the_longest_frame_is_taken() -> None:
         assert connection.read_frame() == content
 
 
+def test_a_frame_that_came_in_part_is_there_after_another_try() -> None:
+    with connected() as (connection, far):
+        far.sendall(struct.pack("!I", 10) + b"first")
+        with connection.limit(0.2), pytest.raises(PeerStalled):
+            connection.read_frame()
+        far.sendall(b"later")
+        assert connection.read_frame() == b"firstlater"
+
+
 # --- messages ---------------------------------------------------------------------------------
 
 
@@ -307,16 +316,16 @@ def test_closing_wakes_whoever_waits() -> None:
         assert ended.wait(60)
 
 
-def test_queued_messages_leave_with_the_flush_and_before_later_ones() -> None:
+def test_queued_bytes_leave_with_the_flush_and_before_later_ones() -> None:
     with connected() as (connection, far), Connection(far, "far") as other:
-        connection.queue_message("first")
+        connection.queue(b"first")
         far.settimeout(0.2)
         with pytest.raises(TimeoutError):
             far.recv(1)
         far.settimeout(60)
         connection.send("second")
         connection.write(b"third")
-        assert other.receive("first")
+        assert other.read(5) == b"first"
         assert other.receive("second")
         assert other.read(5) == b"third"
 

@@ -13,7 +13,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import server
-from server import Folders, PartialFile, Refused, numbered_names, partial_stem, safe_parts
+from server import (
+    Entry,
+    Folders,
+    PartialFile,
+    Refused,
+    check_name,
+    numbered_names,
+    partial_stem,
+    safe_parts,
+)
 
 # What path rules have been broken with, and the surrogates that stand for bytes of no UTF-8.
 NASTY = st.sampled_from(
@@ -46,6 +55,7 @@ def fits(name: str) -> bool:
 @given(PATHS)
 @settings(max_examples=400)
 @example("/etc/passwd")
+@example("/passwd")
 @example("../outside")
 @example("a/../../outside")
 @example("a//b")
@@ -64,9 +74,9 @@ def test_every_path_is_refused_or_ends_inside_the_folder(path: str) -> None:
         root = os.path.join(outer, "root")
         os.mkdir(root)
         try:
-            parts = safe_parts(path)
-            folder = Folders(root).locate(parts[:-1])
-            target = os.path.join(folder, parts[-1])
+            entry = Entry.from_message({"path": path})
+            check_name(entry.name)
+            target = os.path.join(Folders(root).locate(entry.folder).path, entry.name)
             with open(target, "xb"):
                 pass
         except (Refused, OSError):
@@ -158,22 +168,20 @@ def test_names_of_partial_files_are_refused() -> None:
 @example(".bashrc")
 @example("archive.tar.gz")
 def test_numbered_names_begin_with_the_name_and_fit(name: str) -> None:
-    names = list(itertools.islice(numbered_names(os.path.join("folder", name)), 12))
-    assert names[0] == os.path.join("folder", name)
+    names = list(itertools.islice(numbered_names(name), 12))
+    assert names[0] == name
     assert len(set(names)) == len(names)
-    for path in names:
-        folder, found = os.path.split(path)
-        assert folder == "folder"
+    for found in names:
         assert fits(found), found
-    for number, path in enumerate(names[1:], 1):
-        assert f" ({number})" in path
+    for number, found in enumerate(names[1:], 1):
+        assert f" ({number})" in found
 
 
 def test_numbered_names_put_the_number_before_the_extension() -> None:
-    assert list(itertools.islice(numbered_names("a/b.c/report.pdf"), 3)) == [
-        "a/b.c/report.pdf",
-        "a/b.c/report (1).pdf",
-        "a/b.c/report (2).pdf",
+    assert list(itertools.islice(numbered_names("report.v2.pdf"), 3)) == [
+        "report.v2.pdf",
+        "report.v2 (1).pdf",
+        "report.v2 (2).pdf",
     ]
 
 
@@ -183,13 +191,14 @@ def test_numbered_names_put_the_number_before_the_extension() -> None:
 @example("é" * 127)
 def test_every_name_has_room_for_its_partial_file(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        partial = PartialFile.create(folder, name)
+        partial = PartialFile.create(Folders(folder).locate(""), name)
         try:
             (found,) = os.listdir(folder)
             assert found.startswith(".")
             assert found.endswith(server.PARTIAL_SUFFIX)
             assert list(server.find_leftovers(folder)) == [partial_stem(name)]
-            assert Folders(folder).leftovers(folder, name) == [partial.path]
+            leftovers = Folders(folder).locate("").leftovers
+            assert leftovers == {partial_stem(name): [partial.path]}
         finally:
             partial.discard()
         assert os.listdir(folder) == []
@@ -197,9 +206,9 @@ def test_every_name_has_room_for_its_partial_file(name: str) -> None:
 
 def test_partial_files_of_one_name_are_not_those_of_another(tmp_path: Path) -> None:
     for name in ("a", "a.b", "a.b.c"):
-        PartialFile.create(str(tmp_path), name).close()
-    folders = Folders(str(tmp_path))
-    found = [folders.leftovers(str(tmp_path), name) for name in ("a", "a.b", "a.b.c")]
+        PartialFile.create(Folders(str(tmp_path)).locate(""), name).close()
+    leftovers = Folders(str(tmp_path)).locate("").leftovers
+    found = [leftovers[partial_stem(name)] for name in ("a", "a.b", "a.b.c")]
     assert [len(paths) for paths in found] == [1, 1, 1]
     assert len(set(itertools.chain(*found))) == 3
 
@@ -221,9 +230,9 @@ def root(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("target", ["../outside", "/", "/tmp", "..", "../outside/new", "/proc/1"])
 def test_a_link_that_leads_out_is_refused(root: Path, target: str) -> None:
     (root / "link").symlink_to(target)
-    for parts in (["link"], ["link", "deeper"], ["link", "..", "x"][:1]):
+    for path in ("link", "link/deeper"):
         with pytest.raises(Refused, match="leads out"):
-            Folders(str(root)).locate(parts)
+            Folders(str(root)).locate(path)
     assert os.listdir(root.parent / "outside") == []
 
 
@@ -232,7 +241,7 @@ def test_a_link_to_a_link_that_leads_out_is_refused(root: Path) -> None:
     (root / "second").symlink_to("../outside")
     (root / "first").symlink_to("second")
     with pytest.raises(Refused, match="leads out"):
-        Folders(str(root)).locate(["first"])
+        Folders(str(root)).locate("first")
 
 
 @posix
@@ -240,43 +249,44 @@ def test_a_folder_beside_whose_name_begins_alike_is_outside(root: Path) -> None:
     (root.parent / "root2").mkdir()
     (root / "link").symlink_to("../root2")
     with pytest.raises(Refused, match="leads out"):
-        Folders(str(root)).locate(["link"])
+        Folders(str(root)).locate("link")
 
 
 @posix
 def test_a_link_inside_the_folder_is_followed(root: Path) -> None:
     (root / "real").mkdir()
     (root / "link").symlink_to("real")
-    found = Folders(str(root)).locate(["link", "new"])
-    assert found == str(root / "real" / "new")
+    found = Folders(str(root)).locate("link/new")
+    assert found.path == str(root / "real" / "new") + os.sep
+    assert found.shown == "real/new/"
     assert (root / "real" / "new").is_dir()
 
 
 @posix
 def test_a_dangling_link_inside_the_folder_gets_its_folder(root: Path) -> None:
     (root / "link").symlink_to("missing")
-    assert Folders(str(root)).locate(["link"]) == str(root / "missing")
+    assert Folders(str(root)).locate("link").path == str(root / "missing") + os.sep
 
 
 @posix
 def test_a_link_to_itself_is_an_error_and_not_a_hang(root: Path) -> None:
     (root / "loop").symlink_to("loop")
     with pytest.raises((Refused, OSError)):
-        Folders(str(root)).locate(["loop", "x"])
+        Folders(str(root)).locate("loop/x")
 
 
 @posix
 def test_the_folder_itself_may_be_a_link(root: Path) -> None:
     link = root.parent / "link"
     link.symlink_to("root")
-    assert Folders(str(link)).locate(["a", "b"]) == str(root / "a" / "b")
+    assert Folders(str(link)).locate("a/b").path == str(root / "a" / "b") + os.sep
 
 
 def test_a_file_where_a_folder_should_go_is_refused(root: Path) -> None:
     (root / "taken").write_bytes(b"mine")
-    for parts in (["taken"], ["taken", "x"]):
+    for path in ("taken", "taken/x"):
         with pytest.raises((Refused, OSError)):
-            Folders(str(root)).locate(parts)
+            Folders(str(root)).locate(path)
     assert (root / "taken").read_bytes() == b"mine"
 
 
@@ -310,7 +320,7 @@ def test_a_partial_file_that_is_a_pipe_is_not_waited_for(root: Path) -> None:
 
 
 def test_a_partial_file_in_use_is_not_claimed_again(root: Path) -> None:
-    partial = PartialFile.create(str(root), "x")
+    partial = PartialFile.create(Folders(str(root)).locate(""), "x")
     try:
         with pytest.raises(BlockingIOError):
             PartialFile.claim(partial.path)

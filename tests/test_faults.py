@@ -404,6 +404,7 @@ def test_a_server_that_talks_nonsense_is_one_line(tmp_path: Path, answer: bytes,
         peer, _ = listener.accept()
         with peer:
             peer.settimeout(60)
+            assert peer.recv(65536), "the client speaks first"
             if answer:
                 peer.sendall(answer)
                 peer.shutdown(socket.SHUT_WR)

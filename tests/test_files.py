@@ -27,11 +27,13 @@ from support import (
     contents,
     control_codes,
     environment,
+    free_port,
     make_file,
     make_partial,
     make_sparse,
     partial_size,
     run_script,
+    send,
     sha256,
     visible,
     wait_for,
@@ -745,6 +747,7 @@ def test_a_partial_file_is_gone_on_with(server: Server, tmp_path: Path) -> None:
         result = server.send(source, port=link.port)
         assert 5 * MIB - 3 <= link.passed < 6 * MIB, "only the rest is sent"
     assert result.status == 0, result
+    assert "file.bin: going on after the first 15.7 MB\n" in result.stdout
     assert contents(server.folder) == {"file.bin": source.read_bytes()}
     assert f"SHA-256 matches ({sha256(source)[:8]}...)" in result.stdout
 
@@ -980,12 +983,22 @@ def test_the_server_logs_a_line_for_each_file(server: Server, tmp_path: Path) ->
     assert server.stderr() == ""
 
 
-def test_a_quiet_server_and_a_quiet_client_say_nothing(inbox: Path, tmp_path: Path) -> None:
+def test_a_quiet_client_says_only_what_went_wrong(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file.bin", 1000)
-    with Server(inbox) as loud:
-        result = loud.send("-q", source, tmp_path / "missing")
-        assert result.stdout == ""
-        assert result.error_lines == [f"{tmp_path / 'missing'}: no such file"]
+    result = server.send("-q", source, tmp_path / "missing")
+    assert result.stdout == ""
+    assert result.error_lines == [f"{tmp_path / 'missing'}: no such file"]
+    assert contents(server.folder) == {"file.bin": source.read_bytes()}
+
+
+def test_a_quiet_server_says_nothing(inbox: Path, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file.bin", 1000)
+    port = free_port()
+    args = ("file", "-q", "--port", str(port), "--folder", str(inbox))
+    with Process("server.py", *args) as server:
+        wait_for(lambda: send(port, source).status == 0)
+        assert contents(inbox) == {"file.bin": source.read_bytes()}
+        assert server.stdout() + server.stderr() == ""
 
 
 def test_a_bar_is_shown_on_a_terminal_only(server: Server, tmp_path: Path) -> None:

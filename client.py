@@ -90,7 +90,7 @@ def connect(host: str, port: int, mode: str) -> tuple[Connection, dict[str, Any]
     peer = escape(common.format_address(host, port))
     try:
         sock = socket.create_connection((host, port), timeout=HANDSHAKE_TIMEOUT_S)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a host that no name can be
         raise NoServer(
             f"no server at {peer} ({describe_error(error)}): "
             f"start one there with: python server.py {mode}"
@@ -160,13 +160,14 @@ class Source:
             raise SocketPairError(CHANGED)
 
 
-Problem = Callable[[str, str], object]
+# Told the path, the name that it would be offered with, and the reason.
+Problem = Callable[[str, str, str], object]
 
 
 def find_sources(paths: Iterable[str], name: str | None, on_problem: Problem) -> Iterator[Source]:
     """Yield all that `paths` name: files, and what is in folders, ``-`` under `name`.
 
-    What cannot be sent is passed over after a call of `on_problem` with its path and the reason.
+    What cannot be sent is passed over after a call of `on_problem`.
     """
     for path in paths:
         if path == STDIN:
@@ -175,7 +176,7 @@ def find_sources(paths: Iterable[str], name: str | None, on_problem: Problem) ->
         try:
             found = os.stat(path)
         except (OSError, ValueError) as error:
-            on_problem(path, describe_missing(error))
+            on_problem(path, path, describe_missing(error))
             continue
         # Not just basename(): "." and "folder/" have a name too.
         offered = os.path.basename(os.path.abspath(path))
@@ -184,7 +185,7 @@ def find_sources(paths: Iterable[str], name: str | None, on_problem: Problem) ->
         elif stat.S_ISREG(found.st_mode):
             yield Source.from_stat(path, offered, found)
         else:
-            on_problem(path, "not a file or a folder")
+            on_problem(path, path, "not a file or a folder")
 
 
 def describe_missing(error: OSError | ValueError) -> str:
@@ -200,7 +201,7 @@ def walk_folder(path: str, name: str, on_problem: Problem) -> Iterator[Source]:
     In that order the server can give each folder its modification time for good. Without
     recursion, for trees of any depth.
     """
-    unfinished = [(path, name, iter(list_folder(path, on_problem)))]
+    unfinished = [(path, name, iter(list_folder(path, name, on_problem)))]
     while unfinished:
         path, name, entries = unfinished[-1]
         entry = next(entries, None)
@@ -210,19 +211,19 @@ def walk_folder(path: str, name: str, on_problem: Problem) -> Iterator[Source]:
                 mtime_ns = os.stat(path).st_mtime_ns
                 yield Source(path, name, mtime_ns=mtime_ns, is_folder=True)
         elif entry.is_dir(follow_symlinks=False):
-            listing = iter(list_folder(entry.path, on_problem))
-            unfinished.append((entry.path, f"{name}/{entry.name}", listing))
+            below = f"{name}/{entry.name}"
+            unfinished.append((entry.path, below, iter(list_folder(entry.path, below, on_problem))))
         else:
             yield from look_at(entry, f"{name}/{entry.name}", on_problem)
 
 
-def list_folder(path: str, on_problem: Problem) -> list[os.DirEntry[str]]:
+def list_folder(path: str, name: str, on_problem: Problem) -> list[os.DirEntry[str]]:
     """Return a folder's entries by name; none, after a call of `on_problem`, if unreadable."""
     try:
         with os.scandir(path) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        on_problem(path, describe_error(error))
+        on_problem(path, f"{name}/", describe_error(error))
         return []
 
 
@@ -231,14 +232,14 @@ def look_at(entry: os.DirEntry[str], name: str, on_problem: Problem) -> Iterator
     try:
         found = entry.stat()
     except OSError as error:
-        on_problem(entry.path, describe_missing(error))
+        on_problem(entry.path, name, describe_missing(error))
         return
     if stat.S_ISREG(found.st_mode):
         yield Source.from_stat(entry.path, name, found)
     elif stat.S_ISDIR(found.st_mode):
         complain(f"{escape(entry.path)}: a link to a folder, not followed")
     else:
-        on_problem(entry.path, "not a file or a folder")
+        on_problem(entry.path, name, "not a file or a folder")
 
 
 def in_batches(sources: Iterable[Source]) -> Iterator[list[Source]]:
@@ -342,6 +343,15 @@ def find_tqdm() -> type[tqdm[Any]] | None:
 # --- results --------------------------------------------------------------------------------
 
 
+@dataclass
+class FolderTally:
+    """What has become of what is in a folder that was named."""
+
+    files: int = 0
+    bytes: int = 0
+    failed: int = 0
+
+
 class Report:
     """Tells the user what becomes of what was named, and keeps count.
 
@@ -353,12 +363,16 @@ class Report:
         self._progress = progress
         self._quiet = quiet
         self._verbose = verbose
-        self._files_in_folder = self._bytes_in_folder = self._failed_in_folder = 0
+        self._folders: dict[str, FolderTally] = {}
 
-    def problem(self, path: str, reason: str) -> None:
-        """Report a file that was not sent, or was not saved."""
+    def _tally(self, name: str) -> FolderTally:
+        return self._folders.setdefault(name.partition("/")[0], FolderTally())
+
+    def problem(self, path: str, name: str, reason: str) -> None:
+        """Report what was not sent, or was not saved: its path, its offered name, and why."""
         self.failed += 1
-        self._failed_in_folder += 1
+        if "/" in name:
+            self._tally(name).failed += 1
         self._progress.complain(f"{escape(path)}: {reason}")
 
     def resumed(self, source: Source) -> None:
@@ -372,26 +386,28 @@ class Report:
         named = "/" not in source.name
         if source.is_folder:
             if named:
-                self._folder_saved(name)
+                self._folder_saved(source, name)
             return
         if not named:
-            self._files_in_folder += 1
-            self._bytes_in_folder += source.size or 0
+            tally = self._tally(source.name)
+            tally.files += 1
+            tally.bytes += source.size or 0
         if not self._quiet and (named or self._verbose or name != source.name):
             self._progress.say(
                 f"{how} as {escape(name)}, SHA-256 matches ({source.checksum[:8]}...)"
             )
 
-    def _folder_saved(self, name: str) -> None:
-        if not self._quiet:
-            files = "1 file" if self._files_in_folder == 1 else f"{self._files_in_folder} files"
-            text = f"Saved {escape(name)}/ with {files} ({format_bytes(self._bytes_in_folder)})"
-            if self._files_in_folder:
-                text += ", every SHA-256 matches"
-            if self._failed_in_folder:
-                text += f", without {self._failed_in_folder} that failed"
-            self._progress.say(text)
-        self._files_in_folder = self._bytes_in_folder = self._failed_in_folder = 0
+    def _folder_saved(self, source: Source, name: str) -> None:
+        tally = self._folders.pop(source.name, FolderTally())
+        if self._quiet:
+            return
+        files = "1 file" if tally.files == 1 else f"{tally.files} files"
+        text = f"Saved {escape(name)}/ with {files} ({format_bytes(tally.bytes)})"
+        if tally.files:
+            text += ", every SHA-256 matches"
+        if tally.failed:
+            text += f", without {tally.failed} that failed"
+        self._progress.say(text)
 
 
 class ResultReader:
@@ -453,9 +469,9 @@ def settle(source: Source, outcome: dict[str, Any], report: Report) -> None:
     """Report what the server says has become of `source`. Raises ProtocolError."""
     source.decided = True
     if source.problem:
-        report.problem(source.path, source.problem)
+        report.problem(source.path, source.name, source.problem)
     elif "failed" in outcome:
-        report.problem(source.path, escape(require(outcome, "failed", str)))
+        report.problem(source.path, source.name, escape(require(outcome, "failed", str)))
     elif "already" in outcome:
         report.saved(source, require(outcome, "already", str), "Already there")
     else:
@@ -487,7 +503,7 @@ def start_file_client(
     whatever went wrong: 1 unless every one of them stands at the server, verified.
     """
     shown = sys.stderr is not None and sys.stderr.isatty() and not quiet
-    progress = Progress(lambda: find_sources(paths, name, lambda path, reason: None), shown)
+    progress = Progress(lambda: find_sources(paths, name, lambda path, name, reason: None), shown)
     report = Report(progress, quiet, verbose)
     sender = Sender(address, report, progress)
     try:
@@ -552,7 +568,9 @@ class Sender:
 
     def _is_done(self, source: Source) -> bool:
         if source.begun and not source.decided:
-            self._report.problem(source.path, "standard input cannot be sent a second time")
+            self._report.problem(
+                source.path, source.name, "standard input cannot be sent a second time"
+            )
             return True
         return source.decided
 

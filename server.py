@@ -89,6 +89,7 @@ MAX_ENTRIES = 1000
 # Far beyond what any system takes, to bound what a client can make us work through.
 MAX_PATH_CHARS = 16 * 1024
 MAX_NAME_BYTES = 255
+MAX_SUFFIX_BYTES = 50
 # More partial files than this of one batch are not looked at again: each is an open file.
 MAX_CLAIMS = 32
 # How long the connection that a client has just lost may take to notice, and let go its file.
@@ -97,8 +98,8 @@ CLAIM_INTERVAL_S = 0.02
 MAX_KNOWN_FOLDERS = 10_000
 
 PARTIAL_SUFFIX = ".socketpair-part"
-WINDOWS_RESERVED = {"CON", "PRN", "AUX", "NUL"} | {
-    f"{port}{number}" for port in ("COM", "LPT") for number in "123456789"
+WINDOWS_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
+    f"{port}{number}" for port in ("COM", "LPT") for number in "123456789\u00b9\u00b2\u00b3"
 }
 NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
@@ -130,8 +131,6 @@ def safe_parts(path: str, windows: bool = sys.platform == "win32") -> list[str]:
 
 def check_name(name: str, windows: bool = sys.platform == "win32") -> None:
     """Raise Refused unless `name` can stand for a file inside a folder, and for nothing else."""
-    if windows:
-        check_windows_name(name)
     if name in ("", ".", ".."):
         raise Refused("the path is not one inside the folder")
     if "\0" in name:
@@ -144,6 +143,8 @@ def check_name(name: str, windows: bool = sys.platform == "win32") -> None:
         raise Refused("the name is not valid Unicode, which this system requires") from None
     if size > MAX_NAME_BYTES:
         raise Refused(f"the name is too long ({size} bytes; {MAX_NAME_BYTES} at most)")
+    if windows:
+        check_windows_name(name)
 
 
 def check_windows_name(name: str) -> None:
@@ -163,6 +164,8 @@ def numbered_names(name: str) -> Iterator[str]:
     """Yield `name`, then ``name (1).ext``, ``name (2).ext`` and so on, without end."""
     yield name
     stem, suffix = os.path.splitext(name)
+    if len(os.fsencode(suffix)) > MAX_SUFFIX_BYTES:  # no suffix, but a name with a dot in it
+        stem, suffix = name, ""
     for number in itertools.count(1):
         tail = f" ({number}){suffix}"
         while len(os.fsencode(stem + tail)) > MAX_NAME_BYTES and stem:
@@ -188,10 +191,10 @@ class Folders:
 
     def __init__(self, root: str) -> None:
         self._root = os.path.realpath(root)
-        self._known: dict[str, Folder] = {}
+        self._known: dict[str | None, Folder] = {}
 
-    def locate(self, path: str) -> Folder:
-        """Return the folder at an offered `path`; ``""`` is the root.
+    def locate(self, path: str | None) -> Folder:
+        """Return the folder at an offered `path`; None is the root.
 
         Raises Refused where a name or a symbolic link leads out of the root or a file is in the
         way, and OSError where the system does not allow it.
@@ -199,7 +202,7 @@ class Folders:
         if path not in self._known:
             if len(self._known) >= MAX_KNOWN_FOLDERS:
                 self._known.clear()
-            self._known[path] = self._look_at(self._make(safe_parts(path) if path else []))
+            self._known[path] = self._look_at(self._make([] if path is None else safe_parts(path)))
         return self._known[path]
 
     def _make(self, parts: Sequence[str]) -> str:
@@ -446,7 +449,7 @@ def _move_new_without_links(source: str, target: str) -> bool:
 class Entry:
     """A file or folder as a client offers it."""
 
-    folder: str
+    folder: str | None  # None: the root; "" is no folder's path
     name: str
     size: int | None = None  # None: unknown until it ends (a pipe)
     mtime_ns: int | None = None
@@ -458,12 +461,12 @@ class Entry:
         """Return the entry in one item of an offer; raises ProtocolError."""
         if not isinstance(message, dict):
             raise ProtocolError("received an offer that is not one")
-        folder, _, name = require(message, "path", str).rpartition("/")
+        folder, slash, name = require(message, "path", str).rpartition("/")
         size, mtime_ns = message.get("size"), message.get("mtime_ns")
         if mtime_ns is not None and abs(require(message, "mtime_ns", int)) >= 2**63:
             raise ProtocolError("received a message with a bad 'mtime_ns'")
         return cls(
-            folder,
+            folder if slash else None,
             name,
             size if size is None else require_size(message, "size"),
             mtime_ns,
@@ -474,7 +477,7 @@ class Entry:
     @property
     def path(self) -> str:
         """The path that was offered."""
-        return f"{self.folder}/{self.name}" if self.folder else self.name
+        return self.name if self.folder is None else f"{self.folder}/{self.name}"
 
 
 @dataclass(slots=True)
@@ -870,11 +873,11 @@ def open_listener(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address, family=family, backlog=1024)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         hint = "; another program has it: choose one with --port"
         raise SocketPairError(
             f"cannot listen on {common.format_address(host, port)}: {describe_error(error)}"
-            + (hint if error.errno == errno.EADDRINUSE else "")
+            + (hint if getattr(error, "errno", None) == errno.EADDRINUSE else "")
         ) from error
 
 
@@ -882,7 +885,7 @@ def is_loopback(host: str) -> bool:
     """Tell whether every address of `host` is this machine's own, unreachable from others."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, ValueError):
         return False
     addresses = {str(address[4][0]) for address in found}
     return all(ipaddress.ip_address(text.partition("%")[0]).is_loopback for text in addresses)

@@ -191,13 +191,13 @@ def test_numbered_names_put_the_number_before_the_extension() -> None:
 @example("é" * 127)
 def test_every_name_has_room_for_its_partial_file(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        partial = PartialFile.create(Folders(folder).locate(""), name)
+        partial = PartialFile.create(Folders(folder).locate(None), name)
         try:
             (found,) = os.listdir(folder)
             assert found.startswith(".")
             assert found.endswith(server.PARTIAL_SUFFIX)
             assert list(server.find_leftovers(folder)) == [partial_stem(name)]
-            leftovers = Folders(folder).locate("").leftovers
+            leftovers = Folders(folder).locate(None).leftovers
             assert leftovers == {partial_stem(name): [partial.path]}
         finally:
             partial.discard()
@@ -206,8 +206,8 @@ def test_every_name_has_room_for_its_partial_file(name: str) -> None:
 
 def test_partial_files_of_one_name_are_not_those_of_another(tmp_path: Path) -> None:
     for name in ("a", "a.b", "a.b.c"):
-        PartialFile.create(Folders(str(tmp_path)).locate(""), name).close()
-    leftovers = Folders(str(tmp_path)).locate("").leftovers
+        PartialFile.create(Folders(str(tmp_path)).locate(None), name).close()
+    leftovers = Folders(str(tmp_path)).locate(None).leftovers
     found = [leftovers[partial_stem(name)] for name in ("a", "a.b", "a.b.c")]
     assert [len(paths) for paths in found] == [1, 1, 1]
     assert len(set(itertools.chain(*found))) == 3
@@ -320,7 +320,7 @@ def test_a_partial_file_that_is_a_pipe_is_not_waited_for(root: Path) -> None:
 
 
 def test_a_partial_file_in_use_is_not_claimed_again(root: Path) -> None:
-    partial = PartialFile.create(Folders(str(root)).locate(""), "x")
+    partial = PartialFile.create(Folders(str(root)).locate(None), "x")
     try:
         with pytest.raises(BlockingIOError):
             PartialFile.claim(partial.path)

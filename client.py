@@ -88,12 +88,12 @@ STDOUT = "-"
 
 # Beside the sound card's own buffers: measured with tests/bench/latency.py.
 START_TARGET_MS = 5.0
-MIN_TARGET_MS = 3.0
+MIN_TARGET_MS = 2.5
 MAX_TARGET_MS = 250.0
 TARGET_STEP_MS = 4.0
 LOWERING_MS = 0.5
 # The spare that has to remain unused all the time before the target is lowered.
-RESERVE_MS = 4.0
+RESERVE_MS = 2.5
 ADAPTING_WINDOW_MS = 10_000
 STEERING_WINDOW_MS = 250
 # A frame in 1,000 more or less changes the pitch by a fifth of what can be heard (about 10
@@ -818,6 +818,7 @@ class JitterBuffer:
         self._playing = False
         self._draining = False
         self._silent_frames = 0
+        self._settling = True
         self._correction = 0
         self._uncorrected_frames = 0
         self._steering = SpareWindow(audio.frames_in(STEERING_WINDOW_MS))
@@ -907,6 +908,7 @@ class JitterBuffer:
         self._throw_away(spare_frames)
         self._samples[:] = self._fade_in(bytes(self._samples))
         self._playing = True
+        self._settling = True
         self._correction = 0
         self._steering.clear()
         self._adapting.clear()
@@ -960,12 +962,24 @@ class JitterBuffer:
             self._adapting.clear()
 
     def _correct(self, error_frames: float) -> None:
-        """Bring the spare back by its mean error: at once if large, frame by frame if small."""
-        if error_frames > self.audio.frames_in(JUMP_MS):
+        """Bring the spare back by its mean error: at once if large, frame by frame if small.
+
+        A sound card may take several blocks at once when it starts: only after that is it known
+        how far from the target playing began, so that the first error is always put right.
+        """
+        if error_frames > self.audio.frames_in(JUMP_MS) or self._settling:
             self._throw_away(min(round(error_frames), self.fill_frames))
+            self._hold_back(round(-error_frames))
             error_frames = 0
+        self._settling = False
         in_place = abs(error_frames) <= self.audio.frames_in(DEAD_ZONE_MS)
         self._correction = 0 if in_place else -1 if error_frames > 0 else 1
+
+    def _hold_back(self, frames: int) -> None:
+        """Put `frames` of silence, if any, before what is buffered, with a fade on either side."""
+        if frames > 0:
+            following = self._fade_in(bytes(self._samples))
+            self._samples[:] = self._ramp_down(self._last_frame, frames) + following
 
     def _raise_target(self) -> None:
         """Keep more from now on, if that would have prevented the silence that just ended."""
@@ -1066,7 +1080,7 @@ class SpeakerOutput:
             self._buffer.drain()
             deadline = Deadline(DRAIN_LIMIT_S)
             while self._buffer.fill_frames and deadline.remaining():
-                time.sleep(common.BLOCK_MS / 1000)
+                time.sleep(common.PLAYBACK_BLOCK_MS / 1000)
             time.sleep(CARD_BUFFER_S)
 
     def close(self) -> None:

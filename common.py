@@ -73,9 +73,11 @@ STILL_HERE = 0xFFFFFFFE
 SAMPLE_BYTES = 2
 SAMPLE_RATES = range(1_000, 384_001)
 CHANNEL_COUNTS = range(1, 33)
-# What PulseAudio gives and takes at once: with blocks of another length, two and then none come
-# at a time, and the buffers have to be longer for it (measured with tests/bench/latency.py).
-BLOCK_MS = 5
+# PulseAudio takes 5 ms at once: with blocks of another length, two and then none are asked for
+# at a time, and the buffers have to be longer for it. Captured sound comes 3 ms earlier in
+# blocks of half that (measured with tests/bench/latency.py).
+CAPTURE_BLOCK_MS = 2.5
+PLAYBACK_BLOCK_MS = 5.0
 # A server that cannot keep up joins blocks, up to this.
 MAX_BLOCK_MS = 1_000
 BLOCK_HEADER = struct.Struct("!QQ")
@@ -84,7 +86,7 @@ END_OF_STREAM = 2**64 - 1
 AUDIO_TIMEOUT_S = 4.0
 
 CARD_CHECK_S = 0.25
-CARD_TIMEOUT_S = 1.5
+CARD_TIMEOUT_S = 4.0
 CARD_RETRY_S = 0.5
 USUAL_RATES = (8_000, 16_000, 22_050, 32_000, 44_100, 48_000, 88_200, 96_000, 192_000)
 
@@ -714,6 +716,7 @@ class Direction:
     """Which way sound goes through a sound card, and the words for it."""
 
     kind: str
+    block_ms: float
     noun: str
     option: str
     channels_field: str
@@ -723,6 +726,7 @@ class Direction:
 
 MICROPHONE = Direction(
     kind="input",
+    block_ms=CAPTURE_BLOCK_MS,
     noun="microphone",
     option="--input",
     channels_field="maxInputChannels",
@@ -731,6 +735,7 @@ MICROPHONE = Direction(
 )
 SPEAKER = Direction(
     kind="output",
+    block_ms=PLAYBACK_BLOCK_MS,
     noun="loudspeaker",
     option="--output",
     channels_field="maxOutputChannels",
@@ -814,7 +819,7 @@ class SoundSystem:
     def open(
         self, direction: Direction, device: dict[str, Any], audio: AudioFormat, exchange: Exchange
     ) -> Any:
-        """Return a running PyAudio stream, which calls `exchange` for every ``BLOCK_MS``.
+        """Return a running PyAudio stream, which calls `exchange` for every block.
 
         Raises AudioUnavailable where the device does not do it, saying what it can.
         """
@@ -829,7 +834,7 @@ class SoundSystem:
                 rate=audio.rate,
                 channels=audio.channels,
                 format=self._sample_format,
-                frames_per_buffer=audio.frames_in(BLOCK_MS),
+                frames_per_buffer=audio.frames_in(direction.block_ms),
                 stream_callback=callback,
                 **{direction.kind: True, f"{direction.kind}_device_index": device["index"]},
             )

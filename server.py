@@ -54,6 +54,7 @@ from typing import Any, BinaryIO
 
 import common
 from common import (
+    CAPTURE_BLOCK_MS,
     END_OF_FILE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -858,13 +859,13 @@ class CaptureQueue:
         self.end_reason: str | None = None
         self.failed = False
         self._blocks: queue.SimpleQueue[AudioBlock | None] = queue.SimpleQueue()
-        self._limit_blocks = CAPTURE_LIMIT_MS // common.BLOCK_MS
+        self._limit_blocks = CAPTURE_LIMIT_MS / CAPTURE_BLOCK_MS
         self._next_frame = 0
         self._taken_frames = 0
         self._held: AudioBlock | None = None
 
     def put(self, samples: bytes) -> None:
-        """Hand over a block of about ``BLOCK_MS``, numbered. Never blocks."""
+        """Hand over a block of about ``CAPTURE_BLOCK_MS``, numbered. Never blocks."""
         if self._blocks.qsize() < self._limit_blocks:
             self._blocks.put(AudioBlock(self._next_frame, time.time_ns(), samples))
         self._next_frame += self.audio.frames_of(samples)
@@ -954,7 +955,7 @@ class PacedInput:
 
     def _run(self) -> None:
         audio = self._captured.audio
-        block_bytes = audio.frames_in(common.BLOCK_MS) * audio.frame_bytes
+        block_bytes = audio.frames_in(CAPTURE_BLOCK_MS) * audio.frame_bytes
         due_s = time.monotonic()
         try:
             while samples := self._read(block_bytes):
@@ -1157,7 +1158,7 @@ class Broadcaster:
     @staticmethod
     def _rest(round_s: float) -> None:
         """Leave the processor to others after a long round, at the price of larger writes."""
-        if round_s > common.BLOCK_MS / 1000:
+        if round_s > CAPTURE_BLOCK_MS / 1000:
             time.sleep(min(round_s, LONGEST_REST_S))
 
 
@@ -1438,7 +1439,7 @@ def serve_audio(args: argparse.Namespace) -> int:
         max_clients=args.max_clients or MAX_LISTENERS,
         welcome={
             **captured.audio.fields(),
-            "block_frames": captured.audio.frames_in(common.BLOCK_MS),
+            "block_frames": captured.audio.frames_in(CAPTURE_BLOCK_MS),
             "stream": secrets.token_hex(8),
         },
     )

@@ -90,8 +90,8 @@ STDOUT = "-"
 START_TARGET_MS = 5.0
 MIN_TARGET_MS = 2.5
 MAX_TARGET_MS = 250.0
-TARGET_STEP_MS = 4.0
-LOWERING_MS = 0.5
+TARGET_STEP_MS = 2.5
+LOWERING_MS = 1.0
 # The spare that has to remain unused all the time before the target is lowered.
 RESERVE_MS = 2.5
 ADAPTING_WINDOW_MS = 10_000
@@ -815,12 +815,19 @@ class JitterBuffer:
         self._target_is_fixed = fixed_target_ms is not None
         self._samples = bytearray()
         self._last_frame = audio.silence(1)
+        self._block_frames = 0
         self._playing = False
         self._draining = False
         self._silent_frames = 0
         self._settling = True
         self._correction = 0
         self._uncorrected_frames = 0
+        self._fade_frames = audio.frames_in(FADE_MS)
+        self._jump_frames = audio.frames_in(JUMP_MS)
+        self._dead_zone_frames = audio.frames_in(DEAD_ZONE_MS)
+        self._burst_limit_frames = audio.frames_in(BURST_LIMIT_MS)
+        self._limit_frames = audio.frames_in(BUFFER_LIMIT_MS)
+        self._reserve_frames = audio.frames_in(RESERVE_MS)
         self._steering = SpareWindow(audio.frames_in(STEERING_WINDOW_MS))
         self._adapting = SpareWindow(audio.frames_in(ADAPTING_WINDOW_MS))
 
@@ -844,8 +851,10 @@ class JitterBuffer:
             self.statistics.missed_frames += gap_frames
             self._fade_out(gap_frames)
             samples = self._fade_in(samples)
-        self._samples += self._steer(samples)
-        self._throw_away(self.fill_frames - self.audio.frames_in(BUFFER_LIMIT_MS))
+        if samples:
+            self._block_frames = self.audio.frames_of(samples)
+            self._samples += self._steer(samples)
+        self._throw_away(self.fill_frames - self._limit_frames)
 
     def _fade_out(self, gap_frames: int) -> None:
         """Lead what is buffered into silence, as much as the target and a fade need.
@@ -854,11 +863,10 @@ class JitterBuffer:
         as a dropout already, or late sound waits, that would come on top.
         """
         if self._playing:
-            fade_frames = self.audio.frames_in(FADE_MS)
             short_frames = self.target_frames - self.fill_frames
             before = bytes(self._samples[-self.audio.frame_bytes :]) or self._last_frame
             self._samples += self._ramp_down(
-                before, min(gap_frames, max(fade_frames, short_frames))
+                before, min(gap_frames, max(self._fade_frames, short_frames))
             )
 
     def _fade_in(self, samples: bytes) -> bytes:
@@ -872,7 +880,7 @@ class JitterBuffer:
         """Return `samples` with one frame dropped or doubled where that is due."""
         frames = self.audio.frames_of(samples)
         self._uncorrected_frames += frames
-        if not self._correction or not frames or self._uncorrected_frames < STEERING_SPACING_FRAMES:
+        if not self._correction or self._uncorrected_frames < STEERING_SPACING_FRAMES:
             return samples
         self._uncorrected_frames = 0
         frame_bytes = self.audio.frame_bytes
@@ -917,7 +925,7 @@ class JitterBuffer:
     def _catch_up(self, frames: int) -> None:
         """Go back to the target at once where a burst has brought far more than that."""
         excess_frames = self.fill_frames - frames - self.target_frames
-        if excess_frames > self.audio.frames_in(BURST_LIMIT_MS):
+        if excess_frames > self._burst_limit_frames:
             self._throw_away(excess_frames)
             self._steering.clear()
 
@@ -945,7 +953,7 @@ class JitterBuffer:
             return
         self.statistics.late_frames += frames
         frame_bytes = self.audio.frame_bytes
-        old = bytes(self._samples[: self.audio.frames_in(FADE_MS) * frame_bytes])
+        old = bytes(self._samples[: self._fade_frames * frame_bytes])
         del self._samples[: frames * frame_bytes]
         new = bytes(self._samples[: len(old)])
         self._samples[: len(new)] = cross_fade(self.audio, old[: len(new)], new)
@@ -967,12 +975,12 @@ class JitterBuffer:
         A sound card may take several blocks at once when it starts: only after that is it known
         how far from the target playing began, so that the first error is always put right.
         """
-        if error_frames > self.audio.frames_in(JUMP_MS) or self._settling:
+        if error_frames > self._jump_frames or self._settling:
             self._throw_away(min(round(error_frames), self.fill_frames))
             self._hold_back(round(-error_frames))
             error_frames = 0
         self._settling = False
-        in_place = abs(error_frames) <= self.audio.frames_in(DEAD_ZONE_MS)
+        in_place = abs(error_frames) <= self._dead_zone_frames
         self._correction = 0 if in_place else -1 if error_frames > 0 else 1
 
     def _hold_back(self, frames: int) -> None:
@@ -989,8 +997,13 @@ class JitterBuffer:
             self.target_frames = min(raised_frames, most_frames)
 
     def _lower_target(self, lowest_frames: int) -> None:
-        """Keep a little less from now on, if some of the spare was never used."""
-        unused_frames = lowest_frames - self.audio.frames_in(RESERVE_MS)
+        """Keep a little less from now on, if some of the spare was never used.
+
+        A block always remains: where two clocks differ, one comes a read later at some time.
+        """
+        unused_frames = lowest_frames - max(
+            self._reserve_frames, self._block_frames + self._dead_zone_frames
+        )
         if not self._target_is_fixed and unused_frames > 0:
             lowered_frames = self.target_frames - min(
                 unused_frames, self.audio.frames_in(LOWERING_MS)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -608,7 +609,7 @@ class AudioFormat:
     rate: int
     channels: int
 
-    @property
+    @functools.cached_property
     def frame_bytes(self) -> int:
         """The size of a frame."""
         return SAMPLE_BYTES * self.channels
@@ -757,7 +758,7 @@ class SoundSystem:
     def __init__(self) -> None:
         try:
             # Here, as only sound needs it: files are sent without, and start faster.
-            import pyaudio  # type: ignore[import-untyped]  # noqa: PLC0415
+            import pyaudio  # noqa: PLC0415
         except ImportError as error:
             raise AudioUnavailable(
                 f"sound needs PyAudio, which cannot be loaded ({error}): pip install pyaudio"

@@ -22,6 +22,8 @@ SPEAKER_MONITOR = "speaker.monitor"
 MICROPHONE_FEED = "micfeed"
 MICROPHONE_MONITOR = "micfeed.monitor"
 
+RAW_FORMAT = ("--raw", f"--rate={RATE}", "--channels=1", "--format=s16le")
+
 START_LIMIT_S = 30.0
 STOP_LIMIT_S = 10.0
 COMMAND_LIMIT_S = 20.0
@@ -68,8 +70,7 @@ class Recording:
         self._samples = bytearray()
         self._start_s = float("inf")
         self._process = subprocess.Popen(
-            ["parec", "--raw", "-d", source, f"--rate={RATE}", "--channels=1"]
-            + ["--format=s16le", f"--latency-msec={latency_ms}"],
+            ["parec", "-d", source, f"--latency-msec={latency_ms}", *RAW_FORMAT],
             stdout=subprocess.PIPE,
             env=dict(environment),
         )
@@ -133,7 +134,10 @@ class VirtualSoundCard:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.unplug()
         self._folder.cleanup()
@@ -190,8 +194,7 @@ class VirtualSoundCard:
         """Start to play a raw file, as ``play``."""
         with source.open("rb") as file:
             return subprocess.Popen(
-                ["pacat", "--raw", "-d", MICROPHONE_FEED, f"--rate={RATE}", "--channels=1"]
-                + ["--format=s16le", "--latency-msec=50"],
+                ["pacat", "-d", MICROPHONE_FEED, "--latency-msec=50", *RAW_FORMAT],
                 stdin=file,
                 env=self.environment,
             )

@@ -81,7 +81,8 @@ def make_chirp() -> Signal:
     """Return one chirp, rising in pitch and smooth at both ends."""
     t = np.arange(int(CHIRP_S * RATE)) / RATE
     sweep = (CHIRP_HIGH_HZ - CHIRP_LOW_HZ) / CHIRP_S / 2
-    return np.sin(2 * np.pi * (CHIRP_LOW_HZ + sweep * t) * t) * np.hanning(t.size)
+    chirp: Signal = np.sin(2 * np.pi * (CHIRP_LOW_HZ + sweep * t) * t) * np.hanning(t.size)
+    return chirp
 
 
 def make_chirps(count: int, seed: int) -> bytes:
@@ -101,7 +102,8 @@ def correlate(samples: Signal, chirp: Signal) -> Signal:
     product = np.fft.irfft(spectrum, size)[: samples.size - chirp.size]
     energy = np.concatenate([[0.0], np.cumsum(samples**2)])
     local = energy[chirp.size :][: product.size] - energy[: product.size]
-    return np.abs(product) / np.sqrt(np.maximum(local, 1e3) * np.sum(chirp**2))
+    likeness: Signal = np.abs(product) / np.sqrt(np.maximum(local, 1e3) * np.sum(chirp**2))
+    return likeness
 
 
 def find_chirps(likeness: Signal) -> list[int]:

@@ -827,6 +827,8 @@ class JitterBuffer:
         self._dead_zone_frames = audio.frames_in(DEAD_ZONE_MS)
         self._burst_limit_frames = audio.frames_in(BURST_LIMIT_MS)
         self._limit_frames = audio.frames_in(BUFFER_LIMIT_MS)
+        self._least_frames = audio.frames_in(MIN_TARGET_MS)
+        self._lowering_frames = audio.frames_in(LOWERING_MS)
         self._reserve_frames = audio.frames_in(RESERVE_MS)
         self._steering = SpareWindow(audio.frames_in(STEERING_WINDOW_MS))
         self._adapting = SpareWindow(audio.frames_in(ADAPTING_WINDOW_MS))
@@ -1001,14 +1003,11 @@ class JitterBuffer:
 
         A block always remains: where two clocks differ, one comes a read later at some time.
         """
-        unused_frames = lowest_frames - max(
-            self._reserve_frames, self._block_frames + self._dead_zone_frames
-        )
+        unused_frames = lowest_frames - self._reserve_frames
         if not self._target_is_fixed and unused_frames > 0:
-            lowered_frames = self.target_frames - min(
-                unused_frames, self.audio.frames_in(LOWERING_MS)
-            )
-            self.target_frames = max(lowered_frames, self.audio.frames_in(MIN_TARGET_MS))
+            least_frames = max(self._least_frames, self._block_frames + self._dead_zone_frames)
+            lowered_frames = self.target_frames - min(unused_frames, self._lowering_frames)
+            self.target_frames = min(self.target_frames, max(lowered_frames, least_frames))
 
 
 def cross_fade(audio: AudioFormat, old: bytes, new: bytes) -> bytes:

@@ -35,7 +35,6 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import common
@@ -57,6 +56,7 @@ from common import (
     Keepalive,
     LevelMeter,
     PeerClosed,
+    PeerStalled,
     ProtocolError,
     SocketPairError,
     SoundCard,
@@ -405,6 +405,12 @@ class Report:
         self._failed_in_folder += 1
         self._progress.complain(f"{escape(path)}: {reason}")
 
+    def resumed(self, source: Source) -> None:
+        """Report that some of a file is at the server already."""
+        if not self._quiet:
+            there = format_bytes(source.offset)
+            self._progress.say(f"{escape(source.path)}: going on after the first {there}")
+
     def saved(self, source: Source, name: str, how: str) -> None:
         """Report a file that stands at the server as `name` now, or a folder that is complete."""
         named = "/" not in source.name
@@ -451,12 +457,7 @@ class ResultReader:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
         if isinstance(error, ConnectionLost):
             self._thread.join(1.0)  # perhaps the server has said why
         if error is not None:
@@ -468,13 +469,28 @@ class ResultReader:
     def _run(self) -> None:
         try:
             while self._waiting:
-                message = self._connection.receive("result")
-                source = self._waiting.pop(require(message, "index", int), None)
-                if source is None:
-                    raise ProtocolError("received a result of a file that was not sent")
-                settle(source, message, self._report)
+                message = self._receive()
+                for result in require(message, "entries", list):
+                    self._settle(result)
         except Exception as error:  # noqa: BLE001  (raised again in the other thread)
             self._error = error
+
+    def _receive(self) -> dict[str, Any]:
+        """Return the next results; waits as long as the sending goes on."""
+        while True:
+            sent_bytes = self._connection.sent_bytes
+            try:
+                return self._connection.receive("results")
+            except PeerStalled:
+                if self._connection.sent_bytes == sent_bytes:
+                    raise
+
+    def _settle(self, result: Any) -> None:
+        match result:
+            case [int(index), dict(outcome)] if index in self._waiting:
+                settle(self._waiting.pop(index), outcome, self._report)
+            case _:
+                raise ProtocolError("received a result of a file that was not sent")
 
 
 def settle(source: Source, outcome: dict[str, Any], report: Report) -> None:
@@ -519,8 +535,7 @@ def start_file_client(
     report = Report(progress, quiet, verbose)
     sender = Sender(address, report, progress)
     try:
-        for batch in in_batches(find_sources(paths, name, report.problem)):
-            sender.send(batch)
+        sender.send(in_batches(find_sources(paths, name, report.problem)))
     except SocketPairError as error:
         progress.complain(str(error))
         return EXIT_FAILED
@@ -542,6 +557,9 @@ class Sender:
         self._report = report
         self._progress = progress
         self._connection: Connection | None = None
+        self._batches: Iterator[list[Source]] = iter(())
+        self._next: list[Source] = []  # the batch after the one under way, looked up meanwhile
+        self._offered: list[Source] | None = None  # the batch that the server knows of
         self._was_connected = False
         self._moved = False  # since the last time that the connection was lost
 
@@ -549,15 +567,17 @@ class Sender:
         """Hang up. May be called twice."""
         if self._connection:
             self._connection.close()
-            self._connection = None
+            self._connection = self._offered = None
 
-    def send(self, batch: list[Source]) -> None:
-        """Send a batch; blocks until each of it is decided.
+    def send(self, batches: Iterator[list[Source]]) -> None:
+        """Send all batches; blocks until each file in them is decided.
 
         Comes back to a lost server after growing waits; raises ConnectionLost in the end,
         PeerRefused and ProtocolError at once.
         """
+        self._batches = batches
         waits = iter(RETRY_WAITS_S)
+        batch = next(batches, [])
         while batch:
             try:
                 self._send_once(self._connected(), batch)
@@ -571,6 +591,8 @@ class Sender:
                 self._progress.complain(f"{error}; trying again in {wait_s:g} s")
                 time.sleep(wait_s)
             batch = [source for source in batch if not self._is_done(source)]
+            if not batch:
+                batch, self._next = self._next or next(batches, []), []
 
     def _is_done(self, source: Source) -> bool:
         if source.begun and not source.decided:
@@ -585,16 +607,24 @@ class Sender:
         return self._connection
 
     def _send_once(self, connection: Connection, batch: list[Source]) -> None:
-        """Offer a batch and send what the server needs of it."""
+        """Send what the server needs of a batch, and offer it the next one."""
         for source in batch:
             source.problem = ""
-        connection.send("offer", entries=[source.offer() for source in batch])
+        self._offer(connection, batch)
         wanted = self._settle_or_want(batch, self._receive_start(connection, batch))
         with ResultReader(connection, dict(wanted), self._report):
-            for source in list(wanted.values()):
+            for source in wanted.values():
                 if not source.is_folder:
                     self._send_file(connection, source)
-            connection.flush()
+            # While the server is still busy, so that it never waits for our looking up files.
+            self._next = self._next or next(self._batches, [])
+            self._offer(connection, self._next)
+
+    def _offer(self, connection: Connection, batch: list[Source]) -> None:
+        if batch and self._offered is not batch:
+            connection.send("offer", entries=[source.offer() for source in batch])
+            self._offered = batch
+        connection.flush()
 
     def _settle_or_want(self, batch: list[Source], verdicts: list[Any]) -> dict[int, Source]:
         """Report those that the server has decided on already; return the others by index."""
@@ -609,6 +639,8 @@ class Sender:
             source.offset = require_size(verdict, "offset")
             if source.offset and source.offset not in source.digests:
                 raise ProtocolError("received an offset that was not asked about")
+            if source.offset:
+                self._report.resumed(source)
             wanted[index] = source
         return wanted
 

@@ -42,7 +42,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, NoReturn, TextIO, TypeVar
 
 __version__ = "1.0.0"
@@ -245,6 +244,7 @@ class Connection:
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self.socket = sock
         self.peer = peer
+        self.sent_bytes = 0
         self._received = b""
         self._position = 0
         self._queued = bytearray()
@@ -296,36 +296,33 @@ class Connection:
         """Return how many bytes have arrived that nobody has read yet."""
         return len(self._received) - self._position
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int, ahead: int = RECEIVE_BYTES) -> bytes:
         """Return exactly `size` bytes; blocks until they are there.
+
+        Receives up to `ahead` bytes at once while it waits, for the reads to come.
 
         Raises PeerClosed when the connection ended before the first of them, ConnectionBroken
         when it ended later, PeerStalled when they did not come in time.
         """
-        start, end = self._position, self._position + size
-        if end <= len(self._received):
-            self._position = end
-            return self._received[start:end]
-        if size > RECEIVE_BYTES:
-            data = bytearray(size)
-            self.read_into(memoryview(data))
-            return bytes(data)
-        self._receive_more(size)
-        self._position = size
-        return self._received[:size]
+        self._wait_for(size, ahead)
+        start = self._position
+        self._position += size
+        return self._received[start : self._position]
 
-    def _receive_more(self, size: int) -> None:
-        """Receive until at least `size` bytes are buffered, and let go of those read before."""
-        chunks = [self._received[self._position :]]
-        have = len(chunks[0])
-        while have < size:
+    def _wait_for(self, size: int, ahead: int = RECEIVE_BYTES) -> None:
+        """Block until at least `size` bytes are buffered; raises as `read` does.
+
+        Whatever has arrived stays buffered then, so that the caller may try again.
+        """
+        if self.buffered() >= size:
+            return
+        self._received, self._position = self._received[self._position :], 0
+        while len(self._received) < size:
             with self._waiting():
-                chunk = self.socket.recv(RECEIVE_BYTES)
+                chunk = self.socket.recv(max(ahead, size - len(self._received)))
             if not chunk:
-                raise self._ended(inside=have > 0)
-            chunks.append(chunk)
-            have += len(chunk)
-        self._received, self._position = b"".join(chunks), 0
+                raise self._ended(inside=bool(self._received))
+            self._received += chunk
 
     def read_into(self, view: memoryview) -> None:
         """Fill all of `view`, straight from the socket; blocks and raises as `read` does."""
@@ -367,27 +364,29 @@ class Connection:
         # Not sendall(): its time limit is for the whole, ours for each step forward.
         while view:
             with self._waiting():
-                view = view[self.socket.send(view) :]
+                count = self.socket.send(view)
+            self.sent_bytes += count
+            view = view[count:]
 
     # frames
 
-    def read_length(self) -> int:
-        """Return the length that opens a frame or a segment; blocks and raises as `read`."""
-        return int(LENGTH.unpack(self.read(LENGTH.size))[0])
+    def read_length(self, ahead: int = RECEIVE_BYTES) -> int:
+        """Return the length that opens a segment; blocks and raises as `read` does."""
+        return int(LENGTH.unpack(self.read(LENGTH.size, ahead))[0])
 
     def read_frame(self, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
         """Return the next frame, of `max_bytes` at most; blocks and raises as `read` does.
 
         Raises ProtocolError, before it reads any further, where the frame declares more.
         """
-        header = self.read(LENGTH.size)
+        self._wait_for(LENGTH.size)
+        header = self._received[self._position : self._position + LENGTH.size]
         (size,) = LENGTH.unpack(header)
         if size > max_bytes:
             raise ProtocolError(f"not Socket Pair's protocol (received {header!r})")
-        try:
-            return self.read(size)
-        except PeerClosed:
-            raise self._ended(inside=True) from None
+        # Nothing is taken before all is there: a wait that was too long can be gone on with.
+        self._wait_for(LENGTH.size + size)
+        return self.read(LENGTH.size + size)[LENGTH.size :]
 
     def send_segment(self, segment: memoryview) -> None:
         """Send a part of a file, framed; blocks and raises as `write` does.
@@ -404,13 +403,9 @@ class Connection:
 
     def send(self, message_type: str, **fields: Any) -> None:
         """Send a message, after all that is queued; blocks and raises as `write` does."""
-        self.queue_message(message_type, **fields)
-        self.flush()
-
-    def queue_message(self, message_type: str, **fields: Any) -> None:
-        """Queue a message for the next `flush`."""
         frame = json.dumps({"type": message_type, **fields}, separators=(",", ":")).encode()
         self.queue(LENGTH.pack(len(frame)) + frame)
+        self.flush()
 
     def receive(self, *expected: str, max_bytes: int = MAX_FRAME_BYTES) -> dict[str, Any]:
         """Return the next message; blocks and raises as `read_frame` does.
@@ -473,13 +468,8 @@ class Blocks:
     def __enter__(self) -> Blocks:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        """Nothing is left to wait for."""
+    def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
+        """End; nothing is left to wait for."""
 
     def take(self) -> memoryview:
         """Return a block to fill."""
@@ -510,12 +500,7 @@ class BlockPipeline(Blocks):
         self._thread = threading.Thread(target=self._run, name="block pipeline", daemon=True)
         self._thread.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
         self._given.put(None)
         self._thread.join()
         if error is None:
@@ -1187,6 +1172,8 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     still waits in a socket cannot hold it up.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    # Also where a shell has started us in the background, with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # closed by whoever started us
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -22,7 +22,7 @@ The file conversation, after the handshake, any number of times until the client
     client            for each entry to send, in order: segments, then END_OF_FILE and the
                       32-byte SHA-256 of the whole, or GIVEN_UP; STILL_HERE at times,
                       when a pipe has nothing to send
-    server  result    for each entry, as soon as it is decided
+    server  results   what became of entries, told as soon as there is nothing else to do
 
 ``held`` and ``prefixes`` are left out where nothing is held. Whoever hashes for long sends
 ``hashing`` every second meanwhile.
@@ -62,6 +62,7 @@ from common import (
     GIVEN_UP,
     HANDSHAKE_TIMEOUT_S,
     KEEPALIVE_INTERVAL_S,
+    RECEIVE_BYTES,
     SEGMENT_BYTES,
     STILL_HERE,
     AudioBlock,
@@ -149,14 +150,14 @@ def safe_parts(path: str, windows: bool = sys.platform == "win32") -> list[str]:
         raise Refused("the path is too long")
     parts = path.split("/")
     for part in parts:
-        check_name(part)
-        if windows:
-            check_windows_name(part)
+        check_name(part, windows)
     return parts
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, windows: bool = sys.platform == "win32") -> None:
     """Raise Refused unless `name` can stand for a file inside a folder, and for nothing else."""
+    if windows:
+        check_windows_name(name)
     if name in ("", ".", ".."):
         raise Refused("the path is not one inside the folder")
     if "\0" in name:
@@ -184,45 +185,51 @@ def check_windows_name(name: str) -> None:
         raise Refused("the name is a device on Windows")
 
 
-def numbered_names(path: str) -> Iterator[str]:
-    """Yield `path`, then ``name (1).ext``, ``name (2).ext`` and so on, without end."""
-    yield path
-    folder, name = os.path.split(path)
+def numbered_names(name: str) -> Iterator[str]:
+    """Yield `name`, then ``name (1).ext``, ``name (2).ext`` and so on, without end."""
+    yield name
     stem, suffix = os.path.splitext(name)
     for number in itertools.count(1):
         tail = f" ({number}){suffix}"
         while len(os.fsencode(stem + tail)) > MAX_NAME_BYTES and stem:
             stem = stem[:-1]
-        yield os.path.join(folder, stem + tail)
+        yield stem + tail
+
+
+@dataclass
+class Folder:
+    """A real folder that files go to."""
+
+    path: str  # with a separator at its end
+    shown: str  # the same as clients are told it: below the root, with "/"
+    device: int
+    leftovers: dict[str, list[str]]  # paths of unfinished files from earlier runs, by their stems
 
 
 class Folders:
-    """Turns offered folders into real ones below `root`, made where they are missing.
+    """Finds the real folders below `root` for offered ones, and makes those that are missing.
 
     Remembers what it has found: one client's ten thousand files share few folders.
     """
 
     def __init__(self, root: str) -> None:
         self._root = os.path.realpath(root)
-        self._prefix = os.path.join(self._root, "")
-        self._real: dict[str, str] = {}
-        self._leftovers: dict[str, dict[str, list[str]]] = {}
+        self._known: dict[str, Folder] = {}
 
-    def locate(self, parts: Sequence[str]) -> str:
-        """Return the real path of the folder that `parts` name, made if need be.
+    def locate(self, path: str) -> Folder:
+        """Return the folder at an offered `path`; ``""`` is the root.
 
-        Raises Refused where a symbolic link leads out of the root or a file is in the way,
-        and OSError where the system does not allow it.
+        Raises Refused where a name or a symbolic link leads out of the root or a file is in the
+        way, and OSError where the system does not allow it.
         """
-        folder = "/".join(parts)
-        if folder not in self._real:
-            if len(self._real) >= MAX_KNOWN_FOLDERS:
-                self._real.clear()
-                self._leftovers.clear()
-            self._real[folder] = self._make(parts)
-        return self._real[folder]
+        if path not in self._known:
+            if len(self._known) >= MAX_KNOWN_FOLDERS:
+                self._known.clear()
+            self._known[path] = self._look_at(self._make(safe_parts(path) if path else []))
+        return self._known[path]
 
     def _make(self, parts: Sequence[str]) -> str:
+        """Make what is missing of a folder; return its real path."""
         real = os.path.realpath(os.path.join(self._root, *parts))
         if os.path.commonpath([self._root, real]) != self._root:
             raise Refused("a symbolic link there leads out of the folder")
@@ -234,15 +241,14 @@ class Folders:
                 make_folder(path)
         return real
 
-    def name_of(self, path: str) -> str:
-        """Return a real path below the root as it is told to the client."""
-        return path[len(self._prefix) :].replace(os.sep, "/")
-
-    def leftovers(self, folder: str, name: str) -> list[str]:
-        """Return the paths of partial files in `folder` (a real one) that were to become `name`."""
-        if folder not in self._leftovers:
-            self._leftovers[folder] = find_leftovers(folder)
-        return self._leftovers[folder].pop(partial_stem(name), [])
+    def _look_at(self, real: str) -> Folder:
+        below = os.path.relpath(real, self._root).replace(os.sep, "/")
+        return Folder(
+            path=os.path.join(real, ""),
+            shown="" if below == "." else f"{below}/",
+            device=os.stat(real).st_dev,
+            leftovers=find_leftovers(real),
+        )
 
 
 def make_folder(path: str) -> None:
@@ -265,9 +271,13 @@ def partial_stem(name: str) -> str:
 
 
 def find_leftovers(folder: str) -> dict[str, list[str]]:
-    """Return the partial files in `folder`: their paths, by their stems."""
+    """Return the partial files in `folder`: their paths, by their stems. Raises OSError."""
     found: dict[str, list[str]] = {}
-    for name in os.listdir(folder):
+    try:
+        names = os.listdir(folder)
+    except PermissionError:  # it may still be written to
+        return found
+    for name in names:
         if name.endswith(PARTIAL_SUFFIX):
             stem = name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
             found.setdefault(stem, []).append(os.path.join(folder, name))
@@ -316,11 +326,11 @@ class PartialFile:
         self.digest = hashlib.sha256()  # of those bytes, once they have been read again
 
     @classmethod
-    def create(cls, folder: str, name: str) -> PartialFile:
+    def create(cls, folder: Folder, name: str) -> PartialFile:
         """Make an empty one that is to become `name` in `folder`. Raises OSError."""
+        stem = folder.path + partial_stem(name)
         while True:
-            tail = f".{cls._run}{next(cls._numbers):x}{PARTIAL_SUFFIX}"
-            path = os.path.join(folder, partial_stem(name) + tail)
+            path = f"{stem}.{cls._run}{next(cls._numbers):x}{PARTIAL_SUFFIX}"
             descriptor = os.open(path, OPEN_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
             if lock_file(descriptor):
                 return cls(path, descriptor, 0)
@@ -361,26 +371,29 @@ class PartialFile:
         while view:
             view = view[os.write(self.descriptor, view) :]
 
-    def publish(self, path: str, entry: Entry, overwrite: bool) -> str:
-        """Move the complete file to `path`, or beside what stands there; return where it went.
+    def publish(self, folder: Folder, entry: Entry, overwrite: bool) -> str:
+        """Move the complete file to its name in `folder`; return the name that it has now.
 
-        Raises OSError, and Refused where a folder is in the way; the file is still there then.
+        Raises OSError, and Refused where a folder is in the way; the file is still here then.
         """
         self._set_metadata(entry)
         if sys.platform == "win32":  # where an open file cannot be moved
             self.close()
+        name = entry.name
         if overwrite:
-            replace_file(self.path, path)
+            replace_file(self.path, folder.path + name)
         else:
-            path = next(name for name in numbered_names(path) if move_new(self.path, name))
+            names = numbered_names(name)
+            while not move_new(self.path, folder.path + (name := next(names))):
+                pass
         self.close()
-        return path
+        return name
 
     def _set_metadata(self, entry: Entry) -> None:
-        mode = stat.S_IMODE(os.stat(self.path).st_mode)
-        # Who may read it may run it, as a compiler would leave it.
-        wanted = mode | (mode & 0o444) >> 2 if entry.executable else mode & ~0o111
-        if wanted != mode:
+        if entry.executable or self.size:  # one just made is not executable
+            mode = stat.S_IMODE(os.stat(self.path).st_mode)
+            # Who may read it may run it, as a compiler would leave it.
+            wanted = mode | (mode & 0o444) >> 2 if entry.executable else mode & ~0o111
             with contextlib.suppress(OSError):  # as in set_times
                 os.chmod(self.path, wanted)
         set_times(self.path, entry.mtime_ns)
@@ -455,11 +468,12 @@ def _move_new_without_links(source: str, target: str) -> bool:
 # --- one file -------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """A file or folder as a client offers it."""
 
-    path: str
+    folder: str
+    name: str
     size: int | None = None  # None: unknown until it ends (a pipe)
     mtime_ns: int | None = None
     executable: bool = False
@@ -470,27 +484,34 @@ class Entry:
         """Return the entry in one item of an offer; raises ProtocolError."""
         if not isinstance(message, dict):
             raise ProtocolError("received an offer that is not one")
-        mtime_ns = message.get("mtime_ns")
+        folder, _, name = require(message, "path", str).rpartition("/")
+        size, mtime_ns = message.get("size"), message.get("mtime_ns")
         if mtime_ns is not None and abs(require(message, "mtime_ns", int)) >= 2**63:
             raise ProtocolError("received a message with a bad 'mtime_ns'")
         return cls(
-            path=require(message, "path", str),
-            size=None if message.get("size") is None else require_size(message, "size"),
-            mtime_ns=mtime_ns,
+            folder,
+            name,
+            size if size is None else require_size(message, "size"),
+            mtime_ns,
             executable=bool(message.get("executable")),
             is_folder=bool(message.get("folder")),
         )
 
+    @property
+    def path(self) -> str:
+        """The path that was offered."""
+        return f"{self.folder}/{self.name}" if self.folder else self.name
 
-@dataclass
+
+@dataclass(slots=True)
 class Incoming:
     """One entry of an offer, and what is known and decided of it so far."""
 
     index: int
     entry: Entry
-    target: str = ""
+    folder: Folder | None = None
     claims: list[PartialFile] = field(default_factory=list)  # may be its beginning
-    twins: dict[str, str] = field(default_factory=dict)  # finished, may be the same: SHA-256
+    twins: dict[str, str] = field(default_factory=dict)  # names of what may be it, their SHA-256
     partial: PartialFile | None = None
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     received: int = 0  # bytes of it that are here, those of earlier runs too
@@ -510,13 +531,16 @@ class Incoming:
             calculate_checksum(
                 claim.descriptor, claim.size, digest=claim.digest, on_progress=keepalive
             )
-        for twin in self.twins:
+        for name in self.twins:
+            assert self.folder is not None
             with contextlib.suppress(OSError):  # unreadable: not known to be the same
-                self.twins[twin] = calculate_checksum(twin, on_progress=keepalive)
+                self.twins[name] = calculate_checksum(
+                    self.folder.path + name, on_progress=keepalive
+                )
 
     def find_twin(self, checksum: str | None) -> str | None:
-        """Return the finished file whose SHA-256 is `checksum`, if there is one."""
-        return next((twin for twin, its in self.twins.items() if its and its == checksum), None)
+        """Return the name of the finished file whose SHA-256 is `checksum`, if there is one."""
+        return next((name for name, its in self.twins.items() if its and its == checksum), None)
 
     def choose_partial(self, prefixes: dict[int, str]) -> None:
         """Go on with the longest partial file whose SHA-256 is the client's; remove the others."""
@@ -529,8 +553,9 @@ class Incoming:
 
     def open(self) -> None:
         """Make a partial file for it unless one is gone on with. Raises OSError."""
+        assert self.folder is not None
         if self.partial is None:
-            self.partial = PartialFile.create(*os.path.split(self.target))
+            self.partial = PartialFile.create(self.folder, self.entry.name)
 
     def consume(self, view: memoryview) -> None:
         """Write and hash its next bytes; blocks until done. Raises OSError."""
@@ -539,11 +564,15 @@ class Incoming:
         self.digest.update(view)
 
     def publish(self, overwrite: bool) -> str:
-        """Move the complete file into place; return where that is. Raises OSError, Refused."""
+        """Move the complete file into place; return its path as clients are told it.
+
+        Raises OSError and Refused.
+        """
+        assert self.folder is not None
         assert self.partial is not None
-        path = self.partial.publish(self.target, self.entry, overwrite)
+        name = self.partial.publish(self.folder, self.entry, overwrite)
         self.partial = None
-        return path
+        return self.folder.shown + name
 
     def discard(self) -> None:
         """Remove what is here of it."""
@@ -561,23 +590,23 @@ class Incoming:
             self.partial.close()
 
 
-def find_twins(target: str, size: int | None, overwrite: bool) -> dict[str, str]:
-    """Return the finished files under the names of `target` that have `size` bytes.
+def find_twins(folder: Folder, entry: Entry, overwrite: bool) -> dict[str, str]:
+    """Return the names of finished files that `entry` may be: theirs is its name and its size.
 
-    Raises Refused where `target` is a folder.
+    Raises Refused where a folder has the name.
     """
     twins: dict[str, str] = {}
-    for path in numbered_names(target):
+    for name in numbered_names(entry.name):
         try:
-            found = os.lstat(path)
+            found = os.lstat(folder.path + name)
         except FileNotFoundError:
             return twins
-        if path == target and stat.S_ISDIR(found.st_mode):
+        if name == entry.name and stat.S_ISDIR(found.st_mode):
             raise Refused("a folder of that name is there already")
-        if stat.S_ISREG(found.st_mode) and found.st_size == size:
-            twins[path] = ""
+        if stat.S_ISREG(found.st_mode) and found.st_size == entry.size:
+            twins[name] = ""
         if overwrite:
-            return twins
+            break
     return twins
 
 
@@ -619,6 +648,9 @@ class Reception:
         self._store = store
         self._folders = Folders(store.folder)
         self._current: Incoming | None = None
+        self._claims_left = MAX_CLAIMS
+        self._results: list[list[Any]] = []  # index and outcome, not told yet
+        self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
     def describe_current(self) -> str:
         """Return what becomes of the file that was under way, for the end of a log line."""
@@ -650,7 +682,7 @@ class Reception:
             for incoming in batch:
                 if incoming.outcome is None:
                     self._receive_entry(incoming)
-            self._connection.flush()
+            self._tell_results()
         finally:
             for incoming in batch:
                 incoming.close()
@@ -660,23 +692,28 @@ class Reception:
     def _look_up(self, batch: list[Incoming]) -> None:
         """Find where each entry goes and what is there of it already."""
         patience = Deadline(CLAIM_TIMEOUT_S)
-        claims_left = MAX_CLAIMS
+        self._claims_left = MAX_CLAIMS
         for incoming in batch:
-            entry = incoming.entry
             try:
-                parts = safe_parts(entry.path)
-                if entry.is_folder:
-                    continue
-                folder = self._folders.locate(parts[:-1])
-                incoming.target = os.path.join(folder, parts[-1])
-                # Partial files first: one that is moved into place meanwhile is then a twin.
-                for path in self._folders.leftovers(folder, parts[-1])[:claims_left]:
-                    if entry.size is not None and (claim := claim_patiently(path, patience)):
-                        incoming.claims.append(claim)
-                        claims_left -= 1
-                incoming.twins = find_twins(incoming.target, entry.size, self._store.overwrite)
+                check_name(incoming.entry.name)
+                if not incoming.entry.is_folder:
+                    incoming.folder = self._folders.locate(incoming.entry.folder)
+                    # Partial files first: one that is moved into place meanwhile is a twin then.
+                    self._claim(incoming, patience)
+                    incoming.twins = find_twins(
+                        incoming.folder, incoming.entry, self._store.overwrite
+                    )
             except (Refused, OSError) as error:
                 self._fail(incoming, error)
+
+    def _claim(self, incoming: Incoming, patience: Deadline) -> None:
+        """Claim what earlier runs have left of an entry."""
+        assert incoming.folder is not None
+        paths = incoming.folder.leftovers.pop(partial_stem(incoming.entry.name), [])
+        for path in paths[: self._claims_left]:
+            if incoming.entry.size is not None and (claim := claim_patiently(path, patience)):
+                incoming.claims.append(claim)
+                self._claims_left -= 1
 
     def _compare(self, held: list[Incoming]) -> None:
         """Find out, together with the client, what of the files here is the same as there."""
@@ -695,7 +732,8 @@ class Reception:
             twin = incoming.find_twin(prefixes.get(incoming.entry.size or 0))
             if twin is not None:
                 incoming.discard()
-                incoming.outcome = {"already": self._folders.name_of(twin)}
+                assert incoming.folder is not None
+                incoming.outcome = {"already": incoming.folder.shown + twin}
 
     def _receive_prefixes(self, count: int) -> list[list[str]]:
         while (message := self._connection.receive("prefixes", "hashing"))["type"] == "hashing":
@@ -709,28 +747,31 @@ class Reception:
         """Refuse what cannot fit, file by file, before any of it is sent."""
         free: dict[int, int] = {}
         for incoming in batch:
-            if incoming.outcome is not None or not incoming.entry.size:
+            entry, folder = incoming.entry, incoming.folder
+            if incoming.outcome is not None or folder is None or not entry.size:
                 continue
-            folder = os.path.dirname(incoming.target)
             try:
-                device = os.stat(folder).st_dev
-                if device not in free:
-                    free[device] = shutil.disk_usage(folder).free
+                if folder.device not in free:
+                    free[folder.device] = shutil.disk_usage(folder.path).free
             except OSError as error:
                 self._fail(incoming, error)
                 continue
-            needed = incoming.entry.size - incoming.received
-            if needed > free[device]:
-                shortage = f"{format_bytes(needed)} needed, {format_bytes(free[device])} free"
-                self._fail(incoming, Refused(f"the disk is too full ({shortage})"))
+            needed = entry.size - incoming.received
+            if needed <= free[folder.device]:
+                free[folder.device] -= needed
             else:
-                free[device] -= needed
+                there = format_bytes(free[folder.device])
+                shortage = f"{format_bytes(needed)} needed, {there} free"
+                self._fail(incoming, Refused(f"the disk is too full ({shortage})"))
 
     # the transfer
 
     def _receive_entry(self, incoming: Incoming) -> None:
-        """Take one entry, and queue its result."""
+        """Take one entry, and note its result."""
         self._current = incoming
+        large = incoming.entry.size is None or incoming.entry.size > SEGMENT_BYTES
+        if large or not self._connection.buffered() or self._told.remaining() == 0:
+            self._tell_results()  # before what may take a while
         try:
             if incoming.entry.is_folder:
                 self._make_folder(incoming)
@@ -739,35 +780,33 @@ class Reception:
         except (Refused, GivenUp, OSError) as error:
             incoming.discard()
             self._fail(incoming, error)
-        self._queue_result(incoming)
+        self._results.append([incoming.index, incoming.outcome])
         if not incoming.arrived:
             # Let the client know, so that it stops sending what nobody can keep.
-            self._connection.flush()
+            self._tell_results()
             self._pass_over(incoming)
         self._current = None
 
     def _make_folder(self, incoming: Incoming) -> None:
         """Make an offered folder, or find it there; it comes after all that is in it."""
         incoming.arrived = True
-        path = self._folders.locate(safe_parts(incoming.entry.path))
-        set_times(path, incoming.entry.mtime_ns)
-        incoming.outcome = {"saved": self._folders.name_of(path)}
+        folder = self._folders.locate(incoming.entry.path)
+        set_times(folder.path, incoming.entry.mtime_ns)
+        incoming.outcome = {"saved": folder.shown.rstrip("/")}
 
     def _receive_file(self, incoming: Incoming) -> None:
         """Take a file's bytes and move it into place.
 
         Raises OSError for what fails on this side, Refused where it is not to be kept, GivenUp.
         """
-        if not self._connection.buffered():
-            self._connection.flush()  # the results so far, before the next wait
         started, offset = time.monotonic(), incoming.received
         incoming.open()
         with blocks_for(incoming.entry.size, incoming.consume) as blocks:
             checksum = self._receive_segments(incoming, blocks)
-        if checksum != incoming.digest.digest():
+        whole = incoming.entry.size in (None, incoming.received)
+        if not whole or checksum != incoming.digest.digest():
             raise Refused("its SHA-256 does not match: it changed while it was sent")
-        path = incoming.publish(self._store.overwrite)
-        incoming.outcome = {"saved": self._folders.name_of(path)}
+        incoming.outcome = {"saved": incoming.publish(self._store.overwrite)}
         self._log_saved(incoming, incoming.received - offset, time.monotonic() - started)
 
     def _receive_segments(self, incoming: Incoming, blocks: Blocks) -> bytes:
@@ -776,7 +815,9 @@ class Reception:
         Raises GivenUp, and whatever `blocks` raises.
         """
         connection, size = self._connection, incoming.entry.size
-        while (length := connection.read_length()) != END_OF_FILE:
+        # A large file's bytes go straight into the blocks; many small files come with one call.
+        ahead = RECEIVE_BYTES if size is not None and size < RECEIVE_BYTES else 0
+        while (length := connection.read_length(ahead)) != END_OF_FILE:
             if length == GIVEN_UP:
                 incoming.arrived = True
                 raise GivenUp("the client gave up in the middle of it")
@@ -806,20 +847,21 @@ class Reception:
         incoming.outcome = {"failed": reason}
         log.warning("%s failed %s: %s", self._connection.peer, escape(incoming.entry.path), reason)
 
-    def _queue_result(self, incoming: Incoming) -> None:
-        self._connection.queue_message("result", index=incoming.index, **(incoming.outcome or {}))
+    def _tell_results(self) -> None:
+        if self._results:
+            self._connection.send("results", entries=self._results)
+            self._results = []
+        self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
     def _log_saved(self, incoming: Incoming, count: int, seconds: float) -> None:
+        if not log.isEnabledFor(logging.INFO):
+            return
         assert incoming.outcome is not None
+        path = os.path.join(self._store.folder, incoming.outcome["saved"])
         log.info(
-            "%s sent %s: %s in %.2f s (%s/s), SHA-256 %s, saved as %s",
-            self._connection.peer,
-            escape(incoming.entry.path),
-            format_bytes(count),
-            seconds,
-            format_bytes(count / max(seconds, 1e-6)),
-            incoming.digest.hexdigest()[:8],
-            escape(os.path.join(self._store.folder, incoming.outcome["saved"])),
+            f"{self._connection.peer} sent {escape(incoming.entry.path)}: {format_bytes(count)} in "
+            f"{seconds:.2f} s ({format_bytes(count / max(seconds, 1e-6))}/s), "
+            f"SHA-256 {incoming.digest.hexdigest()[:8]}, saved as {escape(path)}"
         )
 
 

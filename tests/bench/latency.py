@@ -211,7 +211,10 @@ def snapcast(buffer_ms: int | None) -> Callable[[VirtualSoundCard], list[list[st
     def commands(card: VirtualSoundCard) -> list[list[str]]:
         fifo = card.folder / "snapfifo"
         options = f"pipe://{fifo}?name=mic&sampleformat=48000:16:2&chunk_ms=10"
-        server = ["snapserver", f"--stream.source={options}", "--http.enabled=false"]
+        # An empty configuration: the usual one has a stream of its own, which clients would get.
+        (card.folder / "snapserver.conf").touch()
+        server = ["snapserver", "-c", str(card.folder / "snapserver.conf"), "--http.enabled=false"]
+        server.append(f"--stream.source={options}")
         server += ["--tcp.enabled=false", f"--server.datadir={card.folder}", "--stream.codec=pcm"]
         if buffer_ms is not None:
             server.append(f"--stream.buffer={buffer_ms}")

@@ -191,12 +191,12 @@ class Crowd:
 
 
 def feed_in_real_time(descriptor: int, frame_bytes: int, stopped: threading.Event) -> None:
-    """Write silence to `descriptor` at ``RATE``, until told to stop."""
+    """Write noise to `descriptor` at ``RATE``, until told to stop."""
     start_s, written = time.monotonic(), 0
     with contextlib.suppress(OSError):
         while not stopped.wait(0.005):
             due = int((time.monotonic() - start_s) * RATE) - written
-            os.write(descriptor, bytes(due * frame_bytes))
+            os.write(descriptor, os.urandom(due * frame_bytes))
             written += due
 
 
@@ -225,22 +225,30 @@ def our_server(_folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
 def snapserver(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """Run snapserver with raw samples and its shortest chunks; give it and its port."""
     fifo = folder / "fifo"
-    os.mkfifo(fifo)
     source = f"--stream.source=pipe://{fifo}?name=bench&sampleformat={RATE}:16:2&chunk_ms=10"
-    command = ["snapserver", source, "--stream.codec=pcm", "--http.enabled=false"]
+    # An empty configuration: the usual one has a stream of its own, which clients would get.
+    (folder / "snapserver.conf").touch()
+    command = [
+        "snapserver",
+        "-c",
+        str(folder / "snapserver.conf"),
+        source,
+        "--stream.codec=pcm",
+        "--http.enabled=false",
+    ]
     command += ["--tcp.enabled=false", f"--server.datadir={folder}", f"--stream.port={SNAP_PORT}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    descriptor = os.open(fifo, os.O_RDWR)
     stopped = threading.Event()
     try:
-        feed = (descriptor, SNAP_FRAME_BYTES, stopped)
-        threading.Thread(target=feed_in_real_time, args=feed, daemon=True).start()
         wait_for(lambda: is_open(SNAP_PORT), "the start of snapserver")
-        yield process, SNAP_PORT
+        with fifo.open("wb", buffering=0) as file:
+            feed = (file.fileno(), SNAP_FRAME_BYTES, stopped)
+            threading.Thread(target=feed_in_real_time, args=feed, daemon=True).start()
+            yield process, SNAP_PORT
+            stopped.set()
     finally:
         stopped.set()
         stop_process(process)
-        os.close(descriptor)
 
 
 def is_open(port: int) -> bool:

@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 import queue
 import select
@@ -91,11 +92,13 @@ START_TARGET_MS = 5.0
 MIN_TARGET_MS = 2.5
 MAX_TARGET_MS = 250.0
 TARGET_STEP_MS = 2.5
-LOWERING_MS = 1.0
+LOWERING_SHARE = 0.25
+RAISE_SPACING_MS = 1_000
+START_PHASE_MS = 4_000
 # The spare that has to remain unused all the time before the target is lowered.
 RESERVE_MS = 2.5
-ADAPTING_WINDOW_MS = 10_000
-STEERING_WINDOW_MS = 250
+ADAPTING_WINDOW_MS = 5_000
+STEERING_WINDOW_MS = 500
 # A frame in 1,000 more or less changes the pitch by a fifth of what can be heard (about 10
 # cents, of 1,200 in an octave), and makes up for two clocks that differ by 1,000 ppm.
 STEERING_SPACING_FRAMES = 1_000
@@ -851,6 +854,8 @@ class JitterBuffer:
         self._playing = False
         self._draining = False
         self._silent_frames = 0
+        self._read_frames = 0
+        self._raised_at_frames = audio.frames_in(START_PHASE_MS - RAISE_SPACING_MS)
         self._settling = True
         self._correction = 0
         self._uncorrected_frames = 0
@@ -860,7 +865,6 @@ class JitterBuffer:
         self._burst_limit_frames = audio.frames_in(BURST_LIMIT_MS)
         self._limit_frames = audio.frames_in(BUFFER_LIMIT_MS)
         self._least_frames = audio.frames_in(MIN_TARGET_MS)
-        self._lowering_frames = audio.frames_in(LOWERING_MS)
         self._reserve_frames = audio.frames_in(RESERVE_MS)
         self._steering = SpareWindow(audio.frames_in(STEERING_WINDOW_MS))
         self._adapting = SpareWindow(audio.frames_in(ADAPTING_WINDOW_MS))
@@ -929,6 +933,7 @@ class JitterBuffer:
 
     def read(self, frames: int) -> bytes:
         """Return exactly `frames` to play now, silence where there is nothing."""
+        self._read_frames += frames
         if not self._playing and not self._start(frames):
             self._silent_frames += frames
             return self.audio.silence(frames)
@@ -1024,9 +1029,17 @@ class JitterBuffer:
             self._samples[:] = self._ramp_down(self._last_frame, frames) + following
 
     def _raise_target(self) -> None:
-        """Keep more from now on, if that would have prevented the silence that just ended."""
+        """Keep more from now on, if that would have prevented the silence that just ended.
+
+        Dropouts in quick succession have one cause, and those at the very start another one: the
+        sound system has yet to find its own pace.
+        """
         most_frames = self.audio.frames_in(MAX_TARGET_MS)
-        if not self._target_is_fixed and self._silent_frames <= most_frames:
+        is_new = self._read_frames - self._raised_at_frames >= self.audio.frames_in(
+            RAISE_SPACING_MS
+        )
+        if is_new and not self._target_is_fixed and self._silent_frames <= most_frames:
+            self._raised_at_frames = self._read_frames
             raised_frames = self.target_frames + self.audio.frames_in(TARGET_STEP_MS)
             self.target_frames = min(raised_frames, most_frames)
 
@@ -1038,7 +1051,7 @@ class JitterBuffer:
         unused_frames = lowest_frames - self._reserve_frames
         if not self._target_is_fixed and unused_frames > 0:
             least_frames = max(self._least_frames, self._block_frames + self._dead_zone_frames)
-            lowered_frames = self.target_frames - min(unused_frames, self._lowering_frames)
+            lowered_frames = self.target_frames - math.ceil(unused_frames * LOWERING_SHARE)
             self.target_frames = min(self.target_frames, max(lowered_frames, least_frames))
 
 

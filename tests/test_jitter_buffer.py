@@ -174,7 +174,7 @@ def test_a_day_passes_without_a_dropout_or_growing_delay(monkeypatch: pytest.Mon
 def test_the_target_rises_after_dropouts_and_sinks_again() -> None:
     buffer = JitterBuffer(MONO)
     simulation = Simulation(buffer, 240)
-    simulation.run(2)
+    simulation.run(client.START_PHASE_MS / 1000)
     start = buffer.target_frames
     for _ in range(5):
         simulation.run(0.05, delay_frames=2_400)

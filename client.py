@@ -91,10 +91,11 @@ STDOUT = "-"
 START_TARGET_MS = 5.0
 MIN_TARGET_MS = 2.5
 MAX_TARGET_MS = 250.0
-TARGET_STEP_MS = 2.5
+MAX_RAISE_MS = 10.0
+RAISE_SPACING_MS = 500
+START_PHASE_MS = 3_000
+# Of the spare that nothing has used.
 LOWERING_SHARE = 0.25
-RAISE_SPACING_MS = 1_000
-START_PHASE_MS = 4_000
 # The spare that has to remain unused all the time before the target is lowered.
 RESERVE_MS = 2.5
 ADAPTING_WINDOW_MS = 5_000
@@ -1040,8 +1041,8 @@ class JitterBuffer:
         )
         if is_new and not self._target_is_fixed and self._silent_frames <= most_frames:
             self._raised_at_frames = self._read_frames
-            raised_frames = self.target_frames + self.audio.frames_in(TARGET_STEP_MS)
-            self.target_frames = min(raised_frames, most_frames)
+            step_frames = min(self._silent_frames, self.audio.frames_in(MAX_RAISE_MS))
+            self.target_frames = min(self.target_frames + step_frames, most_frames)
 
     def _lower_target(self, lowest_frames: int) -> None:
         """Keep a little less from now on, if some of the spare was never used.

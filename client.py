@@ -1,6 +1,7 @@
-"""The sending end of Socket Pair: brings files to a server.
+"""The client of Socket Pair: brings files to a server, or plays the server's sound.
 
     python client.py file report.pdf photos/
+    python client.py audio
 
 From the top down:
 
@@ -10,6 +11,9 @@ file mode             ``start_file_client`` and ``Sender``: batches, resuming, r
 results               ``ResultReader`` and ``Report``: what became of each file
 progress              ``Progress``: bars, on a terminal
 sources               ``find_sources``: the files and folders that the user named
+audio mode            ``start_audio_client`` and ``Listening``: receives, comes back; ``Timeline``
+outputs               ``SpeakerOutput``, ``RecordingOutput``: sound card, WAV file, pipe
+jitter buffer         ``JitterBuffer``: plays evenly what arrives unevenly, and soon
 connection            ``connect``: a connection past its handshake
 ====================  =============================================================
 
@@ -95,7 +99,7 @@ MAX_RAISE_MS = 10.0
 RAISE_SPACING_MS = 500
 START_PHASE_MS = 3_000
 # Of the spare that nothing has used.
-LOWERING_SHARE = 0.25
+LOWERING_SHARE = 0.5
 # The spare that has to remain unused all the time before the target is lowered.
 RESERVE_MS = 2.5
 ADAPTING_WINDOW_MS = 5_000
@@ -1100,6 +1104,9 @@ class Output(Protocol):
     def status(self) -> str:
         """Return a few words about now, for the status line."""
 
+    def summary(self) -> str:
+        """Return a few words about the whole, for the end."""
+
 
 class SpeakerOutput:
     """Plays through a sound card; PortAudio asks for each block when it needs it.
@@ -1150,7 +1157,11 @@ class SpeakerOutput:
         if self._buffer is None:
             return ""
         fill_ms = self._buffer.audio.milliseconds(self._buffer.fill_frames)
-        return f"buffer {fill_ms:3.0f} ms  {count(self._buffer.statistics.dropouts, 'dropout')}"
+        return f"buffer {fill_ms:3.0f} ms  {self.summary()}"
+
+    def summary(self) -> str:
+        """Return the dropouts so far."""
+        return count(self._buffer.statistics.dropouts, "dropout") if self._buffer else ""
 
 
 class WavFile:
@@ -1339,6 +1350,10 @@ class RecordingOutput:
         """Return how much was missed so far."""
         return f"missed {self.missed_ms:.0f} ms" if self.missed_ms else ""
 
+    def summary(self) -> str:
+        """Return the same once more."""
+        return self.status()
+
 
 def open_outputs(
     outputs: list[Output],
@@ -1483,7 +1498,7 @@ class Listening:
 
     def summarize(self) -> str:
         """Return what has been heard, in a line."""
-        parts = [output.status() for output in self._outputs]
+        parts = [output.summary() for output in self._outputs]
         return ", ".join([f"heard {format_duration(self.heard_s)}", *filter(None, parts)])
 
 
@@ -1529,12 +1544,16 @@ EXAMPLES = """examples:
   client.py file report.pdf photos/       send a file and a folder
   tar c src | client.py file - --name src.tar
                                           send what another program makes
+  client.py audio                         play the server's sound, until Ctrl+C
+  client.py audio --record talk.wav       and keep it
+  client.py audio --output - | ffmpeg -f s16le -ar 48000 -i - talk.opus
+                                          give it to another program
 """
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the command line's arguments; exits with status 2 where they are wrong."""
-    parser = common.make_parser("Send files to server.py.", EXAMPLES)
+    parser = common.make_parser("Send files to server.py, or play its sound.", EXAMPLES)
     common.add_address_arguments(parser, "where the server is")
     parser.add_argument(
         "paths", nargs="*", metavar="PATH", help="files and folders, or - for standard input"

@@ -1,12 +1,15 @@
-"""The receiving end of Socket Pair: takes files into a folder.
+"""The server of Socket Pair: takes files into a folder, or broadcasts sound.
 
     python server.py file
+    python server.py audio
 
 From the top down:
 
 ====================  =============================================================
 command line          ``main`` asks for what the arguments leave open
 listener              ``Server`` accepts, gives each connection a thread, shakes hands
+broadcaster           ``handle_audio_client``, ``Broadcaster``, ``Listener``: sound to everyone
+inputs                ``Microphone``, ``PacedInput``: sound card, WAV file, pipe; ``CaptureQueue``
 file conversation     ``handle_file_client`` and ``Reception``: offers, resuming, results
 one file              ``Incoming``: what is known of it, from the offer to its result
 on disk               ``PartialFile``: hidden until complete, then moved into place
@@ -26,6 +29,11 @@ The file conversation, after the handshake, any number of times until the client
 
 ``held`` and ``prefixes`` are left out where nothing is held. Whoever hashes for long sends
 ``hashing`` every second meanwhile.
+
+Sound, after the handshake, whose welcome tells its format: blocks (see ``common.AudioBlock``), and
+at the input's end the reason. The client sends nothing. Inside the server it takes this way::
+
+    PortAudio's thread -> CaptureQueue -> the broadcaster's thread -> every listener's socket
 """
 
 from __future__ import annotations
@@ -1372,12 +1380,17 @@ EXAMPLES = """examples:
   server.py                          ask for everything
   server.py file --folder ~/inbox    receive files into a folder
   server.py file --overwrite         let new files replace old ones of their name
+  server.py audio                    broadcast the microphone
+  server.py audio --input usb --rate 44100 --channels 2
+                                     the one with "usb" in its name, in stereo
+  sox in.mp3 -t s16 -r 48k -c 1 - | server.py audio --input -
+                                     what another program makes
 """
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the command line's arguments; exits with status 2 where they are wrong."""
-    parser = common.make_parser("Receive files from client.py.", EXAMPLES)
+    parser = common.make_parser("Receive files from client.py, or send it sound.", EXAMPLES)
     common.add_address_arguments(parser, "address to listen on")
     parser.add_argument(
         "--max-clients",

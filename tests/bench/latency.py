@@ -47,7 +47,8 @@ GAP_MIN_S, GAP_MAX_S = 0.25, 0.6
 SEARCH_S = 1.6
 # Correlation with the chirp, 1 being a perfect copy: below this it counts as not heard.
 HEARD = 0.5
-SETTLE_S = 3.0
+# What records has to be attached, too: PulseAudio changes its own pace when something is.
+SETTLE_S = 8.0
 
 Signal = NDArray[np.float64]
 
@@ -59,7 +60,6 @@ class Way:
     name: str
     needs: Sequence[str]
     commands: Callable[[VirtualSoundCard], list[list[str]]]
-    settle_s: float = SETTLE_S
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,6 @@ def running(way: Way, card: VirtualSoundCard, log: Path) -> Iterator[None]:
                     )
                 )
                 time.sleep(1.0)
-            time.sleep(way.settle_s)
             yield
         finally:
             for process in reversed(processes):
@@ -181,6 +180,7 @@ def measure(way: Way, card: VirtualSoundCard, chirps: bytes) -> Result:
         card.record(MICROPHONE_MONITOR) as heard,
         card.record(SPEAKER_MONITOR) as said,
     ):
+        time.sleep(SETTLE_S)
         player = card.play(chirps)
         try:
             player.wait(len(chirps) / 2 / RATE + 30)
@@ -235,9 +235,9 @@ def trx(_card: VirtualSoundCard) -> list[list[str]]:
 WAYS = [
     Way("ours", ["pulseaudio"], ours),
     Way("parec | pacat", ["parec", "pacat"], direct_pipe),
-    Way("snapcast (default)", ["snapserver", "snapclient"], snapcast(None), 6.0),
-    Way("snapcast (400 ms)", ["snapserver", "snapclient"], snapcast(400), 6.0),
-    Way("snapcast (150 ms)", ["snapserver", "snapclient"], snapcast(150), 6.0),
+    Way("snapcast (default)", ["snapserver", "snapclient"], snapcast(None)),
+    Way("snapcast (400 ms)", ["snapserver", "snapclient"], snapcast(400)),
+    Way("snapcast (150 ms)", ["snapserver", "snapclient"], snapcast(150)),
     Way("trx", ["trx-tx", "trx-rx"], trx),
 ]
 

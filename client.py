@@ -1157,11 +1157,18 @@ class SpeakerOutput:
         if self._buffer is None:
             return ""
         fill_ms = self._buffer.audio.milliseconds(self._buffer.fill_frames)
-        return f"buffer {fill_ms:3.0f} ms  {self.summary()}"
+        dropouts = count(self._buffer.statistics.dropouts, "dropout")
+        return f"buffer {fill_ms:3.0f} ms  {dropouts}"
 
     def summary(self) -> str:
-        """Return the dropouts so far."""
-        return count(self._buffer.statistics.dropouts, "dropout") if self._buffer else ""
+        """Return the dropouts so far, and what following the server's clock has taken."""
+        if self._buffer is None:
+            return ""
+        seen = self._buffer.statistics
+        return (
+            f"{count(seen.dropouts, 'dropout')}, {count(seen.dropped_frames, 'frame')} dropped "
+            f"and {seen.doubled_frames} doubled"
+        )
 
 
 class WavFile:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -237,6 +239,34 @@ class FakeServer:
         self._listener.close()
 
 
+class Interpreter:
+    """Stands between a client and the server at `port`, and changes one word of the welcome."""
+
+    def __init__(self, port: str, word: bytes, instead: bytes) -> None:
+        self._server = ("127.0.0.1", int(port))
+        self._word, self._instead = word, instead
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = str(self._listener.getsockname()[1])
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        near, _ = self._listener.accept()
+        with near, socket.create_connection(self._server) as far:
+            far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            far.sendall(near.recv(4096))
+            data = far.recv(4096).replace(self._word, self._instead)
+            with contextlib.suppress(OSError):
+                while data:
+                    near.sendall(data)
+                    data = far.recv(65_536)
+
+    def __enter__(self) -> Interpreter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+
 def pack_welcome(**changes: Any) -> bytes:
     fields = {"type": "welcome", "protocol": 1, "mode": "audio", "rate": 48_000, "channels": 1}
     message = json.dumps({**fields, "block_frames": 120, "stream": "s", **changes}).encode()
@@ -289,6 +319,22 @@ def test_the_delay_is_bounded_and_a_stall_leaves_none(card: VirtualSoundCard) ->
         player.process.send_signal(signal.SIGCONT)
         assert hears_tone(card)
         assert measure_delay_s(card) < 0.4
+
+
+def test_a_server_whose_clock_is_fast_is_followed(card: VirtualSoundCard) -> None:
+    # The client plays 48,000 frames a second of the 48,024 that are captured: 500 ppm.
+    seconds = 12
+    with (
+        start_server(card, "--rate", "48024") as sender,
+        Interpreter(port_of(sender), b'"rate":48024', b'"rate":48000') as between,
+        start_client(card, between.port, "--latency", "80", "--seconds", str(seconds)) as player,
+    ):
+        assert player.end() == common.EXIT_OK
+        found = re.search(r"(\d+) frames? dropped", player.lines[-1])
+    # All that is certain on a busy machine, where stalls have sound thrown away in one go;
+    # test_jitter_buffer.py counts every frame.
+    assert found is not None
+    assert int(found[1]) > 0
 
 
 def test_the_client_waits_for_a_server_and_comes_back_to_it(card: VirtualSoundCard) -> None:

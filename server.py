@@ -966,17 +966,17 @@ class Microphone:
     """Captures from a sound card. Raises AudioUnavailable where it cannot."""
 
     def __init__(self, wanted: str | None, captured: CaptureQueue) -> None:
-        self._captured = captured
+        self.captured = captured
         self._card = SoundCard(common.MICROPHONE, wanted, log.warning)
         self.name = self._card.name
 
     def start(self) -> None:
         """Begin to capture."""
-        self._card.open(self._captured.audio, self._hand_over, self._captured.skip)
+        self._card.open(self.captured.audio, self._hand_over, self.captured.skip)
 
     def _hand_over(self, samples: bytes | None, _frames: int) -> None:
         """Take a block; PortAudio's thread calls this."""
-        self._captured.put(samples or b"")
+        self.captured.put(samples or b"")
 
     def close(self) -> None:
         """Stop to capture."""
@@ -993,7 +993,7 @@ class PacedInput:
     def __init__(self, name: str, read: Callable[[int], bytes], captured: CaptureQueue) -> None:
         self.name = name
         self._read = read
-        self._captured = captured
+        self.captured = captured
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -1004,7 +1004,7 @@ class PacedInput:
         """Nothing to do: the thread ends with the process, or its input."""
 
     def _run(self) -> None:
-        audio = self._captured.audio
+        audio = self.captured.audio
         block_bytes = audio.frames_in(CAPTURE_BLOCK_MS) * audio.frame_bytes
         due_s = time.monotonic()
         try:
@@ -1015,10 +1015,10 @@ class PacedInput:
                     due_s += late_s
                 elif late_s < 0:
                     time.sleep(-late_s)
-                self._captured.put(samples)
-            self._captured.end(f"{self.name} is at its end")
+                self.captured.put(samples)
+            self.captured.end(f"{self.name} is at its end")
         except (OSError, EOFError, wave.Error) as error:
-            self._captured.end(f"{self.name} cannot be read any further ({error})", failed=True)
+            self.captured.end(f"{self.name} cannot be read any further ({error})", failed=True)
 
 
 class WavLoop:
@@ -1032,7 +1032,7 @@ class WavLoop:
             reason = describe_error(error) if isinstance(error, OSError) else str(error)
             raise SocketPairError(f"cannot play {shown}: {reason or 'not a WAV file'}") from error
         if self._file.getsampwidth() != common.SAMPLE_BYTES or not self._file.getnframes():
-            raise SocketPairError(f"cannot play {shown}: 16-bit samples are needed, and some")
+            raise SocketPairError(f"cannot play {shown}: there are no 16-bit samples in it")
         self.audio = AudioFormat(self._file.getframerate(), self._file.getnchannels())
 
     def read(self, size: int) -> bytes:
@@ -1055,29 +1055,24 @@ def whole_frames_reader(file: BinaryIO, audio: AudioFormat) -> Callable[[int], b
     return read
 
 
-def open_input(args: argparse.Namespace) -> tuple[Microphone | PacedInput, CaptureQueue]:
-    """Return what ``--input`` names, and the queue that it is going to fill.
-
-    Raises SocketPairError where the input cannot be had.
-    """
+def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
+    """Return what ``--input`` names, ready to start. Raises SocketPairError where there is none."""
+    if args.input is not None and args.input.lower().endswith(".wav"):
+        return open_wav(args.input, args.rate, args.channels)
     audio = AudioFormat(args.rate or DEFAULT_RATE, args.channels or 1)
     if args.input == STDIN:
-        captured = CaptureQueue(audio)
         read = whole_frames_reader(sys.stdin.buffer, audio)
-        return PacedInput("standard input", read, captured), captured
-    if args.input is not None and args.input.lower().endswith(".wav"):
-        sound = WavLoop(args.input)
-        if (args.rate or sound.audio.rate, args.channels or sound.audio.channels) != (
-            sound.audio.rate,
-            sound.audio.channels,
-        ):
-            raise SocketPairError(
-                f"{escape(args.input)} is {sound.audio.describe()}: it is not converted"
-            )
-        captured = CaptureQueue(sound.audio)
-        return PacedInput(escape(args.input), sound.read, captured), captured
-    captured = CaptureQueue(audio)
-    return Microphone(args.input, captured), captured
+        return PacedInput("standard input", read, CaptureQueue(audio))
+    return Microphone(args.input, CaptureQueue(audio))
+
+
+def open_wav(path: str, rate: int | None, channels: int | None) -> PacedInput:
+    """Return a WAV file as an input; raises SocketPairError where it is not as it should be."""
+    sound = WavLoop(path)
+    audio = sound.audio
+    if audio != AudioFormat(rate or audio.rate, channels or audio.channels):
+        raise SocketPairError(f"{escape(path)} is {audio.describe()}, and is not converted")
+    return PacedInput(escape(path), sound.read, CaptureQueue(audio))
 
 
 # --- sound: broadcaster ---------------------------------------------------------------------
@@ -1484,30 +1479,18 @@ def serve_audio(args: argparse.Namespace) -> int:
     """Broadcast the input until Ctrl+C or its end; return the exit status."""
     # A thread a listener: the usual 8 MiB each would be backed by huge pages on some systems.
     threading.stack_size(LISTENER_STACK_BYTES)
-    source, captured = open_input(args)
-    listener = open_listener(args.host, args.port)
-    broadcaster = Broadcaster(captured)
-    server = Server(
-        listener,
-        "audio",
-        lambda connection: handle_audio_client(connection, broadcaster),
-        max_clients=args.max_clients or MAX_LISTENERS,
-        welcome={
-            **captured.audio.fields(),
-            "block_frames": captured.audio.frames_in(CAPTURE_BLOCK_MS),
-            "stream": secrets.token_hex(8),
-        },
-    )
+    source = open_input(args)
+    broadcaster = Broadcaster(source.captured)
+    server = make_audio_server(args, broadcaster)
     console = Console(args.quiet)
     for handler in logging.getLogger().handlers:
         handler.addFilter(console.clear_for)
     source.start()
     broadcaster.start()
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
-    address = common.format_address(*listener.getsockname()[:2])
-    console.say(
-        f"Broadcasting {source.name}, {captured.audio.describe()}, on {address} - Ctrl+C to stop"
-    )
+    what = f"{source.name}, {source.captured.audio.describe()}"
+    address = common.format_address(*server.listener.getsockname()[:2])
+    console.say(f"Broadcasting {what}, on {address} - Ctrl+C to stop")
     try:
         show_until_ended(broadcaster, console)
         return finish_audio(server, broadcaster, console)
@@ -1516,6 +1499,26 @@ def serve_audio(args: argparse.Namespace) -> int:
         raise
     finally:
         source.close()
+
+
+def make_audio_server(args: argparse.Namespace, broadcaster: Broadcaster) -> Server:
+    """Return a server that listens, and whose welcome tells what a listener has to know.
+
+    ``stream`` names the numbering of the frames: a client that comes back to the same one can
+    tell how many it has missed.
+    """
+    audio = broadcaster.captured.audio
+    return Server(
+        open_listener(args.host, args.port),
+        "audio",
+        lambda connection: handle_audio_client(connection, broadcaster),
+        max_clients=args.max_clients or MAX_LISTENERS,
+        welcome={
+            **audio.fields(),
+            "block_frames": audio.frames_in(CAPTURE_BLOCK_MS),
+            "stream": secrets.token_hex(8),
+        },
+    )
 
 
 def show_until_ended(broadcaster: Broadcaster, console: Console) -> None:

@@ -967,7 +967,9 @@ def describe_devices(system: SoundSystem, direction: Direction) -> str:
             )
     if len(lines) == 1:
         return f"no {direction.noun} found: {direction.advice}"
-    return "\n".join([*lines, f"* is used unless {direction.option} names another, by part or no."])
+    return "\n".join(
+        [*lines, f"* unless {direction.option} gives another's number or name, or a part of it"]
+    )
 
 
 def list_devices(direction: Direction) -> int:

@@ -1,0 +1,520 @@
+"""Framing, messages, escaping, checksum and pipeline, over real socket pairs and files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import socket
+import struct
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import common
+from common import (
+    MAX_FRAME_BYTES,
+    SEGMENT_BYTES,
+    BlockPipeline,
+    Blocks,
+    Connection,
+    ConnectionBroken,
+    PeerClosed,
+    PeerRefused,
+    PeerStalled,
+    ProtocolError,
+    SocketPairError,
+    calculate_checksum,
+    escape,
+)
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda children: st.lists(children, max_size=5) | st.dictionaries(st.text(), children),
+    max_leaves=20,
+)
+
+
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Return two connected TCP sockets of this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname(), timeout=60)
+        far, _ = listener.accept()
+        far.settimeout(60)
+        return near, far
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[tuple[Connection, socket.socket]]:
+    """Give a Connection and the socket at its other end."""
+    near, far = socket_pair()
+    with far, Connection(near, "peer") as connection:
+        yield connection, far
+
+
+@contextlib.contextmanager
+def background(work: Callable[[], object]) -> Iterator[None]:
+    """Run `work` in a thread, which must have ended soon after the ``with`` block."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    yield
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def send_in_pieces(sock: socket.socket, data: bytes, cuts: list[int]) -> None:
+    """Send `data`, a system call for each piece."""
+    edges = sorted({min(cut, len(data)) for cut in cuts} | {0, len(data)})
+    for start, end in itertools.pairwise(edges):
+        sock.sendall(data[start:end])
+
+
+# --- frames -----------------------------------------------------------------------------------
+
+
+@given(
+    frames=st.lists(st.binary(max_size=2000), min_size=1, max_size=10),
+    cuts=st.lists(st.integers(0, 5000), max_size=20),
+)
+@settings(max_examples=100)
+def test_frames_arrive_whole_however_they_are_cut(frames: list[bytes], cuts: list[int]) -> None:
+    data = b"".join(struct.pack("!I", len(content)) + content for content in frames)
+    with connected() as (connection, far), background(lambda: send_in_pieces(far, data, cuts)):
+        assert [connection.read_frame() for _ in frames] == frames
+
+
+@given(sizes=st.lists(st.integers(1, 600_000), min_size=1, max_size=6), into=st.booleans())
+@settings(max_examples=30)
+def test_exact_bytes_arrive_in_order_whatever_sizes_are_read(sizes: list[int], into: bool) -> None:
+    data = os.urandom(sum(sizes))
+    with connected() as (connection, far), background(lambda: far.sendall(data)):
+        parts = []
+        for number, size in enumerate(sizes):
+            if into and number % 2:
+                block = bytearray(size)
+                connection.read_into(memoryview(block))
+                parts.append(bytes(block))
+            else:
+                parts.append(connection.read(size))
+    assert b"".join(parts) == data
+
+
+def test_a_close_between_frames_is_a_clean_end() -> None:
+    with connected() as (connection, far):
+        far.sendall(struct.pack("!I", 2) + b"ok")
+        far.close()
+        assert connection.read_frame() == b"ok"
+        with pytest.raises(PeerClosed):
+            connection.read_frame()
+
+
+@pytest.mark.parametrize("sent", [b"\0", b"\0\0\0", b"\0\0\0\x05", b"\0\0\0\x05four"])
+def test_a_close_inside_a_frame_is_a_broken_connection(sent: bytes) -> None:
+    with connected() as (connection, far):
+        far.sendall(sent)
+        far.close()
+        with pytest.raises(ConnectionBroken, match="middle of a frame"):
+            connection.read_frame()
+
+
+def test_a_close_inside_a_block_is_a_broken_connection() -> None:
+    with connected() as (connection, far):
+        far.sendall(b"half")
+        far.close()
+        with pytest.raises(ConnectionBroken, match="middle of a frame"):
+            connection.read_into(memoryview(bytearray(8)))
+
+
+def test_a_reset_is_a_broken_connection() -> None:
+    with connected() as (connection, far):
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        far.close()
+        with pytest.raises(ConnectionBroken, match="reset"):
+            connection.read_frame()
+
+
+@given(size=st.integers(MAX_FRAME_BYTES + 1, 2**32 - 1))
+@settings(max_examples=20)
+def test_a_frame_too_long_is_refused_on_its_length_alone(size: int) -> None:
+    with connected() as (connection, far):
+        far.sendall(struct.pack("!I", size))  # nothing follows: waiting for it would hang
+        with connection.limit(30), pytest.raises(ProtocolError, match="not Socket Pair's protocol"):
+            connection.read_frame()
+
+
+def test_the_caller_may_allow_less_than_the_longest_frame() -> None:
+    with connected() as (connection, far):
+        far.sendall(struct.pack("!I", 11))
+        with pytest.raises(ProtocolError):
+            connection.read_frame(max_bytes=10)
+
+
+def test_the_longest_frame_is_taken() -> None:
+    content = os.urandom(MAX_FRAME_BYTES)
+    data = struct.pack("!I", len(content)) + content
+    with connected() as (connection, far), background(lambda: far.sendall(data)):
+        assert connection.read_frame() == content
+
+
+def test_a_frame_that_came_in_part_is_there_after_another_try() -> None:
+    with connected() as (connection, far):
+        far.sendall(struct.pack("!I", 10) + b"first")
+        with connection.limit(0.2), pytest.raises(PeerStalled):
+            connection.read_frame()
+        far.sendall(b"later")
+        assert connection.read_frame() == b"firstlater"
+
+
+# --- messages ---------------------------------------------------------------------------------
+
+
+@given(fields=st.dictionaries(st.text(min_size=1), JSON_VALUES))
+@settings(max_examples=100)
+def test_messages_arrive_as_they_were_sent(fields: dict[str, Any]) -> None:
+    fields = {name: value for name, value in fields.items() if name not in ("type", "self")}
+    fields.pop("message_type", None)
+    with connected() as (connection, far), Connection(far, "far") as other:
+        other.send("greeting", **fields)
+        assert connection.receive("greeting") == {"type": "greeting", **fields}
+
+
+BAD_MESSAGES = [
+    b"",
+    b"{",
+    b"\xff\xfe",
+    b"\x80",
+    b"GET / HTTP/1.1",
+    b"null",
+    b"[]",
+    b"1",
+    b'"type"',
+    b"{}",
+    b'{"type":1}',
+    b'{"type":null}',
+    b'{"no":"type"}',
+    b"[" * 100_000,
+    b'{"type":' * 20_000,
+    b'{"type":"greeting","n":' + b"1" * 10_000 + b"}",
+]
+
+
+@pytest.mark.parametrize("content", BAD_MESSAGES, ids=lambda content: repr(content[:20]))
+def test_what_is_no_message_is_a_protocol_error(content: bytes) -> None:
+    with connected() as (connection, far):
+        far.sendall(struct.pack("!I", len(content)) + content)
+        with pytest.raises(ProtocolError):
+            connection.receive("greeting")
+
+
+@given(content=st.binary(max_size=200))
+def test_any_bytes_are_a_message_or_a_protocol_error(content: bytes) -> None:
+    with contextlib.suppress(ProtocolError):
+        assert isinstance(common.parse_message(content)["type"], str)
+
+
+def test_an_unexpected_message_is_named_with_its_control_codes_spelled_out() -> None:
+    with connected() as (connection, far), Connection(far, "far") as other:
+        other.send("\x1b[2J")
+        with pytest.raises(ProtocolError) as caught:
+            connection.receive("greeting")
+    assert "\x1b" not in str(caught.value)
+    assert "[2J" in str(caught.value)
+
+
+def test_an_error_message_is_raised_with_its_control_codes_spelled_out() -> None:
+    with connected() as (connection, far), Connection(far, "far") as other:
+        other.send("error", error="go \x1b]0;away\x07")
+        with pytest.raises(PeerRefused) as caught:
+            connection.receive("greeting")
+    assert str(caught.value) == r"go \x1b]0;away\x07"
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(True, int), ("1", int), (1, str), (None, str), ({}, list), (1.0, int)]
+)
+def test_a_field_of_the_wrong_type_is_a_protocol_error(value: object, kind: type) -> None:
+    with pytest.raises(ProtocolError, match="'field'"):
+        common.require({"field": value}, "field", kind)
+    with pytest.raises(ProtocolError, match="'field'"):
+        common.require({}, "field", kind)
+
+
+@pytest.mark.parametrize("value", [-1, 2**63, True, 1.5, None, "1"])
+def test_a_size_that_no_file_has_is_a_protocol_error(value: object) -> None:
+    with pytest.raises(ProtocolError, match="'size'"):
+        common.require_size({"size": value}, "size")
+    assert common.require_size({"size": 2**63 - 1}, "size") == 2**63 - 1
+
+
+# --- time limits and queue --------------------------------------------------------------------
+
+
+def test_a_limit_ends_a_wait_for_a_silent_peer() -> None:
+    with connected() as (connection, _far), connection.limit(0.2), pytest.raises(PeerStalled):
+        connection.read(1)
+
+
+def test_a_limit_counts_for_all_reads_together() -> None:
+    """A peer that sends a byte now and then does not hold the connection beyond the limit."""
+    stop = threading.Event()
+
+    def drip(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while not stop.wait(0.05):
+                sock.sendall(b"x")
+
+    with connected() as (connection, far), background(lambda: drip(far)):
+        try:
+            with connection.limit(0.5), pytest.raises(PeerStalled):
+                while True:
+                    connection.read(1)
+        finally:
+            stop.set()
+
+
+def test_after_a_limit_reads_have_their_time_again() -> None:
+    with connected() as (connection, far):
+        with connection.limit(0.1), pytest.raises(PeerStalled):
+            connection.read(1)
+        assert connection.socket.gettimeout() == common.PROGRESS_TIMEOUT_S
+        far.sendall(b"late")
+        assert connection.read(4) == b"late"
+
+
+def test_a_peer_that_takes_nothing_ends_a_write() -> None:
+    with connected() as (connection, _far), connection.limit(0.5), pytest.raises(PeerStalled):
+        connection.write(bytes(64 * 1024 * 1024))
+
+
+def test_a_write_to_a_peer_that_is_gone_is_a_broken_connection() -> None:
+    with connected() as (connection, far):
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        far.close()
+        with pytest.raises(ConnectionBroken):
+            connection.write(bytes(64 * 1024 * 1024))
+
+
+def test_closing_wakes_whoever_waits() -> None:
+    ended = threading.Event()
+
+    def wait_for_bytes(connection: Connection) -> None:
+        with contextlib.suppress(SocketPairError):
+            connection.read(1)
+        ended.set()
+
+    with connected() as (connection, _far), background(lambda: wait_for_bytes(connection)):
+        connection.close()
+        connection.close()
+        assert ended.wait(60)
+
+
+def test_queued_bytes_leave_with_the_flush_and_before_later_ones() -> None:
+    with connected() as (connection, far), Connection(far, "far") as other:
+        connection.queue(b"first")
+        far.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            far.recv(1)
+        far.settimeout(60)
+        connection.send("second")
+        connection.write(b"third")
+        assert other.read(5) == b"first"
+        assert other.receive("second")
+        assert other.read(5) == b"third"
+
+
+def test_a_long_queue_leaves_by_itself() -> None:
+    with connected() as (connection, far):
+        received = bytearray()
+
+        def take() -> None:
+            while len(received) < common.SEND_BYTES:
+                received.extend(far.recv(65536))
+
+        with background(take):
+            for _ in range(common.SEND_BYTES // 1024):
+                connection.queue(bytes(1024))
+    assert len(received) == common.SEND_BYTES
+
+
+@given(sizes=st.lists(st.integers(1, SEGMENT_BYTES), min_size=1, max_size=5))
+@settings(max_examples=20)
+def test_segments_of_any_size_arrive_in_order(sizes: list[int]) -> None:
+    segments = [os.urandom(size) for size in sizes]
+
+    def send_all(connection: Connection) -> None:
+        for segment in segments:
+            connection.send_segment(memoryview(segment))
+        connection.flush()
+
+    with (
+        connected() as (connection, far),
+        Connection(far, "far") as other,
+        background(lambda: send_all(other)),
+    ):
+        received = [connection.read(connection.read_length()) for _ in segments]
+    assert received == segments
+
+
+# --- text -------------------------------------------------------------------------------------
+
+
+@given(st.text(st.characters()) | st.text(st.characters(categories=["Cc", "Cf", "Cs", "Zl"])))
+def test_escaped_text_holds_nothing_that_moves_a_cursor(text: str) -> None:
+    shown = escape(text)
+    assert shown.isprintable()
+    shown.encode("utf-8")  # no half surrogate either
+
+
+@given(st.text(st.characters(categories=["L", "N", "P", "S"]), max_size=400))
+def test_escaping_leaves_ordinary_text_as_it_is(text: str) -> None:
+    assert escape(text) == text
+
+
+def test_escaped_text_has_a_limit() -> None:
+    assert len(escape("x" * 10_000)) == 500
+    assert len(escape("\x1b" * 10_000)) <= 500 * len(r"\U0010ffff")
+
+
+def test_control_codes_are_spelled_out() -> None:
+    assert escape("a\x1b[2J\nb\u202e\udc80") == r"a\x1b[2J\nb\u202e\udc80"
+
+
+@given(st.integers(0, 10**18))
+def test_numbers_of_bytes_are_short(count: int) -> None:
+    assert len(common.format_bytes(count)) <= len("1000000.0 TB")
+
+
+# --- checksum ---------------------------------------------------------------------------------
+
+
+@given(
+    content=st.binary(max_size=3000) | st.just(os.urandom(2 * SEGMENT_BYTES + 7)),
+    part=st.floats(0, 1),
+)
+@settings(max_examples=50)
+def test_checksums_are_those_of_hashlib(content: bytes, part: float) -> None:
+    length = int(len(content) * part)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        assert calculate_checksum(file.name) == hashlib.sha256(content).hexdigest()
+        assert calculate_checksum(Path(file.name)) == hashlib.sha256(content).hexdigest()
+        prefix = hashlib.sha256(content[:length]).hexdigest()
+        assert calculate_checksum(file.name, length) == prefix
+        file.seek(length)
+        rest = hashlib.sha256(content[length:]).hexdigest()
+        assert calculate_checksum(file.fileno()) == rest
+        os.fstat(file.fileno())  # still open
+
+
+def test_a_checksum_of_more_than_there_is_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "short"
+    path.write_bytes(b"12345")
+    with pytest.raises(SocketPairError, match="shorter"):
+        calculate_checksum(path, 6)
+
+
+def test_a_checksum_goes_on_from_a_digest_and_tells_its_progress(tmp_path: Path) -> None:
+    content = os.urandom(3 * SEGMENT_BYTES + 1)
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    digest, counts = hashlib.sha256(b"before"), list[int]()
+    found = calculate_checksum(path, digest=digest, on_progress=counts.append)
+    assert found == digest.hexdigest() == hashlib.sha256(b"before" + content).hexdigest()
+    assert sum(counts) == len(content)
+    assert len(counts) > 1
+
+
+def test_a_checksum_of_what_cannot_be_read_is_an_oserror(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        calculate_checksum(tmp_path / "missing")
+    with pytest.raises(IsADirectoryError):
+        calculate_checksum(tmp_path)
+
+
+# --- blocks -----------------------------------------------------------------------------------
+
+
+@given(sizes=st.lists(st.integers(0, 5000), max_size=40))
+@settings(max_examples=50)
+def test_a_pipeline_consumes_blocks_in_order(sizes: list[int]) -> None:
+    consumed: list[bytes] = []
+    given_: list[bytes] = []
+    with BlockPipeline(lambda view: consumed.append(bytes(view))) as blocks:
+        for size in sizes:
+            content = os.urandom(size)
+            block = blocks.take()[:size]
+            block[:] = content
+            blocks.give(block)
+            given_.append(content)
+    assert consumed == given_
+
+
+def test_a_pipeline_raises_what_its_consumer_raised() -> None:
+    consumed = []
+
+    def consume(view: memoryview) -> None:
+        consumed.append(view[0])
+        if view[0] == 3:
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"), BlockPipeline(consume) as blocks:
+        for number in range(1000):  # never waits for ever, though nothing is consumed any more
+            block = blocks.take()[:1]
+            block[0] = number % 256
+            blocks.give(block)
+    assert consumed == [0, 1, 2, 3]
+
+
+def test_a_pipeline_raises_an_error_of_the_last_block_at_its_end() -> None:
+    def consume(_view: memoryview) -> None:
+        raise OSError("no space left")
+
+    pipeline = BlockPipeline(consume)
+    with pytest.raises(OSError, match="no space left"), pipeline:
+        pipeline._given.put(pipeline.take())  # as give(), but without its look at the error
+
+
+def test_a_pipeline_does_not_hide_the_error_of_its_user() -> None:
+    def consume(_view: memoryview) -> None:
+        raise OSError("no space left")
+
+    pipeline = BlockPipeline(consume)
+    with pytest.raises(KeyError, match="mine"), pipeline:
+        pipeline._given.put(pipeline.take())
+        raise KeyError("mine")
+
+
+def test_a_pipeline_leaves_no_thread_behind() -> None:
+    before = threading.active_count()
+    for _ in range(10):
+        with BlockPipeline(lambda view: None) as blocks:
+            blocks.give(blocks.take())
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("size", "threaded"), [(0, False), (1, False), (SEGMENT_BYTES + 1, True), (None, True)]
+)
+def test_only_large_files_have_a_thread(size: int | None, threaded: bool) -> None:
+    with common.blocks_for(size, lambda view: None) as blocks:
+        assert isinstance(blocks, Blocks)
+        assert isinstance(blocks, BlockPipeline) == threaded
+
+
+@given(JSON_VALUES)
+def test_any_json_value_is_a_message_only_if_it_has_a_type(value: Any) -> None:
+    encoded = json.dumps(value).encode()
+    if isinstance(value, dict) and isinstance(value.get("type"), str):
+        assert common.parse_message(encoded) == value
+    else:
+        with pytest.raises(ProtocolError):
+            common.parse_message(encoded)

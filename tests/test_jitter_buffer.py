@@ -6,15 +6,12 @@ import itertools
 import math
 import random
 import struct
-import sys
 from array import array
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import client
 from client import JitterBuffer
 from common import AudioFormat
@@ -215,7 +212,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps=STEPS, read_frames=st.integers(1, 1_024), audio=st.sampled_from([MONO, STEREO]))
 def test_any_schedule_gives_what_is_asked_for_within_bounds(
     steps: list[Step], read_frames: int, audio: AudioFormat
@@ -229,7 +226,7 @@ def test_any_schedule_gives_what_is_asked_for_within_bounds(
         assert buffer.target_frames <= audio.frames_in(client.MAX_TARGET_MS)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(steps=STEPS)
 def test_any_schedule_is_forgotten_a_second_after_it_ends(steps: list[Step]) -> None:
     buffer = JitterBuffer(MONO, fixed_target_ms=10)
@@ -245,7 +242,7 @@ def test_any_schedule_is_forgotten_a_second_after_it_ends(steps: list[Step]) -> 
     assert max(fills) <= 480 + 240 + MONO.frames_in(client.JUMP_MS)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), jitter_ms=st.integers(0, 40))
 def test_any_jitter_is_learned(seed: int, jitter_ms: int) -> None:
     rng = random.Random(seed)

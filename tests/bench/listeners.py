@@ -34,9 +34,8 @@ if sys.platform != "win32":
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from sound_card import stop_process, wait_for  # noqa: E402
-
 import common  # noqa: E402
+from sound_card import stop_process, wait_for  # noqa: E402
 
 RATE = 48_000
 SETTLE_S = 2.0

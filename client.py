@@ -1526,17 +1526,17 @@ def start_audio_client(  # noqa: PLR0913 - the command line's options
     console = Console(quiet, data_on_stdout=output == STDOUT)
     outputs: list[Output] = []
     try:
-        open_outputs(outputs, output, record, latency_ms, console)
-        listening = Listening(address, outputs, seconds, console)
-        threading.Thread(target=listening.show_status, name="status", daemon=True).start()
         try:
-            listening.run()
+            open_outputs(outputs, output, record, latency_ms, console)
+            listening = Listening(address, outputs, seconds, console)
+            threading.Thread(target=listening.show_status, name="status", daemon=True).start()
+            with contextlib.suppress(KeyboardInterrupt):  # the usual way to stop
+                listening.run()
+                for each in outputs:
+                    each.drain()
+        finally:
             for each in outputs:
-                each.drain()
-        except KeyboardInterrupt:
-            pass  # the usual way to stop
-        for each in outputs:
-            each.close()
+                each.close()
         console.say(listening.summarize())
     except SocketPairError as error:
         console.complain(str(error))
@@ -1558,15 +1558,8 @@ EXAMPLES = """examples:
 """
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the command line's arguments; exits with status 2 where they are wrong."""
-    parser = common.make_parser("Send files to server.py, or play its sound.", EXAMPLES)
-    common.add_address_arguments(parser, "where the server is")
-    parser.add_argument(
-        "paths", nargs="*", metavar="PATH", help="files and folders, or - for standard input"
-    )
-    files = parser.add_argument_group("file mode")
-    files.add_argument("--name", help="what standard input is to be called at the server")
+def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of audio mode."""
     sound = parser.add_argument_group("audio mode")
     sound.add_argument(
         "--output",
@@ -1582,6 +1575,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     sound.add_argument("--seconds", type=duration_s, metavar="S", help="stop after S seconds")
     sound.add_argument("--list-devices", action="store_true", help="show the loudspeakers and exit")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the command line's arguments; exits with status 2 where they are wrong."""
+    parser = common.make_parser("Send files to server.py, or play its sound.", EXAMPLES)
+    common.add_address_arguments(parser, "where the server is")
+    parser.add_argument(
+        "paths", nargs="*", metavar="PATH", help="files and folders, or - for standard input"
+    )
+    files = parser.add_argument_group("file mode")
+    files.add_argument("--name", help="what standard input is to be called at the server")
+    add_audio_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     from_stdin = args.paths.count(STDIN)
     if args.paths and args.mode == "audio":

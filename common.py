@@ -924,11 +924,17 @@ class SoundCard:
 
     def _watch(self) -> None:
         """Find the device again whenever no sound has flowed for a while."""
+        checked_s = time.monotonic()
         while not self._closed.wait(CARD_CHECK_S):
-            idle_s = time.monotonic() - self._exchanged_s
+            now_s = time.monotonic()
+            if now_s - checked_s > CARD_TIMEOUT_S:
+                self._exchanged_s = now_s  # it was this process, or the machine, that stood still
+            checked_s = now_s
+            idle_s = now_s - self._exchanged_s
             if idle_s > CARD_TIMEOUT_S or not self._stream.is_active():
                 self._complain(f"the {self._direction.noun} {self.name} is gone: looking for it")
                 self._find_again()
+                checked_s = time.monotonic()
 
     def _find_again(self) -> None:
         """Try to open the device until it is back, or the card is closed; blocks."""

@@ -1383,23 +1383,8 @@ EXAMPLES = """examples:
 """
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the command line's arguments; exits with status 2 where they are wrong."""
-    parser = common.make_parser("Receive files from client.py, or send it sound.", EXAMPLES)
-    common.add_address_arguments(parser, "address to listen on")
-    parser.add_argument(
-        "--max-clients",
-        type=common.positive_number,
-        metavar="N",
-        help=f"clients served at once ({MAX_CLIENTS}; in audio mode {MAX_LISTENERS})",
-    )
-    files = parser.add_argument_group("file mode")
-    files.add_argument("--folder", default="received", help="where files go (%(default)s)")
-    files.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace files of the same name, rather than keep both",
-    )
+def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of audio mode."""
     sound = parser.add_argument_group("audio mode")
     sound.add_argument(
         "--input",
@@ -1419,6 +1404,26 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="1 for mono, 2 for stereo (1, or the .wav file's)",
     )
     sound.add_argument("--list-devices", action="store_true", help="show the microphones and exit")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the command line's arguments; exits with status 2 where they are wrong."""
+    parser = common.make_parser("Receive files from client.py, or send it sound.", EXAMPLES)
+    common.add_address_arguments(parser, "address to listen on")
+    parser.add_argument(
+        "--max-clients",
+        type=common.positive_number,
+        metavar="N",
+        help=f"clients served at once ({MAX_CLIENTS}; in audio mode {MAX_LISTENERS})",
+    )
+    files = parser.add_argument_group("file mode")
+    files.add_argument("--folder", default="received", help="where files go (%(default)s)")
+    files.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files of the same name, rather than keep both",
+    )
+    add_audio_arguments(parser)
     args = parser.parse_args(argv)
     if not is_loopback(args.host):
         parser.error(

@@ -159,7 +159,7 @@ def is_tone(samples: bytes) -> bool:
 def is_heard(hertz: float, samples: bytes) -> bool:
     """Return whether a pitch is loud in any tenth of a second of `samples`."""
     size = RATE // 10 * 2
-    parts = (samples[start : start + size] for start in range(0, len(samples), size // 2))
+    parts = (samples[start : start + size] for start in range(0, len(samples) - size + 1, size))
     return any(level(part, hertz) > LOUD for part in parts)
 
 

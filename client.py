@@ -1537,6 +1537,7 @@ def start_audio_client(  # noqa: PLR0913 - the command line's options
         finally:
             for each in outputs:
                 each.close()
+        console.end_status()
         console.say(listening.summarize())
     except SocketPairError as error:
         console.complain(str(error))

@@ -1080,9 +1080,15 @@ class Console:
 
     def show_status(self, text: str) -> None:
         """Replace the status line; does nothing without a terminal."""
-        if self._has_status:
-            with self._lock:
+        with self._lock:
+            if self._has_status:
                 self._show(text[: shutil.get_terminal_size().columns - 1])
+
+    def end_status(self) -> None:
+        """Clear the status line, and show none from now on."""
+        with self._lock:
+            self._show("")
+            self._has_status = False
 
     def clear_for(self, _record: object) -> bool:
         """Make room for a line of the log: a filter for its handlers, which passes all."""

@@ -1500,7 +1500,7 @@ def serve_audio(args: argparse.Namespace) -> int:
         show_until_ended(broadcaster, console)
         return finish_audio(server, broadcaster, console)
     except KeyboardInterrupt:
-        console.complain(summarize(broadcaster))
+        console.say(summarize(broadcaster))
         raise
     finally:
         source.close()

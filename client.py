@@ -1,6 +1,7 @@
-"""The sending end of Socket Pair: brings files to a server.
+"""The client of Socket Pair: brings files to a server, or plays the server's sound.
 
     python client.py file report.pdf photos/
+    python client.py audio
 
 From the top down:
 
@@ -10,6 +11,9 @@ file mode             ``start_file_client`` and ``Sender``: batches, resuming, r
 results               ``ResultReader`` and ``Report``: what became of each file
 progress              ``Progress``: bars, on a terminal
 sources               ``find_sources``: the files and folders that the user named
+audio mode            ``start_audio_client`` and ``Listening``: receives, comes back; ``Timeline``
+outputs               ``SpeakerOutput``, ``RecordingOutput``: sound card, WAV file, pipe
+jitter buffer         ``JitterBuffer``: plays evenly what arrives unevenly, and soon
 connection            ``connect``: a connection past its handshake
 ====================  =============================================================
 
@@ -21,17 +25,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
+import math
 import os
+import queue
 import select
 import shlex
 import socket
 import stat
+import struct
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import common
 from common import (
@@ -42,20 +51,29 @@ from common import (
     HANDSHAKE_TIMEOUT_S,
     LENGTH,
     STILL_HERE,
+    AudioBlock,
+    AudioFormat,
     Blocks,
     Connection,
     ConnectionLost,
+    Console,
+    Deadline,
     Keepalive,
+    LevelMeter,
     PeerClosed,
     PeerStalled,
     ProtocolError,
     SocketPairError,
+    SoundCard,
+    StreamEnd,
     blocks_for,
     calculate_checksum,
     complain,
+    count,
     describe_error,
     escape,
     format_bytes,
+    format_duration,
     require,
     require_size,
 )
@@ -71,6 +89,40 @@ RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 LARGE_FILE_BYTES = 64 * 1024 * 1024
 STILL_HERE_INTERVAL_S = common.PROGRESS_TIMEOUT_S / 4
 STDIN = "-"
+STDOUT = "-"
+
+# Beside the sound card's own buffers: measured with tests/bench/latency.py.
+START_TARGET_MS = 5.0
+MIN_TARGET_MS = 2.5
+MAX_TARGET_MS = 250.0
+MAX_RAISE_MS = 10.0
+RAISE_SPACING_MS = 500
+START_PHASE_MS = 3_000
+# Of the spare that nothing has used.
+LOWERING_SHARE = 0.5
+# The spare that has to remain unused all the time before the target is lowered.
+RESERVE_MS = 2.5
+ADAPTING_WINDOW_MS = 5_000
+STEERING_WINDOW_MS = 500
+# A frame in 1,000 more or less changes the pitch by a fifth of what can be heard (about 10
+# cents, of 1,200 in an octave), and makes up for two clocks that differ by 1,000 ppm.
+STEERING_SPACING_FRAMES = 1_000
+STEP_SEARCH_FRAMES = 256
+DEAD_ZONE_MS = 1.0
+# A mean spare so far above the target, or a burst of so much, is not left to single frames.
+JUMP_MS = 10.0
+BURST_LIMIT_MS = 60.0
+BUFFER_LIMIT_MS = 1_000
+FADE_MS = 2.5
+MAX_LATENCY_MS = 900
+
+FOREVER_S = 1e9
+RECONNECT_WAIT_S = 0.5
+DRAIN_LIMIT_S = 2.0
+CARD_BUFFER_S = 0.15
+MAX_GAP_MS = 3_600_000
+RECORDING_QUEUE_BLOCKS = 4_000
+WAV_LIMIT_BYTES = 2**32 - 1
 CHANGED = "it changed while it was sent"
 
 
@@ -756,6 +808,761 @@ def wait_for_input(connection: Connection) -> None:
         connection.write(LENGTH.pack(STILL_HERE))
 
 
+# --- sound: jitter buffer -------------------------------------------------------------------
+
+
+@dataclass
+class PlayStatistics:
+    """What has happened to the sound on its way through a jitter buffer."""
+
+    played_frames: int = 0
+    missed_frames: int = 0
+    late_frames: int = 0
+    dropped_frames: int = 0
+    doubled_frames: int = 0
+    dropouts: int = 0
+
+
+class SpareWindow:
+    """The spares seen during a span of played time: their mean and their lowest."""
+
+    def __init__(self, length_frames: int) -> None:
+        self._length_frames = length_frames
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a new span."""
+        self._seen_frames = 0
+        self._weighted = 0
+        self.lowest_frames = sys.maxsize
+
+    def add(self, spare_frames: int, played_frames: int) -> bool:
+        """Note the spare after `played_frames` more; return whether the span is complete."""
+        self._seen_frames += played_frames
+        self._weighted += spare_frames * played_frames
+        self.lowest_frames = min(self.lowest_frames, spare_frames)
+        return self._seen_frames >= self._length_frames
+
+    @property
+    def mean_frames(self) -> float:
+        """The mean spare of the span."""
+        return self._weighted / max(1, self._seen_frames)
+
+
+class JitterBuffer:
+    """Evens out the arrival of sound, so that it is played without a pause and soon.
+
+    Whoever receives calls `write`, the sound card calls `read`. The buffer aims at a **spare**:
+    the sound still there after a read. While the spare is near the target nothing is done to
+    the sound. Two clocks that differ move it slowly: single frames dropped or doubled bring it
+    back. A stall moves it far: what is late is thrown away in one go. A read that finds too
+    little is a **dropout**, after which playing waits until the target is there again.
+
+    Unless it is fixed, the target adapts: up by a step after a dropout, slowly down while the
+    spare never gets low.
+
+    Plain logic: no thread, no clock, no device, and no lock, which the caller has to hold. Time
+    is counted in the frames that are read.
+    """
+
+    def __init__(self, audio: AudioFormat, fixed_target_ms: float | None = None) -> None:
+        self.audio = audio
+        self.statistics = PlayStatistics()
+        start_ms = START_TARGET_MS if fixed_target_ms is None else fixed_target_ms
+        self.target_frames = audio.frames_in(start_ms)
+        self._target_is_fixed = fixed_target_ms is not None
+        self._samples = bytearray()
+        self._last_frame = audio.silence(1)
+        self._block_frames = 0
+        self._playing = False
+        self._draining = False
+        self._silent_frames = 0
+        self._read_frames = 0
+        self._raised_at_frames = audio.frames_in(START_PHASE_MS - RAISE_SPACING_MS)
+        self._settling = True
+        self._correction = 0
+        self._uncorrected_frames = 0
+        self._fade_frames = audio.frames_in(FADE_MS)
+        self._jump_frames = audio.frames_in(JUMP_MS)
+        self._dead_zone_frames = audio.frames_in(DEAD_ZONE_MS)
+        self._burst_limit_frames = audio.frames_in(BURST_LIMIT_MS)
+        self._limit_frames = audio.frames_in(BUFFER_LIMIT_MS)
+        self._least_frames = audio.frames_in(MIN_TARGET_MS)
+        self._reserve_frames = audio.frames_in(RESERVE_MS)
+        self._steering = SpareWindow(audio.frames_in(STEERING_WINDOW_MS))
+        self._adapting = SpareWindow(audio.frames_in(ADAPTING_WINDOW_MS))
+
+    @property
+    def fill_frames(self) -> int:
+        """The sound that waits to be played."""
+        return self.audio.frames_of(self._samples)
+
+    def drain(self) -> None:
+        """Play what is left, however little: no more will come."""
+        self._draining = True
+
+    # writing
+
+    def write(self, samples: bytes, gap_frames: int = 0) -> None:
+        """Add `samples` behind those before, of which `gap_frames` were missed in between.
+
+        Keeps at most ``BUFFER_LIMIT_MS``, also while nobody reads.
+        """
+        if gap_frames > 0:
+            self.statistics.missed_frames += gap_frames
+            self._fade_out(gap_frames)
+            samples = self._fade_in(samples)
+        if samples:
+            self._block_frames = self.audio.frames_of(samples)
+            self._samples += self._steer(samples)
+        self._throw_away(self.fill_frames - self._limit_frames)
+
+    def _fade_out(self, gap_frames: int) -> None:
+        """Lead what is buffered into silence, as much as the target and a fade need.
+
+        Silence as long as the gap would keep the delay as it was. But where the gap was heard
+        as a dropout already, or late sound waits, that would come on top.
+        """
+        if self._playing:
+            short_frames = self.target_frames - self.fill_frames
+            before = bytes(self._samples[-self.audio.frame_bytes :]) or self._last_frame
+            self._samples += self._ramp_down(
+                before, min(gap_frames, max(self._fade_frames, short_frames))
+            )
+
+    def _fade_in(self, samples: bytes) -> bytes:
+        return cross_fade(self.audio, bytes(len(samples)), samples)
+
+    def _ramp_down(self, frame: bytes, frames: int) -> bytes:
+        """Return `frames` that lead from the level of `frame` to silence."""
+        return cross_fade(self.audio, frame * frames, self.audio.silence(frames))
+
+    def _steer(self, samples: bytes) -> bytes:
+        """Return `samples` with one frame dropped or doubled where that is due."""
+        frames = self.audio.frames_of(samples)
+        self._uncorrected_frames += frames
+        if not self._correction or self._uncorrected_frames < STEERING_SPACING_FRAMES:
+            return samples
+        self._uncorrected_frames = 0
+        frame_bytes = self.audio.frame_bytes
+        place = quietest_step(self.audio, samples) * frame_bytes
+        if self._correction < 0:
+            self.statistics.dropped_frames += 1
+            return samples[:place] + samples[place + frame_bytes :]
+        self.statistics.doubled_frames += 1
+        return samples[: place + frame_bytes] + samples[place:]
+
+    # reading
+
+    def read(self, frames: int) -> bytes:
+        """Return exactly `frames` to play now, silence where there is nothing."""
+        self._read_frames += frames
+        if not self._playing and not self._start(frames):
+            self._silent_frames += frames
+            return self.audio.silence(frames)
+        self._catch_up(frames)
+        played = self._take(frames)
+        missing_frames = frames - self.audio.frames_of(played)
+        if missing_frames:
+            return played + self._drop_out(missing_frames)
+        self._observe(self.fill_frames, frames)
+        return played
+
+    def _start(self, frames: int) -> bool:
+        """Begin to play if the target is there besides `frames`; return whether it is."""
+        spare_frames = self.fill_frames - frames - self.target_frames
+        if spare_frames < 0 and not (self._draining and self._samples):
+            return False
+        if self.statistics.dropouts:
+            self._raise_target()
+        self._throw_away(spare_frames)
+        self._samples[:] = self._fade_in(bytes(self._samples))
+        self._playing = True
+        self._settling = True
+        self._correction = 0
+        self._steering.clear()
+        self._adapting.clear()
+        return True
+
+    def _catch_up(self, frames: int) -> None:
+        """Go back to the target at once where a burst has brought far more than that."""
+        excess_frames = self.fill_frames - frames - self.target_frames
+        if excess_frames > self._burst_limit_frames:
+            self._throw_away(excess_frames)
+            self._steering.clear()
+
+    def _take(self, frames: int) -> bytes:
+        """Return up to `frames` from the buffer's beginning, as played."""
+        size = frames * self.audio.frame_bytes
+        taken = bytes(self._samples[:size])
+        del self._samples[:size]
+        if taken:
+            self._last_frame = taken[-self.audio.frame_bytes :]
+            self.statistics.played_frames += self.audio.frames_of(taken)
+        return taken
+
+    def _drop_out(self, missing_frames: int) -> bytes:
+        """Return the rest of a read that found too little: what was heard last, fading out."""
+        self._playing = False
+        self._silent_frames = missing_frames
+        if not self._draining:
+            self.statistics.dropouts += 1
+        return self._ramp_down(self._last_frame, missing_frames)
+
+    def _throw_away(self, frames: int) -> None:
+        """Leave out the oldest `frames`, if any, going over smoothly to what follows them."""
+        if frames <= 0:
+            return
+        self.statistics.late_frames += frames
+        frame_bytes = self.audio.frame_bytes
+        old = bytes(self._samples[: self._fade_frames * frame_bytes])
+        del self._samples[: frames * frame_bytes]
+        new = bytes(self._samples[: len(old)])
+        self._samples[: len(new)] = cross_fade(self.audio, old[: len(new)], new)
+
+    # steering and adapting
+
+    def _observe(self, spare_frames: int, frames: int) -> None:
+        """Learn from the spare after a read what to correct, and where the target should be."""
+        if self._steering.add(spare_frames, frames):
+            self._correct(self._steering.mean_frames - self.target_frames)
+            self._steering.clear()
+        if self._adapting.add(spare_frames, frames):
+            self._lower_target(self._adapting.lowest_frames)
+            self._adapting.clear()
+
+    def _correct(self, error_frames: float) -> None:
+        """Bring the spare back by its mean error: at once if large, frame by frame if small.
+
+        A sound card may take several blocks at once when it starts: only after that is it known
+        how far from the target playing began, so that the first error is always put right.
+        """
+        if error_frames > self._jump_frames or self._settling:
+            self._throw_away(min(round(error_frames), self.fill_frames))
+            self._hold_back(round(-error_frames))
+            error_frames = 0
+        self._settling = False
+        in_place = abs(error_frames) <= self._dead_zone_frames
+        self._correction = 0 if in_place else -1 if error_frames > 0 else 1
+
+    def _hold_back(self, frames: int) -> None:
+        """Put `frames` of silence, if any, before what is buffered, with a fade on either side."""
+        if frames > 0:
+            following = self._fade_in(bytes(self._samples))
+            self._samples[:] = self._ramp_down(self._last_frame, frames) + following
+
+    def _raise_target(self) -> None:
+        """Keep more from now on, if that would have prevented the silence that just ended.
+
+        Dropouts in quick succession have one cause, and those at the very start another one: the
+        sound system has yet to find its own pace.
+        """
+        most_frames = self.audio.frames_in(MAX_TARGET_MS)
+        is_new = self._read_frames - self._raised_at_frames >= self.audio.frames_in(
+            RAISE_SPACING_MS
+        )
+        if is_new and not self._target_is_fixed and self._silent_frames <= most_frames:
+            self._raised_at_frames = self._read_frames
+            step_frames = min(self._silent_frames, self.audio.frames_in(MAX_RAISE_MS))
+            self.target_frames = min(self.target_frames + step_frames, most_frames)
+
+    def _lower_target(self, lowest_frames: int) -> None:
+        """Keep a little less from now on, if some of the spare was never used.
+
+        A block always remains: where two clocks differ, one comes a read later at some time.
+        """
+        unused_frames = lowest_frames - self._reserve_frames
+        if not self._target_is_fixed and unused_frames > 0:
+            least_frames = max(self._least_frames, self._block_frames + self._dead_zone_frames)
+            lowered_frames = self.target_frames - math.ceil(unused_frames * LOWERING_SHARE)
+            self.target_frames = min(self.target_frames, max(lowered_frames, least_frames))
+
+
+def cross_fade(audio: AudioFormat, old: bytes, new: bytes) -> bytes:
+    """Return `old` going over into `new`, of the same length, within ``FADE_MS`` at most."""
+    fade_frames = min(audio.frames_in(FADE_MS), audio.frames_of(new))
+    before, mixed = memoryview(old).cast("h"), array("h", new)
+    for index in range(fade_frames * audio.channels):
+        share = (index // audio.channels + 1) / (fade_frames + 1)
+        mixed[index] = round(before[index] * (1 - share) + mixed[index] * share)
+    return mixed.tobytes()
+
+
+def quietest_step(audio: AudioFormat, samples: bytes) -> int:
+    """Return the frame after which the sound changes least: one more or less is not heard there.
+
+    Looks at the first ``STEP_SEARCH_FRAMES`` of `samples`, in which there is a frame at least.
+    """
+    channels = audio.channels
+    values = memoryview(samples).cast("h")[: STEP_SEARCH_FRAMES * channels].tolist()
+    steps = [abs(b - a) for a, b in zip(values, values[channels:], strict=False)]
+    if channels > 1:
+        steps = [sum(steps[i : i + channels]) for i in range(0, len(steps), channels)]
+    return steps.index(min(steps)) if steps else 0
+
+
+# --- sound: outputs -------------------------------------------------------------------------
+
+
+class Output(Protocol):
+    """Where received sound goes."""
+
+    def begin(self, audio: AudioFormat) -> None:
+        """Take sound of this format from now on; raises SocketPairError where it cannot."""
+
+    def write(self, samples: bytes, gap_frames: int) -> None:
+        """Take `samples`, before which `gap_frames` were missed."""
+
+    def drain(self) -> None:
+        """Let everything taken come out, at its own speed; blocks until it has."""
+
+    def close(self) -> None:
+        """Take no more. Raises SocketPairError where something taken did not come out."""
+
+    def status(self) -> str:
+        """Return a few words about now, for the status line."""
+
+    def summary(self) -> str:
+        """Return a few words about the whole, for the end."""
+
+
+class SpeakerOutput:
+    """Plays through a sound card; PortAudio asks for each block when it needs it.
+
+    The constructor starts PortAudio, which takes a while, and raises AudioUnavailable where
+    there is no such loudspeaker; the card itself is opened once the format is known.
+    """
+
+    def __init__(self, wanted: str | None, latency_ms: float | None, console: Console) -> None:
+        self._latency_ms = latency_ms
+        self._card = SoundCard(common.SPEAKER, wanted, console.complain)
+        self._lock = threading.Lock()
+        self._buffer: JitterBuffer | None = None
+
+    def begin(self, audio: AudioFormat) -> None:
+        """Open the card, unless it is open in this format already; blocks for that."""
+        if self._buffer is None or self._buffer.audio != audio:
+            self._buffer = JitterBuffer(audio, self._latency_ms)
+            self._card.open(audio, self._exchange)
+
+    def _exchange(self, _samples: bytes | None, frames: int) -> bytes:
+        """Return the next `frames`; PortAudio's thread calls this."""
+        assert self._buffer is not None
+        with self._lock:
+            return self._buffer.read(frames)
+
+    def write(self, samples: bytes, gap_frames: int) -> None:
+        """Hand over to the jitter buffer."""
+        assert self._buffer is not None
+        with self._lock:
+            self._buffer.write(samples, gap_frames)
+
+    def drain(self) -> None:
+        """Play what is left, down to the last sample in the sound card's own buffer."""
+        if self._buffer is not None:
+            self._buffer.drain()
+            deadline = Deadline(DRAIN_LIMIT_S)
+            while self._buffer.fill_frames and deadline.remaining():
+                time.sleep(common.PLAYBACK_BLOCK_MS / 1000)
+            time.sleep(CARD_BUFFER_S)
+
+    def close(self) -> None:
+        """Close the card."""
+        self._card.close()
+
+    def status(self) -> str:
+        """Return the buffer's fill and the dropouts so far."""
+        if self._buffer is None:
+            return ""
+        fill_ms = self._buffer.audio.milliseconds(self._buffer.fill_frames)
+        dropouts = count(self._buffer.statistics.dropouts, "dropout")
+        return f"buffer {fill_ms:3.0f} ms  {dropouts}"
+
+    def summary(self) -> str:
+        """Return the dropouts so far, and what following the server's clock has taken."""
+        if self._buffer is None:
+            return ""
+        seen = self._buffer.statistics
+        return (
+            f"{count(seen.dropouts, 'dropout')}, {count(seen.dropped_frames, 'frame')} dropped "
+            f"and {seen.doubled_frames} doubled"
+        )
+
+
+class WavFile:
+    """A WAV file that is valid after every write, whatever then happens to this process.
+
+    Raises FileExistsError where there is a file of that name.
+    """
+
+    HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
+    FORMAT_PCM = 1
+
+    def __init__(self, path: str, audio: AudioFormat) -> None:
+        self._audio = audio
+        self._data_bytes = 0
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - open as long as we are
+        self._write_header()
+
+    @property
+    def room_bytes(self) -> int:
+        """How much still fits: the sizes in a WAV file have 32 bits."""
+        most = WAV_LIMIT_BYTES - self.HEADER.size
+        return (most - self._data_bytes) // self._audio.frame_bytes * self._audio.frame_bytes
+
+    def write(self, samples: bytes) -> None:
+        """Add `samples`, and only then count them in the header."""
+        write_all(self._file, samples)
+        self._data_bytes += len(samples)
+        self._write_header()
+
+    def _write_header(self) -> None:
+        audio = self._audio
+        riff_bytes = self.HEADER.size - 8 + self._data_bytes
+        header = self.HEADER.pack(
+            b"RIFF", riff_bytes, b"WAVE", b"fmt ", 16, self.FORMAT_PCM, audio.channels, audio.rate,
+            audio.rate * audio.frame_bytes, audio.frame_bytes, 8 * common.SAMPLE_BYTES,
+            b"data", self._data_bytes,
+        )  # fmt: skip
+        self._file.seek(0)
+        write_all(self._file, header)
+        self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class WavWriter:
+    """Writes sound into a WAV file, and goes on in a next one where the first cannot take more.
+
+    A file that is there already stays: ``talk.wav`` becomes ``talk (1).wav``. So do the next
+    files, which follow when one has reached 4 GiB, or the server came back in another format.
+    """
+
+    def __init__(self, path: str, console: Console) -> None:
+        self._path = os.path.expanduser(path)
+        self._console = console
+        self._audio: AudioFormat | None = None
+        self._file: WavFile | None = None
+        if not os.path.isdir(os.path.dirname(self._path) or "."):
+            raise SocketPairError(f"cannot record into {escape(path)}: there is no such folder")
+
+    def begin(self, audio: AudioFormat) -> None:
+        """Take sound of this format; the file it goes into is opened."""
+        if audio != self._audio:
+            self._audio = audio
+            self._open_next()
+
+    def write(self, samples: bytes) -> None:
+        """Write all of `samples`; blocks for the disk."""
+        while samples:
+            assert self._file is not None
+            if not self._file.room_bytes:
+                self._open_next()
+            room_bytes = self._file.room_bytes
+            self._file.write(samples[:room_bytes])
+            samples = samples[room_bytes:]
+
+    def _open_next(self) -> None:
+        assert self._audio is not None
+        self.close()
+        stem, extension = os.path.splitext(self._path)
+        for number in itertools.count():
+            path = f"{stem} ({number}){extension}" if number else self._path
+            with contextlib.suppress(FileExistsError):
+                self._file = WavFile(path, self._audio)
+                self._console.say(f"Recording into {escape(path)}")
+                return
+
+    def close(self) -> None:
+        """Close the file; it is complete."""
+        if self._file:
+            self._file.close()
+
+
+class PipeWriter:
+    """Writes raw samples to standard output."""
+
+    def __init__(self) -> None:
+        self._file = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115
+        self._audio: AudioFormat | None = None
+
+    def begin(self, audio: AudioFormat) -> None:
+        """Take sound of this format, which must not change: nothing in a pipe would tell."""
+        if self._audio not in (None, audio):
+            raise SocketPairError(
+                f"the server's sound is now {audio.describe()}, which ends it here"
+            )
+        self._audio = audio
+
+    def write(self, samples: bytes) -> None:
+        """Write all of `samples`; blocks until the reader has taken them."""
+        write_all(self._file, samples)
+
+    def close(self) -> None:
+        """Nothing to do: standard output is not ours to close."""
+
+
+def write_all(file: Any, data: bytes) -> None:
+    """Write all of `data` to an unbuffered file; blocks. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+class RecordingOutput:
+    """Writes every frame as it was captured, from a thread of its own; gaps become silence.
+
+    A slow disk or reader is waited for, after ``RECORDING_QUEUE_BLOCKS`` have gathered.
+    """
+
+    def __init__(self, writer: WavWriter | PipeWriter) -> None:
+        self.missed_ms = 0.0
+        self._writer = writer
+        self._audio: AudioFormat | None = None
+        self._blocks: queue.Queue[tuple[bytes, int] | None] = queue.Queue(RECORDING_QUEUE_BLOCKS)
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="recording", daemon=True)
+        self._thread.start()
+
+    def begin(self, audio: AudioFormat) -> None:
+        """Take sound of this format from now on, after all that was taken has been written."""
+        self._blocks.join()
+        try:
+            self._writer.begin(audio)
+        except OSError as error:
+            raise SocketPairError(f"cannot record: {describe_error(error)}") from error
+        self._audio = audio
+
+    def write(self, samples: bytes, gap_frames: int) -> None:
+        """Queue `samples`; blocks while too much waits. Raises what writing earlier ones did."""
+        if self._error:
+            raise SocketPairError(f"cannot record: {describe_error(self._error)}")
+        self._blocks.put((samples, gap_frames))
+
+    def _run(self) -> None:
+        while (block := self._blocks.get()) is not None:
+            try:
+                if not self._error:
+                    self._write(*block)
+            except OSError as error:
+                self._error = error
+            finally:
+                self._blocks.task_done()
+
+    def _write(self, samples: bytes, gap_frames: int) -> None:
+        assert self._audio is not None
+        self.missed_ms += self._audio.milliseconds(gap_frames)
+        while gap_frames > 0:
+            frames = min(gap_frames, self._audio.rate)
+            self._writer.write(self._audio.silence(frames))
+            gap_frames -= frames
+        self._writer.write(samples)
+
+    def drain(self) -> None:
+        """Nothing to do: `close` writes what is queued."""
+
+    def close(self) -> None:
+        """Write what is queued, and close the file. Raises SocketPairError."""
+        self._blocks.put(None)
+        self._thread.join()
+        self._writer.close()
+        if self._error:
+            raise SocketPairError(f"cannot record: {describe_error(self._error)}")
+
+    def status(self) -> str:
+        """Return how much was missed so far."""
+        return f"missed {self.missed_ms:.0f} ms" if self.missed_ms else ""
+
+    def summary(self) -> str:
+        """Return the same once more."""
+        return self.status()
+
+
+def open_outputs(
+    outputs: list[Output],
+    output: str | None,
+    record: str | None,
+    latency_ms: float | None,
+    console: Console,
+) -> None:
+    """Add to `outputs` where ``--output`` and ``--record`` want the sound.
+
+    Raises SocketPairError where one cannot be had.
+    """
+    if output == STDOUT:
+        outputs.append(RecordingOutput(PipeWriter()))
+    elif output is not None and output.lower().endswith(".wav"):
+        outputs.append(RecordingOutput(WavWriter(output, console)))
+    else:
+        outputs.append(SpeakerOutput(output, latency_ms, console))
+    if record is not None:
+        outputs.append(RecordingOutput(WavWriter(record, console)))
+
+
+# --- sound: listening -----------------------------------------------------------------------
+
+
+class Timeline:
+    """Follows the numbers of the server's frames, over lost connections too."""
+
+    def __init__(self) -> None:
+        self.heard_frames = 0
+        self._stream = ""
+        self._next_frame: int | None = None
+
+    def begin(self, stream: str) -> None:
+        """Go on in the server's `stream`; another than before is counted from its first block."""
+        if stream != self._stream:
+            self._stream, self._next_frame = stream, None
+
+    def advance(self, block: AudioBlock, audio: AudioFormat) -> int:
+        """Return how many frames were missed before `block`, and go behind it.
+
+        Raises ProtocolError where the numbers go back. After more than ``MAX_GAP_MS`` the sound
+        begins anew.
+        """
+        expected = block.first_frame if self._next_frame is None else self._next_frame
+        gap_frames = block.first_frame - expected
+        if gap_frames < 0:
+            raise ProtocolError("received sound that was sent before")
+        if gap_frames > audio.frames_in(MAX_GAP_MS):
+            gap_frames = 0
+        frames = audio.frames_of(block.samples)
+        self._next_frame = block.first_frame + frames
+        self.heard_frames += gap_frames + frames
+        return gap_frames
+
+
+class Listening:
+    """One run of the client: connects, receives, and comes back, until it is to end."""
+
+    def __init__(
+        self, address: Address, outputs: list[Output], seconds: float | None, console: Console
+    ) -> None:
+        self._address = address
+        self._outputs = outputs
+        self._seconds = FOREVER_S if seconds is None else seconds
+        self._deadline = Deadline(self._seconds)
+        self._console = console
+        self._timeline = Timeline()
+        self._audio: AudioFormat | None = None
+        self._latest_samples = b""
+        self._problem_told = False
+
+    @property
+    def heard_s(self) -> float:
+        """How much sound has been received, with its gaps."""
+        return self._timeline.heard_frames / self._audio.rate if self._audio else 0.0
+
+    def run(self) -> None:
+        """Listen until the sound or ``--seconds`` end; comes back to a server that was lost.
+
+        Raises SocketPairError where that would not help.
+        """
+        while self._deadline.remaining():
+            try:
+                connection, welcome = connect(self._address.host, self._address.port, "audio")
+                with connection:
+                    self._listen(connection, welcome)
+                return
+            except ConnectionLost as error:
+                self._wait_for_server(error)
+        if self._audio is None:
+            raise SocketPairError("no server was found in the time given")
+
+    def _wait_for_server(self, error: ConnectionLost) -> None:
+        """Say once that there is no server, and leave it a little time to come back."""
+        if self._audio is None and isinstance(error.__cause__, socket.gaierror):
+            raise SocketPairError(str(error)) from None
+        if not self._problem_told:
+            self._console.complain(f"{error} - looking for it until Ctrl+C")
+            self._problem_told = True
+        time.sleep(min(RECONNECT_WAIT_S, self._deadline.remaining()))
+
+    def _listen(self, connection: Connection, welcome: dict[str, Any]) -> None:
+        """Pass on the sound of one connection; returns when it has ended, or is enough."""
+        audio = AudioFormat.from_welcome(welcome)
+        self._timeline.begin(require(welcome, "stream", str))
+        for output in self._outputs:
+            output.begin(audio)
+        self._audio = audio
+        self._problem_told = False
+        self._console.say(f"Listening to {connection.peer}, {audio.describe()} - Ctrl+C to stop")
+        try:
+            while not self._is_enough(audio):
+                self._pass_on(common.receive_block(connection, audio), audio)
+        except StreamEnd as end:
+            self._console.say(f"The sound has ended: {end}")
+
+    def _is_enough(self, audio: AudioFormat) -> bool:
+        """Return whether ``--seconds`` have been heard, or have gone by in silence."""
+        is_silent = not self._latest_samples and not self._deadline.remaining()
+        return is_silent or self._timeline.heard_frames >= round(self._seconds * audio.rate)
+
+    def _pass_on(self, block: AudioBlock, audio: AudioFormat) -> None:
+        """Give a block to the outputs, up to the last frame that is wanted."""
+        gap_frames = self._timeline.advance(block, audio)
+        excess_frames = self._timeline.heard_frames - round(self._seconds * audio.rate)
+        samples = block.samples
+        if excess_frames > 0:
+            samples = samples[: max(0, len(samples) - excess_frames * audio.frame_bytes)]
+        for output in self._outputs:
+            output.write(samples, gap_frames)
+        self._latest_samples = samples
+
+    def show_status(self) -> None:
+        """Keep the status line up to date; never returns."""
+        meter = LevelMeter()
+        while True:
+            parts = [meter.show(self._latest_samples)]
+            parts += [output.status() for output in self._outputs]
+            self._console.show_status("  ".join([*parts, format_duration(self.heard_s)]))
+            time.sleep(common.STATUS_INTERVAL_S)
+
+    def summarize(self) -> str:
+        """Return what has been heard, in a line."""
+        parts = [output.summary() for output in self._outputs]
+        return ", ".join([f"heard {format_duration(self.heard_s)}", *filter(None, parts)])
+
+
+def start_audio_client(  # noqa: PLR0913 - the command line's options
+    address: Address,
+    *,
+    output: str | None = None,
+    record: str | None = None,
+    latency_ms: float | None = None,
+    seconds: float | None = None,
+    quiet: bool = False,
+) -> int:
+    """Play or record a server's sound until it ends, `seconds` are over, or Ctrl+C.
+
+    Blocks until then; a server that is not there is waited for. Returns the exit status, and
+    has told the user whatever went wrong. See ``--help`` for `output` and `record`.
+    """
+    console = Console(quiet, data_on_stdout=output == STDOUT)
+    outputs: list[Output] = []
+    try:
+        try:
+            open_outputs(outputs, output, record, latency_ms, console)
+            listening = Listening(address, outputs, seconds, console)
+            threading.Thread(target=listening.show_status, name="status", daemon=True).start()
+            with contextlib.suppress(KeyboardInterrupt):  # the usual way to stop
+                listening.run()
+                for each in outputs:
+                    each.drain()
+        finally:
+            for each in outputs:
+                each.close()
+        console.end_status()
+        console.say(listening.summarize())
+    except SocketPairError as error:
+        console.complain(str(error))
+        return EXIT_FAILED
+    return EXIT_OK
+
+
 # --- command line ---------------------------------------------------------------------------
 
 EXAMPLES = """examples:
@@ -763,18 +1570,42 @@ EXAMPLES = """examples:
   client.py file report.pdf photos/       send a file and a folder
   tar c src | client.py file - --name src.tar
                                           send what another program makes
+  client.py audio                         play the server's sound, until Ctrl+C
+  client.py audio --record talk.wav       and keep it
+  client.py audio --output - | ffmpeg -f s16le -ar 48000 -i - talk.opus
+                                          give it to another program
 """
+
+
+def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of audio mode."""
+    sound = parser.add_argument_group("audio mode")
+    sound.add_argument(
+        "--output",
+        metavar="SPEAKER",
+        help="a loudspeaker's name or number, a .wav file, or - for raw 16-bit PCM",
+    )
+    sound.add_argument("--record", metavar="FILE.wav", help="write what is played to a file, too")
+    sound.add_argument(
+        "--latency",
+        type=latency_ms,
+        metavar="MS",
+        help="keep so much sound in reserve, rather than what the network turns out to need",
+    )
+    sound.add_argument("--seconds", type=duration_s, metavar="S", help="stop after S seconds")
+    sound.add_argument("--list-devices", action="store_true", help="show the loudspeakers and exit")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the command line's arguments; exits with status 2 where they are wrong."""
-    parser = common.make_parser("Send files to server.py.", EXAMPLES)
+    parser = common.make_parser("Send files to server.py, or play its sound.", EXAMPLES)
     common.add_address_arguments(parser, "where the server is")
     parser.add_argument(
         "paths", nargs="*", metavar="PATH", help="files and folders, or - for standard input"
     )
     files = parser.add_argument_group("file mode")
     files.add_argument("--name", help="what standard input is to be called at the server")
+    add_audio_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     from_stdin = args.paths.count(STDIN)
     if args.paths and args.mode == "audio":
@@ -786,6 +1617,22 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.name is not None and not from_stdin:
         parser.error("--name is for standard input: give - as the PATH")
     return args
+
+
+def duration_s(text: str) -> float:
+    """Return `text` as a number of seconds above 0, for argparse."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < FOREVER_S:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+
+
+def latency_ms(text: str) -> float:
+    """Return `text` as a latency in milliseconds, for argparse."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= MAX_LATENCY_MS:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a latency (0 to {MAX_LATENCY_MS} ms)")
 
 
 def ask_for_path() -> str:
@@ -845,16 +1692,30 @@ def matching_paths(text: str) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     """Run the client with the command line's arguments; return its exit status."""
     args = parse_arguments(argv)
-    mode = args.mode or common.ask_mode()
+    mode = "audio" if args.list_devices else args.mode or common.ask_mode()
     if mode == "audio":
-        complain("audio mode is not built yet")
-        return EXIT_FAILED
+        with common.quiet_libraries(args.verbose):
+            return listen(args)
     return start_file_client(
         Address(args.host, args.port),
         args.paths or [ask_for_path()],
         name=args.name,
         quiet=args.quiet,
         verbose=args.verbose,
+    )
+
+
+def listen(args: argparse.Namespace) -> int:
+    """Run audio mode with the command line's arguments; return the exit status."""
+    if args.list_devices:
+        return common.list_devices(common.SPEAKER)
+    return start_audio_client(
+        Address(args.host, args.port),
+        output=args.output,
+        record=args.record,
+        latency_ms=args.latency,
+        seconds=args.seconds,
+        quiet=args.quiet,
     )
 
 

@@ -11,6 +11,9 @@ text for people      ``escape``, ``format_bytes``, ``say``, ``complain``, ``ask`
 ``require``          a field of a peer's message, checked for its type
 ``BlockPipeline``    blocks of a file, consumed by a second thread while the next is filled
 checksum             ``calculate_checksum``: SHA-256 of a file or of its beginning
+sound on the wire    ``AudioFormat``, ``AudioBlock``: what a listener receives
+sound card           ``SoundSystem`` and ``SoundCard``: PortAudio, and one device in use
+console              ``Console``: lines and the status line; ``LevelMeter``
 command line         arguments of both scripts, and ``run``, which turns every end
                      of a program into its exit status
 ===================  ==============================================================
@@ -24,10 +27,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
+import math
 import os
 import queue
+import shutil
 import signal
 import socket
 import struct
@@ -35,7 +41,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from dataclasses import dataclass
+from typing import Any, NoReturn, TextIO, TypeVar
 
 __version__ = "1.0.0"
 
@@ -62,6 +69,31 @@ PIPELINE_BLOCKS = 4
 END_OF_FILE = 0
 GIVEN_UP = 0xFFFFFFFF
 STILL_HERE = 0xFFFFFFFE
+
+SAMPLE_BYTES = 2
+SAMPLE_RATES = range(1_000, 384_001)
+CHANNEL_COUNTS = range(1, 33)
+# PulseAudio takes 5 ms at once: with blocks of another length, two and then none are asked for
+# at a time, and the buffers have to be longer for it. Captured sound comes 3 ms earlier in
+# blocks of half that (measured with tests/bench/latency.py).
+CAPTURE_BLOCK_MS = 2.5
+PLAYBACK_BLOCK_MS = 5.0
+# A server that cannot keep up joins blocks, up to this.
+MAX_BLOCK_MS = 1_000
+BLOCK_HEADER = struct.Struct("!QQ")
+END_OF_STREAM = 2**64 - 1
+# Something comes every KEEPALIVE_INTERVAL_S: after so long the server is gone.
+AUDIO_TIMEOUT_S = 4.0
+
+CARD_CHECK_S = 0.25
+CARD_TIMEOUT_S = 4.0
+CARD_RETRY_S = 0.5
+USUAL_RATES = (8_000, 16_000, 22_050, 32_000, 44_100, 48_000, 88_200, 96_000, 192_000)
+
+STATUS_INTERVAL_S = 0.1
+METER_COLUMNS = 24
+METER_FLOOR_DB = -60.0
+METER_SINK_DB_PER_S = 12.0
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -549,6 +581,543 @@ class Keepalive:
             self._send()
 
 
+# --- sound on the wire ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AudioFormat:
+    """How the server's sound is sampled: 16-bit little-endian, channels interleaved.
+
+    A **sample** is one number; a **frame** is one sample of each channel.
+    """
+
+    rate: int
+    channels: int
+
+    @functools.cached_property
+    def frame_bytes(self) -> int:
+        """The size of a frame."""
+        return SAMPLE_BYTES * self.channels
+
+    def frames_of(self, samples: bytes | bytearray | memoryview) -> int:
+        """Return how many whole frames `samples` holds."""
+        return len(samples) // self.frame_bytes
+
+    def frames_in(self, milliseconds: float) -> int:
+        """Return how many frames last `milliseconds`."""
+        return round(self.rate * milliseconds / 1000)
+
+    def milliseconds(self, frames: float) -> float:
+        """Return how long `frames` last."""
+        return frames / self.rate * 1000
+
+    def silence(self, frames: int) -> bytes:
+        """Return `frames` of silence."""
+        return bytes(frames * self.frame_bytes)
+
+    def describe(self) -> str:
+        """Return the format in words, as ``48000 Hz mono``."""
+        return f"{self.rate} Hz {describe_channels(self.channels)}"
+
+    def fields(self) -> dict[str, int]:
+        """Return the format as fields of the welcome."""
+        return {"rate": self.rate, "channels": self.channels}
+
+    @classmethod
+    def from_welcome(cls, welcome: dict[str, Any]) -> AudioFormat:
+        """Return the format that a welcome tells; raises ProtocolError where it is none."""
+        rate, channels = require(welcome, "rate", int), require(welcome, "channels", int)
+        if rate not in SAMPLE_RATES or channels not in CHANNEL_COUNTS:
+            raise ProtocolError(f"the server's sound has a bad format ({rate} Hz, {channels} ch)")
+        return cls(rate, channels)
+
+
+def describe_channels(channels: int) -> str:
+    """Return a number of channels in words."""
+    return {1: "mono", 2: "stereo"}.get(channels, f"{channels} channels")
+
+
+@dataclass(frozen=True)
+class AudioBlock:
+    """Consecutive frames of the server's sound, at most ``MAX_BLOCK_MS`` of them.
+
+    `first_frame` counts from the start of the server: a listener that missed blocks sees by it
+    how many frames. `captured_ns` is the server's clock when the last frame had come in, in
+    nanoseconds since 1970. A block without samples only says that the server is still there.
+    """
+
+    first_frame: int
+    captured_ns: int
+    samples: bytes
+
+    def pack(self) -> bytes:
+        """Return the block as the frame of bytes that goes over the wire."""
+        size = BLOCK_HEADER.size + len(self.samples)
+        header = BLOCK_HEADER.pack(self.first_frame, self.captured_ns)
+        return b"".join((LENGTH.pack(size), header, self.samples))
+
+
+class StreamEnd(SocketPairError):
+    """The server's sound has ended, and why; what came before it is complete."""
+
+
+def pack_stream_end(reason: str) -> bytes:
+    """Return the frame that tells a listener that the sound is at its end, and why."""
+    payload = BLOCK_HEADER.pack(END_OF_STREAM, 0) + reason.encode()
+    return LENGTH.pack(len(payload)) + payload
+
+
+def max_block_bytes(audio: AudioFormat) -> int:
+    """Return the size of the largest frame of bytes that holds a block."""
+    return BLOCK_HEADER.size + audio.frames_in(MAX_BLOCK_MS) * audio.frame_bytes
+
+
+def receive_block(connection: Connection, audio: AudioFormat) -> AudioBlock:
+    """Return the next block; blocks for up to ``AUDIO_TIMEOUT_S``.
+
+    Raises StreamEnd at the server's own end, ProtocolError, and as `Connection.read_frame`.
+    """
+    with connection.limit(AUDIO_TIMEOUT_S):
+        frame = connection.read_frame(max_block_bytes(audio))
+    if len(frame) < BLOCK_HEADER.size:
+        raise ProtocolError("received a block of sound without a header")
+    first_frame, captured_ns = BLOCK_HEADER.unpack_from(frame)
+    samples = frame[BLOCK_HEADER.size :]
+    if first_frame == END_OF_STREAM:
+        raise StreamEnd(escape(samples.decode(errors="replace"), 200))
+    if len(samples) % audio.frame_bytes:
+        raise ProtocolError("received a block of sound that ends inside a frame")
+    return AudioBlock(first_frame, captured_ns, samples)
+
+
+# --- sound card -----------------------------------------------------------------------------
+
+
+class AudioUnavailable(SocketPairError):
+    """No sound card, or none that does what is asked; its words say what would help."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Which way sound goes through a sound card, and the words for it."""
+
+    kind: str
+    block_ms: float
+    noun: str
+    option: str
+    channels_field: str
+    default_field: str
+    advice: str
+
+
+MICROPHONE = Direction(
+    kind="input",
+    block_ms=CAPTURE_BLOCK_MS,
+    noun="microphone",
+    option="--input",
+    channels_field="maxInputChannels",
+    default_field="defaultInputDevice",
+    advice="plug one in, or use --input FILE.wav or --input - (see --list-devices)",
+)
+SPEAKER = Direction(
+    kind="output",
+    block_ms=PLAYBACK_BLOCK_MS,
+    noun="loudspeaker",
+    option="--output",
+    channels_field="maxOutputChannels",
+    default_field="defaultOutputDevice",
+    advice="plug one in, or use --output FILE.wav or --output - (see --list-devices)",
+)
+
+# Called with what was captured, or None, and the number of frames; returns what to play, or None.
+Exchange = Callable[[bytes | None, int], bytes | None]
+
+
+class SoundSystem:
+    """PortAudio, from its start to its end; it knows the devices there were at its start.
+
+    Raises AudioUnavailable where PyAudio is not installed. `close` it, or use it in a ``with``
+    block; its streams end with it.
+    """
+
+    def __init__(self) -> None:
+        try:
+            # Here, as only sound needs it: files are sent without, and start faster.
+            import pyaudio  # noqa: PLC0415
+        except ImportError as error:
+            raise AudioUnavailable(
+                f"sound needs PyAudio, which cannot be loaded ({error}): pip install pyaudio"
+            ) from None
+        self._continue: int = pyaudio.paContinue
+        self._sample_format: int = pyaudio.paInt16
+        self._portaudio: Any = pyaudio.PyAudio()
+
+    def __enter__(self) -> SoundSystem:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the sound cards; ends the streams that are open. May be called twice."""
+        portaudio, self._portaudio = self._portaudio, None
+        if portaudio is not None:
+            portaudio.terminate()
+
+    def devices(self) -> list[dict[str, Any]]:
+        """Return PortAudio's own description of each device."""
+        count = self._portaudio.get_device_count()
+        return [self._portaudio.get_device_info_by_index(index) for index in range(count)]
+
+    def host_api_name(self, device: dict[str, Any]) -> str:
+        """Return the name of the sound system that a device belongs to, as ``ALSA``."""
+        return str(self._portaudio.get_host_api_info_by_index(device["hostApi"])["name"])
+
+    def default_index(self, direction: Direction) -> int:
+        """Return the number of the device used when none is named; -1 if there is none."""
+        try:
+            return int(self._portaudio.get_default_host_api_info()[direction.default_field])
+        except OSError:
+            return -1
+
+    def find(self, direction: Direction, wanted: str | None) -> dict[str, Any]:
+        """Return the device that `wanted` names or numbers, or the default where it is None.
+
+        Raises AudioUnavailable where there is none, saying which there are.
+        """
+        usable = [device for device in self.devices() if device[direction.channels_field] > 0]
+        if not usable:
+            raise AudioUnavailable(f"no {direction.noun} found: {direction.advice}")
+        if wanted is None:
+            default = self.default_index(direction)
+            return next((d for d in usable if d["index"] == default), usable[0])
+        for device in usable:
+            if wanted == str(device["index"]):
+                return device
+        for device in usable:
+            if wanted.casefold() in device["name"].casefold():
+                return device
+        names = ", ".join(f"{d['index']} {escape(d['name'], 60)}" for d in usable)
+        raise AudioUnavailable(
+            f"no {direction.noun} matches {escape(wanted)!r}; there are: {names}"
+        )
+
+    def open(
+        self, direction: Direction, device: dict[str, Any], audio: AudioFormat, exchange: Exchange
+    ) -> Any:
+        """Return a running PyAudio stream, which calls `exchange` for every block.
+
+        Raises AudioUnavailable where the device does not do it, saying what it can.
+        """
+
+        def callback(
+            samples: bytes | None, frames: int, _times: Any, _status: int
+        ) -> tuple[bytes | None, int]:
+            return exchange(samples, frames), self._continue
+
+        try:
+            return self._portaudio.open(
+                rate=audio.rate,
+                channels=audio.channels,
+                format=self._sample_format,
+                frames_per_buffer=audio.frames_in(direction.block_ms),
+                stream_callback=callback,
+                **{direction.kind: True, f"{direction.kind}_device_index": device["index"]},
+            )
+        except (OSError, ValueError) as error:
+            reason = self._describe_refusal(direction, device, audio, error)
+            raise AudioUnavailable(reason) from error
+
+    def _describe_refusal(
+        self, direction: Direction, device: dict[str, Any], audio: AudioFormat, error: Exception
+    ) -> str:
+        """Return why `device` cannot be opened, in words that help."""
+        name = f"{direction.noun} {escape(device['name'], 60)!r}"
+        most = device[direction.channels_field]
+        if audio.channels > most:
+            return f"the {name} has no {describe_channels(audio.channels)}: at most {most} channels"
+        rates = [rate for rate in USUAL_RATES if self._supports(direction, device, audio, rate)]
+        if rates and audio.rate not in rates:
+            listed = ", ".join(map(str, rates))
+            return f"the {name} cannot do {audio.rate} Hz; it can do {listed} Hz"
+        return (
+            f"the {name} cannot be opened ({escape(str(error.args[-1]))}): is another program "
+            f"using it? {direction.option} takes another (see --list-devices)"
+        )
+
+    def _supports(
+        self, direction: Direction, device: dict[str, Any], audio: AudioFormat, rate: int
+    ) -> bool:
+        asked = {
+            f"{direction.kind}_device": device["index"],
+            f"{direction.kind}_channels": audio.channels,
+            f"{direction.kind}_format": self._sample_format,
+        }
+        try:
+            return bool(self._portaudio.is_format_supported(rate, **asked))
+        except ValueError:
+            return False
+
+
+class SoundCard:
+    """One device in use, which is looked for again whenever it has gone.
+
+    The constructor starts PortAudio and finds the device, which takes a while; `open` opens it.
+    Both raise AudioUnavailable. `complain` is told when the device goes and when it is back.
+    """
+
+    def __init__(
+        self, direction: Direction, wanted: str | None, complain: Callable[[str], object]
+    ) -> None:
+        self._direction = direction
+        self._wanted = wanted
+        self._complain = complain
+        self._stream: Any = None
+        self._exchanged_s = 0.0
+        self._closed = threading.Event()
+        self._watcher: threading.Thread | None = None
+        self._system = SoundSystem()
+        try:
+            self._device = self._system.find(direction, wanted)
+        except BaseException:
+            self._system.close()
+            raise
+
+    @property
+    def name(self) -> str:
+        """The device's name, fit for a terminal."""
+        return escape(self._device["name"], 60)
+
+    def open(
+        self,
+        audio: AudioFormat,
+        exchange: Exchange,
+        on_return: Callable[[float], object] = lambda lost_s: None,
+    ) -> None:
+        """Let sound flow: PortAudio's own thread calls `exchange` from now on.
+
+        `on_return` is told for how many seconds the device was away. A card that is open is
+        closed first.
+        """
+        if self._watcher:
+            self.close()
+            self._closed.clear()
+            self._start_system()
+        self._audio, self._exchange, self._on_return = audio, exchange, on_return
+        self._open_stream()
+        self._watcher = threading.Thread(target=self._watch, name="sound card", daemon=True)
+        self._watcher.start()
+
+    def _start_system(self) -> None:
+        self._system = SoundSystem()
+        self._device = self._system.find(self._direction, self._wanted)
+
+    def _open_stream(self) -> None:
+        self._exchanged_s = time.monotonic()
+        self._stream = self._system.open(
+            self._direction, self._device, self._audio, self._exchange_noted
+        )
+
+    def _exchange_noted(self, samples: bytes | None, frames: int) -> bytes | None:
+        self._exchanged_s = time.monotonic()
+        return self._exchange(samples, frames)
+
+    def _watch(self) -> None:
+        """Find the device again whenever no sound has flowed for a while."""
+        checked_s = time.monotonic()
+        while not self._closed.wait(CARD_CHECK_S):
+            now_s = time.monotonic()
+            if now_s - checked_s > CARD_TIMEOUT_S:
+                self._exchanged_s = now_s  # it was this process, or the machine, that stood still
+            checked_s = now_s
+            idle_s = now_s - self._exchanged_s
+            if idle_s > CARD_TIMEOUT_S or not self._stream.is_active():
+                self._complain(f"the {self._direction.noun} {self.name} is gone: looking for it")
+                self._find_again()
+                checked_s = time.monotonic()
+
+    def _find_again(self) -> None:
+        """Try to open the device until it is back, or the card is closed; blocks."""
+        lost_s = self._exchanged_s
+        while not self._closed.is_set():
+            # PortAudio sees what was plugged in only after it has been started anew.
+            self._system.close()
+            with contextlib.suppress(AudioUnavailable):
+                self._start_system()
+                self._open_stream()
+                self._on_return(time.monotonic() - lost_s)
+                self._complain(f"the {self._direction.noun} {self.name} is back")
+                return
+            self._closed.wait(CARD_RETRY_S)
+
+    def close(self) -> None:
+        """Let go of the device. May be called twice."""
+        self._closed.set()
+        if self._watcher:
+            self._watcher.join()
+        self._system.close()
+
+
+def describe_devices(system: SoundSystem, direction: Direction) -> str:
+    """Return a table of the devices that sound can go through in `direction`."""
+    default = system.default_index(direction)
+    lines = [f"{'':2}{'no.':>4}  {'channels':>8}  {'rate':>7}  {'system':<12}  {direction.noun}"]
+    for device in system.devices():
+        channels = device[direction.channels_field]
+        if channels > 0:
+            mark = "*" if device["index"] == default else ""
+            rate, name = device["defaultSampleRate"], escape(device["name"], 60)
+            lines.append(
+                f"{mark:2}{device['index']:>4}  {channels:>8}  {rate:>7.0f}  "
+                f"{system.host_api_name(device):<12}  {name}"
+            )
+    if len(lines) == 1:
+        return f"no {direction.noun} found: {direction.advice}"
+    return "\n".join(
+        [*lines, f"* unless {direction.option} gives another's number or name, or a part of it"]
+    )
+
+
+def list_devices(direction: Direction) -> int:
+    """Print the table of devices; return the exit status."""
+    with SoundSystem() as system:
+        say(describe_devices(system, direction))
+    return EXIT_OK
+
+
+@contextlib.contextmanager
+def quiet_libraries(verbose: bool) -> Iterator[None]:
+    """Keep what PortAudio, ALSA and JACK print off the terminal, unless `verbose`.
+
+    They write to descriptor 2 from C, also while sound runs. It leads nowhere inside the
+    ``with`` block; ``sys.stderr``, and so everything we say, goes to where it led before.
+    """
+    if verbose or sys.stderr is None or not _is_descriptor_2(sys.stderr):
+        yield
+        return
+    real, ours = os.dup(2), sys.stderr
+    ours.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    sys.stderr = open(real, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        sys.stderr = ours
+        os.dup2(real, 2)
+        os.close(real)
+
+
+def _is_descriptor_2(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() == 2
+    except (OSError, ValueError):  # replaced by something that is no file
+        return False
+
+
+# --- console --------------------------------------------------------------------------------
+
+
+def peak_level(samples: bytes) -> float:
+    """Return the loudest of `samples` as a share of full scale, 0 to 1."""
+    values = memoryview(samples).cast("h")
+    loudest = [abs(value) for value in (min(values), max(values))] if values else [0]
+    return max(loudest) / 32768
+
+
+class LevelMeter:
+    """A bar that follows the loudness in decibels, and the peak of the last seconds."""
+
+    def __init__(self) -> None:
+        self._peak_db = METER_FLOOR_DB
+
+    def show(self, samples: bytes) -> str:
+        """Return the bar for `samples`; calls are ``STATUS_INTERVAL_S`` apart."""
+        level_db = max(METER_FLOOR_DB, 20 * math.log10(max(peak_level(samples), 1e-9)))
+        sunk_db = self._peak_db - METER_SINK_DB_PER_S * STATUS_INTERVAL_S
+        self._peak_db = max(level_db, sunk_db, METER_FLOOR_DB)
+        filled, peak = self._column(level_db), self._column(self._peak_db)
+        bar = "".join(
+            "#" if column < filled else "|" if column == peak else "-"
+            for column in range(METER_COLUMNS)
+        )
+        return f"[{bar}] {self._peak_db:4.0f} dB"
+
+    @staticmethod
+    def _column(level_db: float) -> int:
+        return min(METER_COLUMNS - 1, round((1 - level_db / METER_FLOOR_DB) * METER_COLUMNS))
+
+
+class Console:
+    """What the user sees: lines, and on a terminal a status line below them, often rewritten.
+
+    Lines go to standard output, or to standard error where the other carries data; problems and
+    the status line always go to standard error. `quiet` leaves only problems.
+    """
+
+    def __init__(self, quiet: bool, data_on_stdout: bool = False) -> None:
+        self._quiet = quiet
+        self._data_on_stdout = data_on_stdout
+        self._has_status = not quiet and sys.stderr is not None and sys.stderr.isatty()
+        self._status_width = 0
+        self._lock = threading.Lock()
+
+    def say(self, text: str) -> None:
+        """Print a line of information."""
+        if not self._quiet:
+            self._print(text, sys.stderr if self._data_on_stdout else sys.stdout)
+
+    def complain(self, text: str) -> None:
+        """Print a line about a problem."""
+        self._print(text, sys.stderr)
+
+    def _print(self, text: str, stream: TextIO) -> None:
+        with self._lock:
+            self._show("")
+            print(text, file=stream, flush=True)
+
+    def show_status(self, text: str) -> None:
+        """Replace the status line; does nothing without a terminal."""
+        with self._lock:
+            if self._has_status:
+                self._show(text[: shutil.get_terminal_size().columns - 1])
+
+    def end_status(self) -> None:
+        """Clear the status line, and show none from now on."""
+        with self._lock:
+            self._show("")
+            self._has_status = False
+
+    def clear_for(self, _record: object) -> bool:
+        """Make room for a line of the log: a filter for its handlers, which passes all."""
+        self.show_status("")
+        return True
+
+    def _show(self, text: str) -> None:
+        if self._status_width or text:
+            print(
+                f"\r{text:<{self._status_width}}",
+                end="" if text else "\r",
+                file=sys.stderr,
+                flush=True,
+            )
+            self._status_width = len(text)
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time span as ``1:02:03``, or ``2:03`` under an hour."""
+    minutes, whole = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{whole:02}" if hours else f"{minutes}:{whole:02}"
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number of things in words, as ``1 listener``, ``2 listeners``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 # --- command line ---------------------------------------------------------------------------
 
 
@@ -577,6 +1146,20 @@ def positive_number(text: str) -> int:
     """Return `text` as a whole number above 0, for argparse."""
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def sample_rate(text: str) -> int:
+    """Return `text` as a sample rate in Hz, for argparse."""
+    if not (text.isascii() and text.isdigit() and int(text) in SAMPLE_RATES):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a sample rate (as 48000)")
+    return int(text)
+
+
+def channel_count(text: str) -> int:
+    """Return `text` as a number of channels, for argparse."""
+    if text not in ("1", "2"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 1 (mono) nor 2 (stereo)")
     return int(text)
 
 

@@ -1,12 +1,15 @@
-"""The receiving end of Socket Pair: takes files into a folder.
+"""The server of Socket Pair: takes files into a folder, or broadcasts sound.
 
     python server.py file
+    python server.py audio
 
 From the top down:
 
 ====================  =============================================================
 command line          ``main`` asks for what the arguments leave open
 listener              ``Server`` accepts, gives each connection a thread, shakes hands
+broadcaster           ``handle_audio_client``, ``Broadcaster``, ``Listener``: sound to everyone
+inputs                ``Microphone``, ``PacedInput``: sound card, WAV file, pipe; ``CaptureQueue``
 file conversation     ``handle_file_client`` and ``Reception``: offers, resuming, results
 one file              ``Incoming``: what is known of it, from the offer to its result
 on disk               ``PartialFile``: hidden until complete, then moved into place
@@ -26,6 +29,11 @@ The file conversation, after the handshake, any number of times until the client
 
 ``held`` and ``prefixes`` are left out where nothing is held. Whoever hashes for long sends
 ``hashing`` every second meanwhile.
+
+Sound, after the handshake, whose welcome tells its format: blocks (see ``common.AudioBlock``), and
+at the input's end the reason. The client sends nothing. Inside the server it takes this way::
+
+    PortAudio's thread -> CaptureQueue -> the broadcaster's thread -> every listener's socket
 """
 
 from __future__ import annotations
@@ -38,40 +46,52 @@ import ipaddress
 import itertools
 import logging
 import os
+import queue
 import secrets
 import shutil
 import socket
+import ssl
 import stat
 import sys
 import threading
 import time
+import wave
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import common
 from common import (
+    CAPTURE_BLOCK_MS,
     END_OF_FILE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_OK,
     GIVEN_UP,
     HANDSHAKE_TIMEOUT_S,
     KEEPALIVE_INTERVAL_S,
     RECEIVE_BYTES,
     SEGMENT_BYTES,
     STILL_HERE,
+    AudioBlock,
+    AudioFormat,
     Blocks,
     Connection,
+    Console,
     Deadline,
     Keepalive,
+    LevelMeter,
     PeerClosed,
     ProtocolError,
     SocketPairError,
+    SoundCard,
     blocks_for,
     calculate_checksum,
+    count,
     describe_error,
     escape,
     format_bytes,
+    format_duration,
     require,
     require_size,
 )
@@ -96,6 +116,20 @@ MAX_CLAIMS = 32
 CLAIM_TIMEOUT_S = 2.0
 CLAIM_INTERVAL_S = 0.02
 MAX_KNOWN_FOLDERS = 10_000
+
+STDIN = "-"
+DEFAULT_RATE = 48_000
+MAX_LISTENERS = 2_000
+# A listener's thread only waits; its stack holds the handshake.
+LISTENER_STACK_BYTES = 512 * 1024
+LISTENER_TIMEOUT_S = 5.0
+# Small writes take a multiple of their size in the system's buffers.
+SEND_BUFFER_MS = 200
+MIN_SEND_BUFFER_BYTES = 16 * 1024
+# What may wait between capture and broadcaster; more has gathered only on a machine that stood.
+CAPTURE_LIMIT_MS = 2_000
+PACING_SLACK_S = 0.2
+LONGEST_REST_S = 0.02
 
 PARTIAL_SUFFIX = ".socketpair-part"
 WINDOWS_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
@@ -863,6 +897,347 @@ def claim_patiently(path: str, patience: Deadline) -> PartialFile | None:
             time.sleep(CLAIM_INTERVAL_S)
 
 
+# --- sound: inputs --------------------------------------------------------------------------
+
+
+class CaptureQueue:
+    """Hands captured sound from whichever input there is to the broadcaster, and numbers it.
+
+    One thread puts, another takes. Sound that is not taken for ``CAPTURE_LIMIT_MS`` is thrown
+    away as it comes; the numbers of the frames show it.
+    """
+
+    def __init__(self, audio: AudioFormat) -> None:
+        self.audio = audio
+        self.end_reason: str | None = None
+        self.failed = False
+        self._blocks: queue.SimpleQueue[AudioBlock | None] = queue.SimpleQueue()
+        self._limit_blocks = CAPTURE_LIMIT_MS / CAPTURE_BLOCK_MS
+        self._next_frame = 0
+        self._taken_frames = 0
+        self._held: AudioBlock | None = None
+
+    def put(self, samples: bytes) -> None:
+        """Hand over a block of about ``CAPTURE_BLOCK_MS``, numbered. Never blocks."""
+        if self._blocks.qsize() < self._limit_blocks:
+            self._blocks.put(AudioBlock(self._next_frame, time.time_ns(), samples))
+        self._next_frame += self.audio.frames_of(samples)
+
+    def skip(self, seconds: float) -> None:
+        """Count frames that nobody captured for so long, so that the numbers keep time."""
+        self._next_frame += self.audio.frames_in(seconds * 1000)
+
+    def end(self, reason: str, failed: bool = False) -> None:
+        """Let the taker know, once all is taken, that nothing more comes, and why."""
+        self.end_reason, self.failed = reason, failed
+        self._blocks.put(None)
+
+    def take(self, timeout_s: float) -> AudioBlock | None:
+        """Return all consecutive sound that has gathered, as one block; None at the end.
+
+        Blocks for the first of it, up to `timeout_s`; an empty block if none came by then.
+        """
+        try:
+            first = self._held or self._blocks.get(timeout=timeout_s)
+        except queue.Empty:
+            return AudioBlock(self._taken_frames, time.time_ns(), b"")
+        self._held = None
+        return self._join_gathered(first) if first else None
+
+    def _join_gathered(self, first: AudioBlock) -> AudioBlock:
+        """Return `first` with the blocks joined that directly follow it."""
+        parts, last = [first.samples], first
+        frames = self.audio.frames_of(first.samples)
+        most_frames = self.audio.frames_in(common.MAX_BLOCK_MS / 2)
+        with contextlib.suppress(queue.Empty):
+            while frames < most_frames:
+                following = self._blocks.get_nowait()
+                if following is None:
+                    self._blocks.put(None)
+                    break
+                if following.first_frame != first.first_frame + frames:
+                    self._held = following
+                    break
+                parts.append(following.samples)
+                frames += self.audio.frames_of(following.samples)
+                last = following
+        self._taken_frames = first.first_frame + frames
+        return AudioBlock(first.first_frame, last.captured_ns, b"".join(parts))
+
+
+class Microphone:
+    """Captures from a sound card. Raises AudioUnavailable where it cannot."""
+
+    def __init__(self, wanted: str | None, captured: CaptureQueue) -> None:
+        self.captured = captured
+        self._card = SoundCard(common.MICROPHONE, wanted, log.warning)
+        self.name = self._card.name
+
+    def start(self) -> None:
+        """Begin to capture."""
+        self._card.open(self.captured.audio, self._hand_over, self.captured.skip)
+
+    def _hand_over(self, samples: bytes | None, _frames: int) -> None:
+        """Take a block; PortAudio's thread calls this."""
+        self.captured.put(samples or b"")
+
+    def close(self) -> None:
+        """Stop to capture."""
+        self._card.close()
+
+
+class PacedInput:
+    """Reads sound that is not live, in real time: a thread of its own, a block at a time.
+
+    `read` returns the next samples, up to as many bytes as it is asked for, and none at the end;
+    it may block. A source that falls behind is not rushed after: time starts anew.
+    """
+
+    def __init__(self, name: str, read: Callable[[int], bytes], captured: CaptureQueue) -> None:
+        self.name = name
+        self._read = read
+        self.captured = captured
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Nothing to do: the thread ends with the process, or its input."""
+
+    def _run(self) -> None:
+        audio = self.captured.audio
+        block_bytes = audio.frames_in(CAPTURE_BLOCK_MS) * audio.frame_bytes
+        due_s = time.monotonic()
+        try:
+            while samples := self._read(block_bytes):
+                due_s += audio.frames_of(samples) / audio.rate
+                late_s = time.monotonic() - due_s
+                if late_s > PACING_SLACK_S:
+                    due_s += late_s
+                elif late_s < 0:
+                    time.sleep(-late_s)
+                self.captured.put(samples)
+            self.captured.end(f"{self.name} is at its end")
+        except (OSError, EOFError, wave.Error) as error:
+            self.captured.end(f"{self.name} cannot be read any further ({error})", failed=True)
+
+
+class WavLoop:
+    """A WAV file's sound, over and over. Raises SocketPairError where it has none to play."""
+
+    def __init__(self, path: str) -> None:
+        shown = escape(path)
+        try:
+            self._file = wave.open(os.path.expanduser(path), "rb")  # noqa: SIM115 - ours for life
+        except (OSError, EOFError, wave.Error) as error:
+            reason = describe_error(error) if isinstance(error, OSError) else str(error)
+            raise SocketPairError(f"cannot play {shown}: {reason or 'not a WAV file'}") from error
+        if self._file.getsampwidth() != common.SAMPLE_BYTES or not self._file.getnframes():
+            raise SocketPairError(f"cannot play {shown}: there are no 16-bit samples in it")
+        self.audio = AudioFormat(self._file.getframerate(), self._file.getnchannels())
+
+    def read(self, size: int) -> bytes:
+        """Return the next samples, `size` bytes at most; the beginning follows the end."""
+        frames = size // self.audio.frame_bytes
+        samples = self._file.readframes(frames)
+        if not samples:
+            self._file.rewind()
+            samples = self._file.readframes(frames)
+        return samples
+
+
+def whole_frames_reader(file: BinaryIO, audio: AudioFormat) -> Callable[[int], bytes]:
+    """Return a function that reads `file` and passes over a last frame that is incomplete."""
+
+    def read(size: int) -> bytes:
+        samples = file.read(size)
+        return samples[: audio.frames_of(samples) * audio.frame_bytes]
+
+    return read
+
+
+def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
+    """Return what ``--input`` names, ready to start. Raises SocketPairError where there is none."""
+    if args.input is not None and args.input.lower().endswith(".wav"):
+        return open_wav(args.input, args.rate, args.channels)
+    audio = AudioFormat(args.rate or DEFAULT_RATE, args.channels or 1)
+    if args.input == STDIN:
+        read = whole_frames_reader(sys.stdin.buffer, audio)
+        return PacedInput("standard input", read, CaptureQueue(audio))
+    return Microphone(args.input, CaptureQueue(audio))
+
+
+def open_wav(path: str, rate: int | None, channels: int | None) -> PacedInput:
+    """Return a WAV file as an input; raises SocketPairError where it is not as it should be."""
+    sound = WavLoop(path)
+    audio = sound.audio
+    if audio != AudioFormat(rate or audio.rate, channels or audio.channels):
+        raise SocketPairError(f"{escape(path)} is {audio.describe()}, and is not converted")
+    return PacedInput(escape(path), sound.read, CaptureQueue(audio))
+
+
+# --- sound: broadcaster ---------------------------------------------------------------------
+
+
+class Listener:
+    """One client's end of the broadcast: takes blocks as fast as its network does, or misses them.
+
+    The socket is non-blocking while the broadcaster has it. A block that was begun is always
+    finished, so that the client can tell where the next one starts.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.missed_blocks = 0
+        self.gone = threading.Event()
+        self.loss = ""
+        self._pending: bytes | memoryview = b""
+        self._progress_s = time.monotonic()
+        connection.socket.settimeout(0)
+
+    def offer(self, data: bytes, now_s: float) -> None:
+        """Give `data`, a packed block, to the system, or miss it. Never blocks."""
+        if self._pending:
+            self._push(now_s)
+            if self._pending:
+                self.missed_blocks += 1
+                return
+        self._pending = data
+        self._push(now_s)
+
+    def _push(self, now_s: float) -> None:
+        """Give the system as much of what is pending as it takes."""
+        try:
+            count = self.connection.socket.send(self._pending)
+        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            if now_s - self._progress_s > LISTENER_TIMEOUT_S:
+                self.lose(f"took nothing for {LISTENER_TIMEOUT_S:.0f} s")
+            return
+        except OSError as error:
+            self.lose(describe_error(error))
+            return
+        self._progress_s = now_s
+        whole = count == len(self._pending)
+        self._pending = b"" if whole else memoryview(self._pending)[count:]
+
+    def lose(self, reason: str) -> None:
+        """Send no more to this listener, and wake its thread."""
+        self.loss = reason
+        self.gone.set()
+
+    def finish(self, reason: str) -> None:
+        """Send what is pending and the end of the sound, and `reason`; blocks a while at most.
+
+        Raises ConnectionLost.
+        """
+        with self.connection.limit(LISTENER_TIMEOUT_S):
+            self.connection.write(bytes(self._pending) + common.pack_stream_end(reason))
+
+
+class Broadcaster:
+    """Sends what is captured to every listener, from one thread that waits for none of them.
+
+    One round goes once through all listeners. While it takes less than a block's time each block
+    is sent as it comes. When there are so many listeners that it takes longer, the next round
+    sends all that has gathered since in one write: the load sets the size of a write.
+    """
+
+    def __init__(self, captured: CaptureQueue) -> None:
+        self.captured = captured
+        self.latest_samples = b""
+        self.missed_blocks = 0
+        self.listener_count = 0
+        self.served_count = 0
+        self._listeners: tuple[Listener, ...] = ()
+        self._lock = threading.Lock()
+        self.sent_s = 0.0
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="broadcaster", daemon=True)
+
+    def start(self) -> None:
+        """Begin to send."""
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait up to `timeout_s` for the sound to end; return whether it has."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def add(self, connection: Connection) -> Listener:
+        """Return a new listener, which gets every block from now on."""
+        listener = Listener(connection)
+        with self._lock:
+            # A new tuple, not a changed list: the broadcaster goes through the old one unlocked.
+            self._listeners = (*self._listeners, listener)
+            self.listener_count = len(self._listeners)
+            self.served_count += 1
+            if self._ended:
+                listener.gone.set()
+        return listener
+
+    def remove(self, listener: Listener) -> None:
+        """Send no more to `listener`. May be called twice."""
+        with self._lock:
+            self._listeners = tuple(other for other in self._listeners if other is not listener)
+            self.listener_count = len(self._listeners)
+            self.missed_blocks += listener.missed_blocks
+            listener.missed_blocks = 0
+
+    def _run(self) -> None:
+        while (block := self.captured.take(timeout_s=KEEPALIVE_INTERVAL_S)) is not None:
+            started_s = time.monotonic()
+            self._send_round(block, started_s)
+            self._rest(time.monotonic() - started_s)
+        with self._lock:
+            self._ended = True
+        for listener in self._listeners:
+            listener.gone.set()
+
+    def _send_round(self, block: AudioBlock, now_s: float) -> None:
+        self.latest_samples = block.samples
+        self.sent_s += self.captured.audio.frames_of(block.samples) / self.captured.audio.rate
+        data = block.pack()
+        for listener in self._listeners:
+            if not listener.gone.is_set():
+                listener.offer(data, now_s)
+
+    @staticmethod
+    def _rest(round_s: float) -> None:
+        """Leave the processor to others after a long round, at the price of larger writes."""
+        if round_s > CAPTURE_BLOCK_MS / 1000:
+            time.sleep(min(round_s, LONGEST_REST_S))
+
+
+def handle_audio_client(connection: Connection, broadcaster: Broadcaster) -> None:
+    """Let a client listen until it leaves or the sound ends; its thread waits here.
+
+    The welcome is out. Whatever goes wrong with this client is logged, and ends it alone.
+    """
+    listener = None
+    try:
+        limit_send_buffer(connection.socket, broadcaster.captured.audio)
+        listener = broadcaster.add(connection)
+        log.info("%s: listening", connection.peer)
+        listener.gone.wait()
+        broadcaster.remove(listener)
+        if not listener.loss:
+            listener.finish(broadcaster.captured.end_reason or "the server has stopped")
+        log.info("%s: left (%s)", connection.peer, listener.loss or "the sound has ended")
+    except (OSError, SocketPairError) as error:
+        log.info("%s: left (%s)", connection.peer, error)
+    finally:
+        if listener:
+            broadcaster.remove(listener)
+
+
+def limit_send_buffer(sock: socket.socket, audio: AudioFormat) -> None:
+    """Have the system keep little sound for a listener that is slow: what waits there is late."""
+    size = max(MIN_SEND_BUFFER_BYTES, audio.frames_in(SEND_BUFFER_MS) * audio.frame_bytes)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+
+
 # --- listener -------------------------------------------------------------------------------
 
 
@@ -1003,13 +1378,47 @@ EXAMPLES = """examples:
   server.py                          ask for everything
   server.py file --folder ~/inbox    receive files into a folder
   server.py file --overwrite         let new files replace old ones of their name
+  server.py audio                    broadcast the microphone
+  server.py audio --input usb --rate 44100 --channels 2
+                                     the one with "usb" in its name, in stereo
+  sox in.mp3 -t s16 -r 48k -c 1 - | server.py audio --input -
+                                     what another program makes
 """
+
+
+def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of audio mode."""
+    sound = parser.add_argument_group("audio mode")
+    sound.add_argument(
+        "--input",
+        metavar="MIC",
+        help="a microphone's name or number, a .wav file, or - for raw 16-bit PCM",
+    )
+    sound.add_argument(
+        "--rate",
+        type=common.sample_rate,
+        metavar="HZ",
+        help=f"samples a second ({DEFAULT_RATE}, or the .wav file's)",
+    )
+    sound.add_argument(
+        "--channels",
+        type=common.channel_count,
+        metavar="N",
+        help="1 for mono, 2 for stereo (1, or the .wav file's)",
+    )
+    sound.add_argument("--list-devices", action="store_true", help="show the microphones and exit")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the command line's arguments; exits with status 2 where they are wrong."""
-    parser = common.make_parser("Receive files from client.py.", EXAMPLES)
+    parser = common.make_parser("Receive files from client.py, or send it sound.", EXAMPLES)
     common.add_address_arguments(parser, "address to listen on")
+    parser.add_argument(
+        "--max-clients",
+        type=common.positive_number,
+        metavar="N",
+        help=f"clients served at once ({MAX_CLIENTS}; in audio mode {MAX_LISTENERS})",
+    )
     files = parser.add_argument_group("file mode")
     files.add_argument("--folder", default="received", help="where files go (%(default)s)")
     files.add_argument(
@@ -1017,13 +1426,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="replace files of the same name, rather than keep both",
     )
-    files.add_argument(
-        "--max-clients",
-        type=common.positive_number,
-        default=MAX_CLIENTS,
-        metavar="N",
-        help="clients served at once (%(default)s)",
-    )
+    add_audio_arguments(parser)
     args = parser.parse_args(argv)
     if not is_loopback(args.host):
         parser.error(
@@ -1072,12 +1475,82 @@ def serve_files(args: argparse.Namespace) -> int:
         listener,
         "file",
         lambda connection: handle_file_client(connection, store),
-        max_clients=args.max_clients,
+        max_clients=args.max_clients or MAX_CLIENTS,
     )
     if not args.quiet:
         shown = escape(os.path.join(store.folder, ""))
         common.say(f"Receiving into {shown} on {address} - Ctrl+C to stop")
     return serve_until_stopped(server)
+
+
+def serve_audio(args: argparse.Namespace) -> int:
+    """Broadcast the input until Ctrl+C or its end; return the exit status."""
+    # A thread a listener: the usual 8 MiB each would be backed by huge pages on some systems.
+    threading.stack_size(LISTENER_STACK_BYTES)
+    source = open_input(args)
+    broadcaster = Broadcaster(source.captured)
+    server = make_audio_server(args, broadcaster)
+    console = Console(args.quiet)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(console.clear_for)
+    source.start()
+    broadcaster.start()
+    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    what = f"{source.name}, {source.captured.audio.describe()}"
+    address = common.format_address(*server.listener.getsockname()[:2])
+    console.say(f"Broadcasting {what}, on {address} - Ctrl+C to stop")
+    try:
+        show_until_ended(broadcaster, console)
+        return finish_audio(server, broadcaster, console)
+    except KeyboardInterrupt:
+        console.say(summarize(broadcaster))
+        raise
+    finally:
+        source.close()
+
+
+def make_audio_server(args: argparse.Namespace, broadcaster: Broadcaster) -> Server:
+    """Return a server that listens, and whose welcome tells what a listener has to know.
+
+    ``stream`` names the numbering of the frames: a client that comes back to the same one can
+    tell how many it has missed.
+    """
+    audio = broadcaster.captured.audio
+    return Server(
+        open_listener(args.host, args.port),
+        "audio",
+        lambda connection: handle_audio_client(connection, broadcaster),
+        max_clients=args.max_clients or MAX_LISTENERS,
+        welcome={
+            **audio.fields(),
+            "block_frames": audio.frames_in(CAPTURE_BLOCK_MS),
+            "stream": secrets.token_hex(8),
+        },
+    )
+
+
+def show_until_ended(broadcaster: Broadcaster, console: Console) -> None:
+    """Keep the status line up to date until the sound ends; blocks."""
+    meter = LevelMeter()
+    while not broadcaster.join(common.STATUS_INTERVAL_S):
+        listeners = count(broadcaster.listener_count, "listener")
+        console.show_status(f"{meter.show(broadcaster.latest_samples)}  {listeners}")
+
+
+def finish_audio(server: Server, broadcaster: Broadcaster, console: Console) -> int:
+    """Wait until every listener has been told of the end; return the exit status."""
+    deadline = Deadline(LISTENER_TIMEOUT_S)
+    for thread in server.clients():
+        thread.join(deadline.remaining())
+    console.say(f"{broadcaster.captured.end_reason} - {summarize(broadcaster)}")
+    return EXIT_FAILED if broadcaster.captured.failed else EXIT_OK
+
+
+def summarize(broadcaster: Broadcaster) -> str:
+    """Return what has been broadcast, in a line."""
+    listeners = count(broadcaster.served_count, "listener")
+    missed = count(broadcaster.missed_blocks, "block")
+    return f"{format_duration(broadcaster.sent_s)} of sound to {listeners}, {missed} missed"
 
 
 def serve_until_stopped(server: Server) -> int:
@@ -1097,14 +1570,15 @@ def serve_until_stopped(server: Server) -> int:
 def main(argv: Sequence[str]) -> int:
     """Run the server with the command line's arguments; return its exit status."""
     args = parse_arguments(argv)
-    set_up_log(args)
     if sys.platform != "win32":
         raise_open_file_limit()
-    mode = args.mode or common.ask_mode()
-    if mode == "audio":
-        common.complain("audio mode is not built yet")
-        return EXIT_FAILED
-    return serve_files(args)
+    mode = "audio" if args.list_devices else args.mode or common.ask_mode()
+    if mode == "file":
+        set_up_log(args)
+        return serve_files(args)
+    with common.quiet_libraries(args.verbose):
+        set_up_log(args)
+        return common.list_devices(common.MICROPHONE) if args.list_devices else serve_audio(args)
 
 
 if sys.platform != "win32":

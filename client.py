@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import itertools
 import math
@@ -32,6 +33,7 @@ import queue
 import select
 import shlex
 import socket
+import ssl
 import stat
 import struct
 import sys
@@ -54,13 +56,16 @@ from common import (
     AudioBlock,
     AudioFormat,
     Blocks,
+    CodeWanted,
     Connection,
     ConnectionLost,
     Console,
     Deadline,
     Keepalive,
     LevelMeter,
+    NotPaired,
     PeerClosed,
+    PeerRefused,
     PeerStalled,
     ProtocolError,
     SocketPairError,
@@ -124,6 +129,10 @@ MAX_GAP_MS = 3_600_000
 RECORDING_QUEUE_BLOCKS = 4_000
 WAV_LIMIT_BYTES = 2**32 - 1
 CHANGED = "it changed while it was sent"
+OPEN_SERVER = (
+    "this server takes no pairing code: anyone on the network could be it, or read along; "
+    "add --open if you trust them all"
+)
 
 
 # --- connection -----------------------------------------------------------------------------
@@ -133,38 +142,103 @@ class NoServer(ConnectionLost):
     """Nobody answers at the server's address."""
 
 
-def connect(host: str, port: int, mode: str) -> tuple[Connection, dict[str, Any]]:
+@dataclass
+class Address:
+    """Where the server is, and what lets us in there."""
+
+    host: str
+    port: int
+    code: str | None = None  # the pairing code, normalized
+    open: bool = False  # do without, wherever the server is
+
+    @functools.cached_property
+    def tls(self) -> ssl.SSLContext | None:
+        """What encrypts, if there is a code; the first use takes some tenths of a second."""
+        return common.make_tls_context(self.code, server_side=False) if self.code else None
+
+    def set_code(self, code: str) -> None:
+        """Use another code from now on."""
+        self.code = code
+        self.__dict__.pop("tls", None)
+
+
+def connect(address: Address, mode: str) -> tuple[Connection, dict[str, Any]]:
     """Return a connection past its handshake, and the server's welcome.
 
-    Blocks for 10 s each for connecting and for the handshake at most. Raises NoServer,
-    ConnectionLost, ProtocolError where it is no Socket Pair server, and PeerRefused.
+    Asks for the pairing code where the server wants one that we do not have, and there is a
+    terminal to ask at. Otherwise blocks for 10 s each for connecting and for the handshake at
+    most. Raises NoServer, ConnectionLost, ProtocolError where it is no Socket Pair server,
+    NotPaired where the code is wrong or not wanted, and PeerRefused.
     """
-    peer = escape(common.format_address(host, port))
     try:
-        sock = socket.create_connection((host, port), timeout=HANDSHAKE_TIMEOUT_S)
+        return connect_once(address, mode)
+    except CodeWanted:
+        if address.open or not sys.stdin.isatty():
+            raise
+    address.set_code(ask_for_code())
+    return connect_once(address, mode)
+
+
+def ask_for_code() -> str:
+    """Ask for the pairing code until it can be one."""
+    while True:
+        try:
+            return common.normalize_code(common.ask("Pairing code: "))
+        except ValueError as error:
+            complain(str(error))
+
+
+def connect_once(address: Address, mode: str) -> tuple[Connection, dict[str, Any]]:
+    """Do what `connect` does, with the code that we have."""
+    tls = address.tls  # before the server's patience begins
+    peer = escape(common.format_address(address.host, address.port))
+    try:
+        sock = socket.create_connection((address.host, address.port), timeout=HANDSHAKE_TIMEOUT_S)
     except (OSError, ValueError) as error:  # ValueError: a host that no name can be
         raise NoServer(
             f"no server at {peer} ({describe_error(error)}): "
             f"start one there with: python server.py {mode}"
         ) from error
-    connection = Connection(sock, peer)
     try:
-        return connection, shake_hands(connection, mode)
+        connection = Connection(sock, peer)
+    except OSError as error:
+        sock.close()
+        raise ConnectionLost(f"{peer}: {describe_error(error)}") from error
+    try:
+        welcome = shake_hands(connection, tls, mode)
+        if not (tls or address.open or common.is_loopback(sock.getpeername()[0])):
+            raise PeerRefused(OPEN_SERVER)
     except BaseException:
         connection.close()
         raise
+    return connection, welcome
 
 
-def shake_hands(connection: Connection, mode: str) -> dict[str, Any]:
+def shake_hands(connection: Connection, tls: ssl.SSLContext | None, mode: str) -> dict[str, Any]:
     """Return the server's welcome; blocks and raises as `connect` does."""
     try:
         with connection.limit(HANDSHAKE_TIMEOUT_S):
+            if tls:
+                connection.start_tls(tls, server_side=False)
             connection.send("hello", protocol=common.PROTOCOL, mode=mode)
             return connection.receive("welcome")
+    except NotPaired as error:
+        raise SocketPairError(f"{connection.peer} {describe_mismatch(error)}") from error
     except ProtocolError as error:
         raise ProtocolError(f"{connection.peer} is not a Socket Pair server: {error}") from None
     except PeerClosed as error:
         raise ConnectionLost(f"{connection.peer}: {error} before it answered") from None
+
+
+def describe_mismatch(error: NotPaired) -> str:
+    """Return what is wrong between the server and our pairing code, to follow its address."""
+    if error.wrong_code:
+        return "has another pairing code"
+    if error.alert == common.ALERT_OPEN:
+        return f"takes no pairing code: leave out --code and {common.CODE_VARIABLE}, or add --open"
+    if error.alert == common.ALERT_WAIT:
+        return "has had too many wrong pairing codes from this address: try again in a minute"
+    return f"is not a Socket Pair server with a pairing code: {error}"
 
 
 # --- sources --------------------------------------------------------------------------------
@@ -321,10 +395,14 @@ class Progress:
 
     def __init__(self, sources: Callable[[], Iterable[Source]], shown: bool) -> None:
         self._tqdm = find_tqdm() if shown else None
+        self._sources = sources
         self._all: tqdm[Any] | None = None
         self._file: tqdm[Any] | None = None
+
+    def begin(self) -> None:
+        """Show the bar of all files, now that a server takes them and nothing is to be asked."""
         if self._tqdm:
-            sizes = [source.size or 0 for source in sources() if not source.is_folder]
+            sizes = [source.size or 0 for source in self._sources() if not source.is_folder]
             if len(sizes) > 1:
                 self._all = self._bar(f"{len(sizes)} files", sum(sizes))
 
@@ -533,14 +611,6 @@ def settle(source: Source, outcome: dict[str, Any], report: Report) -> None:
 # --- file mode ------------------------------------------------------------------------------
 
 
-@dataclass
-class Address:
-    """Where the server is."""
-
-    host: str
-    port: int
-
-
 def start_file_client(
     address: Address,
     paths: Sequence[str],
@@ -628,7 +698,9 @@ class Sender:
 
     def _connected(self) -> Connection:
         if self._connection is None:
-            self._connection, _ = connect(self._address.host, self._address.port, "file")
+            self._connection, _ = connect(self._address, "file")
+            if not self._was_connected:
+                self._progress.begin()
             self._was_connected = True
         return self._connection
 
@@ -1463,7 +1535,7 @@ class Listening:
         """
         while self._deadline.remaining():
             try:
-                connection, welcome = connect(self._address.host, self._address.port, "audio")
+                connection, welcome = connect(self._address, "audio")
                 with connection:
                     self._listen(connection, welcome)
                 return
@@ -1616,6 +1688,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("standard input can be sent once only")
     if args.name is not None and not from_stdin:
         parser.error("--name is for standard input: give - as the PATH")
+    if args.open:
+        args.code = None  # the environment's
     return args
 
 
@@ -1697,7 +1771,7 @@ def main(argv: Sequence[str]) -> int:
         with common.quiet_libraries(args.verbose):
             return listen(args)
     return start_file_client(
-        Address(args.host, args.port),
+        Address(args.host, args.port, args.code, args.open),
         args.paths or [ask_for_path()],
         name=args.name,
         quiet=args.quiet,
@@ -1710,7 +1784,7 @@ def listen(args: argparse.Namespace) -> int:
     if args.list_devices:
         return common.list_devices(common.SPEAKER)
     return start_audio_client(
-        Address(args.host, args.port),
+        Address(args.host, args.port, args.code, args.open),
         output=args.output,
         record=args.record,
         latency_ms=args.latency,

@@ -5,9 +5,12 @@ From the bottom up:
 ===================  ==============================================================
 errors               ``SocketPairError`` and its kin: every failure a user may meet
 text for people      ``escape``, ``format_bytes``, ``say``, ``complain``, ``ask``
+pairing code         ``make_code``, ``normalize_code``, and ``make_tls_context``: the key
+                     and certificate that both sides derive from a code
 ``Deadline``         how long a wait may still take
+``TLS``              what encrypts and decrypts for a connection
 ``Connection``       a socket with its reads, its writes and its time limits:
-                     exact bytes, then frames, then messages
+                     exact bytes, perhaps encrypted, then frames, then messages
 ``require``          a field of a peer's message, checked for its type
 ``BlockPipeline``    blocks of a file, consumed by a second thread while the next is filled
 checksum             ``calculate_checksum``: SHA-256 of a file or of its beginning
@@ -27,22 +30,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import functools
 import hashlib
+import ipaddress
 import json
 import math
 import os
 import queue
+import secrets
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import sys
+import tempfile
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 __version__ = "1.0.0"
 
@@ -53,6 +65,7 @@ DEFAULT_PORT = 50007
 
 HANDSHAKE_TIMEOUT_S = 10.0
 PROGRESS_TIMEOUT_S = 60.0
+LINGER_TIMEOUT_S = 1.0
 KEEPALIVE_INTERVAL_S = 1.0
 
 LENGTH = struct.Struct("!I")
@@ -60,6 +73,30 @@ MAX_HELLO_BYTES = 4 * 1024
 MAX_FRAME_BYTES = 1024 * 1024
 RECEIVE_BYTES = 256 * 1024
 SEND_BYTES = 256 * 1024
+
+# Base32 without 0, 1, I and O: nothing in a code looks like anything else in it.
+CODE_ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
+CODE_LENGTH = 12  # 60 bits, if they are random
+CODE_SALT = b"Socket Pair pairing code, version 1"
+CODE_VARIABLE = "SOCKET_PAIR_CODE"
+# 64 MiB and a quarter of a second: once for us, once a guess for who tries codes.
+SCRYPT_COST = 2**16
+SCRYPT_BLOCK_SIZE = 8
+# Lets the server tell a client with a wrong code from a browser.
+TLS_APPLICATION = "socket-pair"
+TLS_HANDSHAKE = 0x16  # the first byte that a TLS client sends
+TLS_ALERT = 0x15
+TLS_RECORD_BYTES = 16 * 1024
+# What OpenSSL makes of the alerts with which a client turns down a certificate.
+CERTIFICATE_ALERTS = {
+    "SSLV3_ALERT_BAD_CERTIFICATE",
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
+    "TLSV1_ALERT_DECRYPT_ERROR",
+    "TLSV1_ALERT_UNKNOWN_CA",
+}
+# What a server says before there is TLS to a client that speaks nothing else.
+ALERT_WAIT = 49  # access_denied: too many wrong codes came from its address
+ALERT_OPEN = 120  # no_application_protocol: there is no code here
 
 # Measured with tests/bench/files.py: 1 MiB stays in a core's cache while it is received, hashed
 # and written; smaller blocks cost more hand-overs, larger ones more trips to memory.
@@ -142,6 +179,27 @@ class PeerRefused(SocketPairError):
     """The other side answered with an error of its own; its words, escaped."""
 
 
+class CodeWanted(PeerRefused):
+    """The server takes nobody without its pairing code."""
+
+
+class NotPaired(SocketPairError):
+    """The TLS handshake failed.
+
+    `wrong_code` tells whether that was because the two sides have different pairing codes,
+    `ours` whether the other side, where it is the client, is Socket Pair at all. `alert` is the
+    number of the TLS alert that was the other side's whole answer, if it was.
+    """
+
+    def __init__(self, error: ssl.SSLError, *, ours: bool, alert: int | None) -> None:
+        super().__init__(describe_error(error))
+        self.ours = ours
+        self.alert = alert
+        self.wrong_code = isinstance(error, ssl.SSLCertVerificationError) or (
+            ours and error.reason in CERTIFICATE_ALERTS
+        )
+
+
 # --- text for people ------------------------------------------------------------------------
 
 
@@ -171,6 +229,8 @@ def format_bytes(count: float) -> str:
 
 def describe_error(error: Exception) -> str:
     """Return what went wrong in words, an OSError's without number and path: ``no space left``."""
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return error.reason.replace("_", " ").lower()
     if isinstance(error, OSError):
         return (error.strerror or str(error)).lower()
     return str(error)
@@ -179,6 +239,11 @@ def describe_error(error: Exception) -> str:
 def format_address(host: str, port: int) -> str:
     """Return an address as it is written: ``127.0.0.1:50007``, ``[::1]:50007``."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(address: str) -> bool:
+    """Tell whether a numeric address is this machine's own, which no other can reach."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def say(text: str) -> None:
@@ -197,10 +262,15 @@ def ask(question: str) -> str:
     An answer that does not come from a terminal is printed too, so that the output reads like
     the session it was. Raises SocketPairError at the end of input.
     """
+    name = question.strip(": ")
+    if sys.stdin.isatty() and not sys.stdout.isatty():
+        # Standard output may carry data; and who types looks at the terminal.
+        print(question, end="", file=sys.stderr, flush=True)
+        question = ""
     try:
         answer = input(question)
     except EOFError:
-        raise SocketPairError(f"\nno answer to {question.strip(': ')!r}: end of input") from None
+        raise SocketPairError(f"\nno answer to {name!r}: end of input") from None
     if not sys.stdin.isatty():
         say(answer)
     return answer
@@ -213,6 +283,111 @@ def ask_mode() -> str:
         if answer in MODES:
             return answer
         say("please type file or audio")
+
+
+# --- pairing code ---------------------------------------------------------------------------
+
+
+def make_code() -> str:
+    """Return a new pairing code of 60 random bits, as ``KQ7M-2XFD-9WPA``."""
+    code = "".join(secrets.choice(CODE_ALPHABET) for _ in range(CODE_LENGTH))
+    return "-".join(code[at : at + 4] for at in range(0, CODE_LENGTH, 4))
+
+
+def normalize_code(text: str) -> str:
+    """Return what counts of a pairing code: neither case nor spaces nor dashes do.
+
+    People read codes out and type them, and a messenger turns a dash into a longer one. Raises
+    ValueError where too little is left.
+    """
+    code = "".join(
+        char
+        for char in unicodedata.normalize("NFKC", text).upper()
+        if not char.isspace() and unicodedata.category(char) != "Pd"
+    )
+    if len(code) < CODE_LENGTH:
+        raise ValueError(f"a pairing code has at least {CODE_LENGTH} letters and digits")
+    return code
+
+
+def make_tls_context(code: str, *, server_side: bool) -> ssl.SSLContext:
+    """Return what lets in whoever has the same normalized pairing `code`, and nobody else.
+
+    Both sides derive one key and one certificate from the code. Each presents the certificate
+    and trusts nothing but that, so that each proves to the other that it knows the code, which
+    itself never travels. Blocks while it derives, for some tenths of a second. Raises
+    SocketPairError where the cryptography package is missing.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False  # the certificate stands for the code, not for a host
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.set_alpn_protocols([TLS_APPLICATION])
+    if server_side:
+        # With a ticket that it never read, a client that hangs up would reset the connection.
+        context.num_tickets = 0
+    try:
+        load_identity(context, derive_key(code))
+    except ImportError:
+        raise SocketPairError(
+            "pairing codes need the package cryptography: pip install cryptography"
+        ) from None
+    except OSError as error:
+        raise SocketPairError(f"cannot use the pairing code: {describe_error(error)}") from error
+    return context
+
+
+def derive_key(code: str) -> Ed25519PrivateKey:
+    """Return the private key that a normalized pairing code stands for; blocks for a while."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415  (see below)
+        Ed25519PrivateKey,
+    )
+
+    seed = hashlib.scrypt(
+        code.encode("utf-8", "surrogatepass"),
+        salt=CODE_SALT,
+        n=SCRYPT_COST,
+        r=SCRYPT_BLOCK_SIZE,
+        p=1,
+        maxmem=256 * SCRYPT_COST * SCRYPT_BLOCK_SIZE,
+        dklen=32,
+    )
+    return Ed25519PrivateKey.from_private_bytes(seed)
+
+
+def load_identity(context: ssl.SSLContext, key: Ed25519PrivateKey) -> None:
+    """Have `context` present the certificate of `key`, and trust only that. Raises OSError.
+
+    All in the certificate is fixed, so that the other side makes the same one.
+    """
+    # Imported here: most transfers do without a pairing code, and not everybody has the package.
+    from cryptography import x509  # noqa: PLC0415
+    from cryptography.hazmat.primitives import serialization as form  # noqa: PLC0415
+
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Socket Pair")])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        # Right by any clock.
+        .not_valid_before(datetime.datetime(1970, 1, 1))
+        .not_valid_after(datetime.datetime(9999, 12, 31))
+        .sign(key, None)
+        .public_bytes(form.Encoding.PEM)
+    )
+    context.load_verify_locations(cadata=certificate.decode("ascii"))
+    # OpenSSL loads a key from a file only: let it be one that is worth nothing to a finder.
+    password = secrets.token_bytes(32)
+    encrypted_key = key.private_bytes(
+        form.Encoding.PEM, form.PrivateFormat.PKCS8, form.BestAvailableEncryption(password)
+    )
+    with tempfile.TemporaryDirectory(prefix="socket-pair-") as folder:
+        path = os.path.join(folder, "identity.pem")
+        with open(path, "wb") as file:
+            file.write(encrypted_key + certificate)
+        context.load_cert_chain(path, password=password)
 
 
 # --- connection -----------------------------------------------------------------------------
@@ -228,6 +403,75 @@ class Deadline:
     def remaining(self) -> float:
         """Return the seconds left, at least 0."""
         return max(0.0, self._end - time.monotonic())
+
+
+class TLS:
+    """Encrypts and decrypts for a `Connection`, which moves the bytes.
+
+    Not an ssl.SSLSocket: OpenSSL's objects are not for two threads at once, and Python makes
+    the one wait for the other only since 3.13. Here a lock is held while bytes are worked on, and
+    never while they are waited for. Also, a system call moves far more than a record of 16 KiB.
+    """
+
+    def __init__(self, context: ssl.SSLContext, server_side: bool) -> None:
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side)
+        self._lock = threading.Lock()
+        self._first = b""  # bytes from the other side, as many as an alert has
+        self.ended = False  # by the other side, and not by the network
+
+    def feed(self, data: bytes) -> None:
+        """Take what has arrived."""
+        with self._lock:
+            self._incoming.write(data)
+            self._first += data[: 7 - len(self._first)]
+
+    def shake_hands(self) -> bool:
+        """Go on with the handshake; False if more must be fed first. Raises NotPaired."""
+        with self._lock:
+            try:
+                self._object.do_handshake()
+            except ssl.SSLWantReadError:
+                return False
+            except ssl.SSLError as error:
+                first = self._first
+                alert = first[6] if len(first) == 7 and first[0] == TLS_ALERT else None
+                ours = self._object.selected_alpn_protocol() == TLS_APPLICATION
+                raise NotPaired(error, ours=ours, alert=alert) from error
+        return True
+
+    def pending(self) -> int:
+        """Return how many bytes have been fed that are not decrypted yet."""
+        return self._incoming.pending
+
+    def decrypt_into(self, view: memoryview) -> int:
+        """Fill `view` as far as possible; return how many bytes. Raises OSError.
+
+        0 means that more must be fed first, unless the other side has `ended` it.
+        """
+        have = 0
+        with self._lock, contextlib.suppress(ssl.SSLWantReadError):
+            while have < len(view) and not self.ended:
+                count: int = self._object.read(len(view) - have, view[have:])  # type: ignore[assignment]
+                self.ended = not count
+                have += count
+        return have
+
+    def encrypt(self, data: bytes | memoryview) -> None:
+        """Encrypt `data` into what `output` returns."""
+        with self._lock:
+            self._object.write(data)
+
+    def output(self) -> bytes:
+        """Return what is to be sent."""
+        with self._lock:
+            return self._outgoing.read()
+
+    def end(self) -> None:
+        """Have `output` say at its end that this was all."""
+        with self._lock, contextlib.suppress(ssl.SSLWantReadError):
+            self._object.unwrap()
 
 
 class Connection:
@@ -249,6 +493,8 @@ class Connection:
         self._position = 0
         self._queued = bytearray()
         self._deadline: Deadline | None = None
+        self._tls: TLS | None = None
+        self._sending = False
         sock.settimeout(PROGRESS_TIMEOUT_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -259,10 +505,38 @@ class Connection:
         self.close()
 
     def close(self) -> None:
-        """Close the socket and wake whoever waits in it. May be called twice."""
+        """Close the socket and wake whoever waits in it. Never blocks; may be called twice."""
+        self._end_tls()
+        self.wake()
+        self.socket.close()
+
+    def finish(self) -> None:
+        """Give the other side a second to read all that was sent, and to hang up.
+
+        Closing at once, with something of its unread here, could reset the connection, and the
+        last words be lost. Takes no longer than a `limit` that it stands in.
+        """
+        deadline = self._deadline or Deadline(LINGER_TIMEOUT_S)
+        self._end_tls()
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+            while left := deadline.remaining():
+                self.socket.settimeout(left)
+                if not self.socket.recv(RECEIVE_BYTES):
+                    return
+
+    def _end_tls(self) -> None:
+        """Say that this was all, unless something was cut off in its middle. Never blocks."""
+        if self._tls and not self._sending:
+            with contextlib.suppress(OSError):
+                self._tls.end()
+                self.socket.setblocking(False)
+                self.socket.send(self._tls.output())
+
+    def wake(self) -> None:
+        """Break the connection, from another thread, under whoever waits in it."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
 
     @contextlib.contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
@@ -290,10 +564,37 @@ class Connection:
         except OSError as error:
             raise ConnectionBroken(describe_error(error)) from error
 
+    # encryption
+
+    def start_tls(self, context: ssl.SSLContext, *, server_side: bool) -> None:
+        """Encrypt all that follows; blocks for the handshake.
+
+        Raises NotPaired, and what `read` and `write` raise.
+        """
+        tls = TLS(context, server_side)
+        tls.feed(self._received[self._position :])
+        self._received, self._position = b"", 0
+        try:
+            while not tls.shake_hands():
+                self._send_raw(tls.output())
+                data = self._receive_raw()
+                if not data:
+                    raise PeerClosed
+                tls.feed(data)
+        except NotPaired:
+            with contextlib.suppress(ConnectionLost):
+                self._send_raw(tls.output())  # which says why
+            raise
+        self._send_raw(tls.output())
+        self._tls = tls
+
     # exact bytes
 
     def buffered(self) -> int:
-        """Return how many bytes have arrived that nobody has read yet."""
+        """Return how many bytes have arrived that nobody has read yet, encrypted perhaps."""
+        return self._unread() + (self._tls.pending() if self._tls else 0)
+
+    def _unread(self) -> int:
         return len(self._received) - self._position
 
     def read(self, size: int, ahead: int = RECEIVE_BYTES) -> bytes:
@@ -309,32 +610,62 @@ class Connection:
         self._position += size
         return self._received[start : self._position]
 
+    def peek(self, size: int) -> bytes:
+        """Return the next `size` bytes, which stay unread; blocks and raises as `read` does."""
+        self._wait_for(size)
+        return self._received[self._position : self._position + size]
+
     def _wait_for(self, size: int, ahead: int = RECEIVE_BYTES) -> None:
         """Block until at least `size` bytes are buffered; raises as `read` does.
 
         Whatever has arrived stays buffered then, so that the caller may try again.
         """
-        if self.buffered() >= size:
+        if self._unread() >= size:
             return
         self._received, self._position = self._received[self._position :], 0
         while len(self._received) < size:
-            with self._waiting():
-                chunk = self.socket.recv(max(ahead, size - len(self._received)))
+            chunk = self._receive(max(ahead, size - len(self._received)))
             if not chunk:
                 raise self._ended(inside=bool(self._received))
             self._received += chunk
 
+    def _receive(self, size: int) -> bytes:
+        """Return some bytes, decrypted, of `size` at most; none at a clean end."""
+        if self._tls is None:
+            return self._receive_raw(size)
+        record = bytearray(min(size, TLS_RECORD_BYTES))
+        return bytes(record[: self._receive_into(memoryview(record))])
+
+    def _receive_raw(self, size: int = RECEIVE_BYTES) -> bytes:
+        with self._waiting():
+            return self.socket.recv(size)
+
     def read_into(self, view: memoryview) -> None:
         """Fill all of `view`, straight from the socket; blocks and raises as `read` does."""
-        have = min(self.buffered(), len(view))
+        have = min(self._unread(), len(view))
         view[:have] = self._received[self._position : self._position + have]
         self._position += have
         while have < len(view):
-            with self._waiting():
-                count = self.socket.recv_into(view[have:])
+            count = self._receive_into(view[have:])
             if not count:
                 raise self._ended(inside=have > 0)
             have += count
+
+    def _receive_into(self, view: memoryview) -> int:
+        """Receive into `view`, decrypted; return how many bytes: none at a clean end."""
+        tls = self._tls
+        if tls is None:
+            with self._waiting():
+                return self.socket.recv_into(view)
+        while True:
+            with self._waiting():
+                count = tls.decrypt_into(view)
+            if count or tls.ended:
+                return count
+            data = self._receive_raw()
+            if not data:
+                raise ConnectionBroken("it was cut off")
+            tls.feed(data)
 
     @staticmethod
     def _ended(inside: bool) -> ConnectionLost:
@@ -361,12 +692,25 @@ class Connection:
             self._send_all(memoryview(data))
 
     def _send_all(self, view: memoryview) -> None:
+        tls = self._tls
+        if tls is None:
+            self._send_raw(view)
+            return
+        for start in range(0, len(view), SEND_BYTES):
+            with self._waiting():
+                tls.encrypt(view[start : start + SEND_BYTES])
+            self._send_raw(tls.output())
+
+    def _send_raw(self, data: bytes | memoryview) -> None:
         # Not sendall(): its time limit is for the whole, ours for each step forward.
+        view = memoryview(data)
+        self._sending = True
         while view:
             with self._waiting():
                 count = self.socket.send(view)
             self.sent_bytes += count
             view = view[count:]
+        self._sending = False
 
     # frames
 
@@ -415,7 +759,8 @@ class Connection:
         """
         message = parse_message(self.read_frame(max_bytes))
         if message["type"] == "error":
-            raise PeerRefused(escape(require(message, "error", str)))
+            refusal = CodeWanted if message.get("code_wanted") is True else PeerRefused
+            raise refusal(escape(require(message, "error", str)))
         if message["type"] not in expected:
             raise ProtocolError(f"unexpected message {escape(message['type'], 40)!r}")
         return message
@@ -1137,9 +1482,25 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 
 def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> None:
-    """Add --host and --port."""
+    """Add --host, --port, --code and --open."""
     parser.add_argument("--host", default=DEFAULT_HOST, help=f"{host_help} (%(default)s)")
     parser.add_argument("--port", type=port_number, default=DEFAULT_PORT, help="(%(default)s)")
+    pairing = parser.add_mutually_exclusive_group()
+    pairing.add_argument(
+        "--code",
+        type=pairing_code,
+        default=os.environ.get(CODE_VARIABLE) or None,
+        help=f"pairing code (or set {CODE_VARIABLE}, as arguments show in ps)",
+    )
+    pairing.add_argument("--open", action="store_true", help="do without a pairing code")
+
+
+def pairing_code(text: str) -> str:
+    """Return what counts of a pairing code, for argparse."""
+    try:
+        return normalize_code(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive_number(text: str) -> int:

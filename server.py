@@ -8,6 +8,8 @@ From the top down:
 ====================  =============================================================
 command line          ``main`` asks for what the arguments leave open
 listener              ``Server`` accepts, gives each connection a thread, shakes hands
+who may connect       ``Door``: the pairing code; ``Lobby`` and ``Patience`` bound what
+                      those can do who have not got it
 broadcaster           ``handle_audio_client``, ``Broadcaster``, ``Listener``: sound to everyone
 inputs                ``Microphone``, ``PacedInput``: sound card, WAV file, pipe; ``CaptureQueue``
 file conversation     ``handle_file_client`` and ``Reception``: offers, resuming, results
@@ -48,6 +50,7 @@ import logging
 import os
 import queue
 import secrets
+import selectors
 import shutil
 import socket
 import ssl
@@ -56,7 +59,8 @@ import sys
 import threading
 import time
 import wave
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -70,6 +74,7 @@ from common import (
     GIVEN_UP,
     HANDSHAKE_TIMEOUT_S,
     KEEPALIVE_INTERVAL_S,
+    LENGTH,
     RECEIVE_BYTES,
     SEGMENT_BYTES,
     STILL_HERE,
@@ -81,6 +86,7 @@ from common import (
     Deadline,
     Keepalive,
     LevelMeter,
+    NotPaired,
     PeerClosed,
     ProtocolError,
     SocketPairError,
@@ -135,6 +141,30 @@ PARTIAL_SUFFIX = ".socketpair-part"
 WINDOWS_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{port}{number}" for port in ("COM", "LPT") for number in "123456789\u00b9\u00b2\u00b3"
 }
+# Connections that have not finished their handshake: a quarter of a second of a flood.
+MAX_UNFINISHED = 256
+# Wrong codes from an address before it is refused for a while, a longer one each time.
+FREE_TRIES = 5
+MAX_REFUSAL_S = 60.0
+MAX_KNOWN_HOSTS = 4096
+HTTP_METHODS = {b"GET ", b"HEAD", b"POST", b"PUT ", b"OPTI", b"CONN", b"PRI "}
+NOT_A_WEB_SERVER = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+    b"This is a Socket Pair server, not a web server: python client.py\n"
+)
+CODE_WANTED = (
+    f"this server wants its pairing code: give it with --code CODE or {common.CODE_VARIABLE}"
+)
+OPEN_WARNING = {
+    "file": "--open: anyone who can reach this port may send files here, and others on the "
+    "network may read what is sent",
+    "audio": "--open: anyone who can reach this port may listen, and others on the network too",
+}
+# Addresses of no machine (RFC 5737, RFC 3849).
+ELSEWHERE = {socket.AF_INET: ("192.0.2.1", 9), socket.AF_INET6: ("2001:db8::1", 9)}
+THIS_MACHINE = "ADDRESS-OF-THIS-MACHINE"
+NO_SUCH_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
+
 NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -1238,32 +1268,267 @@ def limit_send_buffer(sock: socket.socket, audio: AudioFormat) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
 
 
+# --- who may connect ------------------------------------------------------------------------
+
+
+class Lobby:
+    """The connections that have not finished their handshake yet: so many of them at most.
+
+    Where there are too many, one has to go: the oldest of the address that has most of them.
+    So a flood from one address keeps nobody out but itself, and even there the newest stay.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._waiting: dict[Connection, str] = {}  # and their hosts, the oldest first
+        self._lock = threading.Lock()
+
+    def enter(self, connection: Connection, host: str) -> None:
+        """Let one in, and break another one if it is too many."""
+        with self._lock:
+            self._waiting[connection] = host
+            if len(self._waiting) <= self._size:
+                return
+            crowd, _ = Counter(self._waiting.values()).most_common(1)[0]
+            oldest = next(each for each, its in self._waiting.items() if its == crowd)
+            del self._waiting[oldest]
+        oldest.wake()
+
+    def leave(self, connection: Connection) -> bool:
+        """Let one out; False if it had to go before, or has left already."""
+        with self._lock:
+            return self._waiting.pop(connection, None) is not None
+
+
+@dataclass
+class Tries:
+    """The wrong codes that have come from one network address."""
+
+    count: int = 0
+    refused_until: float = 0.0
+
+
+class Patience:
+    """Runs out with an address from which wrong codes come: it is refused for ever longer.
+
+    Typing a code wrong a few times costs nothing. Remembers a bounded number of addresses.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._tries: OrderedDict[str, Tries] = OrderedDict()  # the latest last
+        self._lock = threading.Lock()
+
+    def note_wrong_code(self, host: str) -> None:
+        """Take note of a wrong code."""
+        network = network_of(host)
+        with self._lock:
+            tries = self._tries.setdefault(network, Tries())
+            self._tries.move_to_end(network)
+            if len(self._tries) > MAX_KNOWN_HOSTS:
+                self._tries.popitem(last=False)
+            tries.count += 1
+            if tries.count > FREE_TRIES:
+                wait_s = min(2.0 ** (tries.count - FREE_TRIES - 1), MAX_REFUSAL_S)
+                tries.refused_until = self._clock() + wait_s
+
+    def note_right_code(self, host: str) -> None:
+        """Forget the wrong ones."""
+        with self._lock:
+            self._tries.pop(network_of(host), None)
+
+    def refuses(self, host: str) -> bool:
+        """Tell whether not even a right code from `host` is looked at now."""
+        with self._lock:
+            tries = self._tries.get(network_of(host))
+            return tries is not None and self._clock() < tries.refused_until
+
+
+def network_of(host: str) -> str:
+    """Return what stands for all the addresses of who has `host`: of IPv6, one has many."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if address.version == 4:
+        return host
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
+class Door:
+    """Lets clients in: those that prove to know the pairing code, or anyone without one."""
+
+    def __init__(self, tls: ssl.SSLContext | None) -> None:
+        self._tls = tls
+        self._patience = Patience()
+
+    def let_in(self, connection: Connection, host: str) -> dict[str, Any]:
+        """Return the hello of a client that may come in; blocks within the `limit` it stands in.
+
+        The first bytes tell TLS from plain, to answer each in its own language. Raises Refused
+        where it may not, which it has been told then, and whatever reading raises.
+        """
+        opening = connection.peek(LENGTH.size)
+        encrypted = opening[0] == common.TLS_HANDSHAKE
+        if encrypted:
+            self._check_code(connection, host)
+        elif opening in HTTP_METHODS:
+            connection.write(NOT_A_WEB_SERVER)
+            connection.finish()
+            raise Refused("not a Socket Pair client: it speaks HTTP, as a browser does")
+        hello = connection.receive("hello", max_bytes=common.MAX_HELLO_BYTES)
+        if self._tls and not encrypted:
+            connection.send("error", error=CODE_WANTED, code_wanted=True)
+            connection.finish()
+            raise Refused("turned away: no pairing code")
+        return hello
+
+    def _check_code(self, connection: Connection, host: str) -> None:
+        if self._tls is None:
+            self._alert(connection, common.ALERT_OPEN)
+            raise Refused("turned away: it asked for TLS, and this server has no pairing code")
+        if self._patience.refuses(host):
+            self._alert(connection, common.ALERT_WAIT)
+            raise Refused("turned away: too many wrong pairing codes came from its address")
+        try:
+            connection.start_tls(self._tls, server_side=True)
+        except NotPaired as error:
+            connection.finish()
+            if error.wrong_code:
+                self._patience.note_wrong_code(host)
+                raise Refused("turned away: wrong pairing code") from error
+            if error.ours:
+                raise
+            raise Refused(
+                f"not a Socket Pair client: it speaks TLS as a browser does ({error})"
+            ) from error
+        self._patience.note_right_code(host)
+
+    @staticmethod
+    def _alert(connection: Connection, alert: int) -> None:
+        """Say something to a client that expects TLS."""
+        connection.write(bytes([common.TLS_ALERT, 3, 3, 0, 2, 2, alert]))
+        connection.finish()
+
+
 # --- listener -------------------------------------------------------------------------------
 
 
-def open_listener(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on `host` and `port`; raises SocketPairError."""
+def open_listeners(host: str, port: int) -> list[socket.socket]:
+    """Return sockets that listen on all addresses of `host`; raises SocketPairError.
+
+    Port 0 means any, the same for all of them.
+    """
+    listeners: list[socket.socket] = []
+    passed_over = None
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        return socket.create_server(address, family=family, backlog=1024)
-    except (OSError, ValueError) as error:
-        hint = "; another program has it: choose one with --port"
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, address in dict.fromkeys((each[0], each[4]) for each in found):
+            try:
+                listeners.append(open_listener(family, address, port))
+            except OSError as error:
+                # A name can have an IPv6 address where the system does without IPv6.
+                if error.errno not in NO_SUCH_ADDRESS:
+                    raise
+                passed_over = error
+                continue
+            port = listeners[0].getsockname()[1]
+        if passed_over and not listeners:
+            raise passed_over
+    except (OSError, ValueError) as error:  # ValueError: a host that no name can be
+        for listener in listeners:
+            listener.close()
+        taken = getattr(error, "errno", None) == errno.EADDRINUSE
+        hint = "; another program has it: choose one with --port" if taken else ""
         raise SocketPairError(
-            f"cannot listen on {common.format_address(host, port)}: {describe_error(error)}"
-            + (hint if getattr(error, "errno", None) == errno.EADDRINUSE else "")
+            f"cannot listen on {escape(common.format_address(host, port))}: "
+            f"{describe_error(error)}{hint}"
         ) from error
+    return listeners
 
 
-def is_loopback(host: str) -> bool:
-    """Tell whether every address of `host` is this machine's own, unreachable from others."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, ValueError):
-        return False
-    addresses = {str(address[4][0]) for address in found}
-    return all(ipaddress.ip_address(text.partition("%")[0]).is_loopback for text in addresses)
+def open_listener(family: int, address: tuple[Any, ...], port: int) -> socket.socket:
+    """Return a socket that listens on one address; on `::` also for IPv4. Raises OSError."""
+    return socket.create_server(
+        (address[0], port, *address[2:]),
+        family=family,
+        backlog=1024,
+        dualstack_ipv6=address[0] == "::" and socket.has_dualstack_ipv6(),
+    )
+
+
+def find_own_address(families: Iterable[socket.AddressFamily]) -> str | None:
+    """Return the address that other machines most likely reach this one at, if it has one."""
+    for family in families:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            # Sends nothing, but has the system choose the address that it would send from.
+            sock.connect(ELSEWHERE[family])
+            return str(sock.getsockname()[0])
+    with contextlib.suppress(OSError):
+        for family, _, _, _, address in socket.getaddrinfo(socket.gethostname(), None):
+            if family in families and not common.is_loopback(str(address[0])):
+                return str(address[0])
+    return None
+
+
+@dataclass
+class Entrance:
+    """Where a server listens, and what its clients have to know."""
+
+    mode: str
+    listeners: list[socket.socket]
+    tls: ssl.SSLContext | None  # of the pairing code, if there is one
+    new_code: str | None  # as it is shown, if it has just been made
+
+    @classmethod
+    def open(cls, args: argparse.Namespace, mode: str) -> Entrance:
+        """Return the one that the arguments mean, listening. Raises SocketPairError."""
+        listeners = open_listeners(args.host, args.port)
+        entrance = cls(mode, listeners, None, None)
+        if not (args.code or args.open or entrance.is_local()):
+            entrance.new_code = common.make_code()
+        if code := args.code or entrance.new_code:
+            entrance.tls = common.make_tls_context(common.normalize_code(code), server_side=True)
+        return entrance
+
+    def is_local(self) -> bool:
+        """Tell whether only this machine can connect."""
+        addresses = [listener.getsockname()[0] for listener in self.listeners]
+        return all(map(common.is_loopback, addresses))
+
+    def describe(self, doing: str, quiet: bool) -> None:
+        """Say where the server is and how a client gets in; a quiet one, what nobody could know."""
+        if not quiet:
+            names = [listener.getsockname()[:2] for listener in self.listeners]
+            where = " and ".join(common.format_address(*name) for name in names)
+            common.say(f"{doing} on {where} - Ctrl+C to stop")
+        if self.is_local():
+            return
+        if self.tls is None:
+            common.complain(OPEN_WARNING[self.mode])
+        if self.new_code:
+            common.say(f"Pairing code: {self.new_code}")
+        if self.new_code or not quiet:
+            common.say(f"On the other machine:\n    {self.client_command()}")
+
+    def client_command(self) -> str:
+        """Return what to type on another machine; it asks for a code that is not new."""
+        command = ["python client.py", self.mode, "--host", self._address()]
+        port = self.listeners[0].getsockname()[1]
+        if port != common.DEFAULT_PORT:
+            command += ["--port", str(port)]
+        if self.new_code:
+            command += ["--code", self.new_code]
+        elif self.tls is None:
+            command.append("--open")
+        return " ".join(command)
+
+    def _address(self) -> str:
+        """Return the address that another machine reaches the server at."""
+        names = [str(listener.getsockname()[0]) for listener in self.listeners]
+        address = next((name for name in names if not common.is_loopback(name)), names[0])
+        if address == "0.0.0.0":
+            address = find_own_address([socket.AF_INET]) or THIS_MACHINE
+        elif address == "::":
+            address = find_own_address([socket.AF_INET, socket.AF_INET6]) or THIS_MACHINE
+        return address
 
 
 class Server:
@@ -1271,82 +1536,110 @@ class Server:
 
     def __init__(
         self,
-        listener: socket.socket,
-        mode: str,
+        entrance: Entrance,
         handle: Callable[[Connection], None],
         *,
         max_clients: int,
         welcome: dict[str, Any] | None = None,
     ) -> None:
-        self.listener = listener
-        self._mode = mode
+        self._listeners = entrance.listeners
+        self._mode = entrance.mode
         self._handle = handle
         self._max_clients = max_clients
         self._welcome = welcome or {}
+        self._door = Door(entrance.tls)
+        self._lobby = Lobby(MAX_UNFINISHED)
         self._threads: set[threading.Thread] = set()
         self._served: set[threading.Thread] = set()  # those past the handshake
         self._lock = threading.Lock()
 
     def serve_forever(self) -> None:
         """Accept until the thread is interrupted; blocks."""
-        if sys.platform == "win32":
-            self.listener.settimeout(0.5)  # for there, Ctrl+C does not wake accept()
-        while True:
-            try:
-                sock, address = self.listener.accept()
-            except TimeoutError:
-                continue
-            except OSError as error:
-                log.error("cannot accept a connection: %s", describe_error(error))
-                time.sleep(0.1)  # out of descriptors, most likely: let some be closed
-                continue
-            self._start(sock, common.format_address(*address[:2]))
+        # On Windows, Ctrl+C does not wake who waits for a connection.
+        timeout = 0.5 if sys.platform == "win32" else None
+        with selectors.DefaultSelector() as selector:
+            for listener in self._listeners:
+                listener.setblocking(False)
+                selector.register(listener, selectors.EVENT_READ, listener)
+            while True:
+                for key, _ in selector.select(timeout):
+                    self._accept(key.data)
 
-    def _start(self, sock: socket.socket, peer: str) -> None:
-        """Give a new connection its thread, or close it where there are far too many."""
-        thread = threading.Thread(
-            target=self._converse, args=(sock, peer), name=f"client {peer}", daemon=True
-        )
-        with self._lock:
-            crowded = len(self._threads) >= 2 * self._max_clients + 64
-            if not crowded:
-                self._threads.add(thread)
-        if crowded:
+    def _accept(self, listener: socket.socket) -> None:
+        """Take one connection, and give it its thread."""
+        try:
+            sock, address = listener.accept()
+        except BlockingIOError:  # it has gone again
+            return
+        except OSError as error:
+            log.error("cannot accept a connection: %s", describe_error(error))
+            time.sleep(0.1)  # out of descriptors, most likely: let some be closed
+            return
+        # As an IPv6 socket shows an IPv4 address.
+        host = str(address[0]).removeprefix("::ffff:")
+        try:
+            self._start(Connection(sock, common.format_address(host, address[1])), host)
+        except (OSError, RuntimeError) as error:  # it has gone again, or there is no thread
+            log.error("%s: cannot be served: %s", host, describe_error(error))
             sock.close()
-        else:
-            thread.start()
 
-    def _converse(self, sock: socket.socket, peer: str) -> None:
+    def _start(self, connection: Connection, host: str) -> None:
+        """Give a new connection its thread. Raises RuntimeError if the system has none."""
+        while len(self._threads) >= self._max_clients + 2 * MAX_UNFINISHED:
+            time.sleep(0.001)  # let those end that had to leave the lobby
+        thread = threading.Thread(
+            target=self._converse,
+            args=(connection, host),
+            name=f"client {connection.peer}",
+            daemon=True,
+        )
+        self._lobby.enter(connection, host)
+        with self._lock:
+            self._threads.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:
+            self._forget(connection, thread)
+            raise
+
+    def _converse(self, connection: Connection, host: str) -> None:
         """Shake hands with one client and have it handled; the whole life of a thread."""
         try:
-            with Connection(sock, peer) as connection:
-                if self._shake_hands(connection):
+            with connection:
+                if self._shake_hands(connection, host):
                     self._handle(connection)
-        except OSError as error:  # it was gone before we had looked
-            log.debug("%s: %s", peer, error)
         except Exception as error:
-            log.error("%s: internal error: %r", peer, error, exc_info=log.isEnabledFor(10))
+            log.error(
+                "%s: internal error: %r", connection.peer, error, exc_info=log.isEnabledFor(10)
+            )
         finally:
-            with self._lock:
-                self._threads.discard(threading.current_thread())
-                self._served.discard(threading.current_thread())
+            self._forget(connection, threading.current_thread())
 
-    def _shake_hands(self, connection: Connection) -> bool:
+    def _forget(self, connection: Connection, thread: threading.Thread) -> None:
+        self._lobby.leave(connection)
+        with self._lock:
+            self._threads.discard(thread)
+            self._served.discard(thread)
+
+    def _shake_hands(self, connection: Connection, host: str) -> bool:
         """Greet a client; False if it is not to be served, which it has been told then."""
         try:
             with connection.limit(HANDSHAKE_TIMEOUT_S):
-                hello = connection.receive("hello", max_bytes=common.MAX_HELLO_BYTES)
+                hello = self._door.let_in(connection, host)
                 objection = self._object(hello)
                 if objection:
                     connection.send("error", error=objection)
+                    connection.finish()
                     raise Refused(f"turned away: {objection}")
                 connection.send(
                     "welcome", protocol=common.PROTOCOL, mode=self._mode, **self._welcome
                 )
+                return self._lobby.leave(connection)
         except SocketPairError as error:
-            log.warning("%s: %s", connection.peer, error)
+            waiting = self._lobby.leave(connection)
+            reason = error if waiting else "dropped: too many have not finished their handshake"
+            log.warning("%s: %s", connection.peer, reason)
             return False
-        return True
 
     def _object(self, hello: dict[str, Any]) -> str:
         """Return why a client that says `hello` is not served; empty if it is."""
@@ -1363,7 +1656,8 @@ class Server:
 
     def stop(self) -> None:
         """Accept no more connections."""
-        self.listener.close()
+        for listener in self._listeners:
+            listener.close()
 
     def clients(self) -> list[threading.Thread]:
         """Return the threads of the connections under way."""
@@ -1428,11 +1722,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add_audio_arguments(parser)
     args = parser.parse_args(argv)
-    if not is_loopback(args.host):
-        parser.error(
-            f"--host {escape(args.host)}: only this machine's own addresses (127.0.0.1, ::1, "
-            "localhost) until there are pairing codes"
-        )
+    if args.open:
+        args.code = None  # the environment's
     return args
 
 
@@ -1469,17 +1760,14 @@ def prepare_folder(folder: str) -> str:
 def serve_files(args: argparse.Namespace) -> int:
     """Receive files until Ctrl+C, then let those under way finish; return the exit status."""
     store = Store(prepare_folder(args.folder), args.overwrite)
-    listener = open_listener(args.host, args.port)
-    address = common.format_address(*listener.getsockname()[:2])
+    entrance = Entrance.open(args, "file")
     server = Server(
-        listener,
-        "file",
+        entrance,
         lambda connection: handle_file_client(connection, store),
         max_clients=args.max_clients or MAX_CLIENTS,
     )
-    if not args.quiet:
-        shown = escape(os.path.join(store.folder, ""))
-        common.say(f"Receiving into {shown} on {address} - Ctrl+C to stop")
+    shown = escape(os.path.join(store.folder, ""))
+    entrance.describe(f"Receiving into {shown}", args.quiet)
     return serve_until_stopped(server)
 
 
@@ -1489,7 +1777,8 @@ def serve_audio(args: argparse.Namespace) -> int:
     threading.stack_size(LISTENER_STACK_BYTES)
     source = open_input(args)
     broadcaster = Broadcaster(source.captured)
-    server = make_audio_server(args, broadcaster)
+    entrance = Entrance.open(args, "audio")
+    server = make_audio_server(args, entrance, broadcaster)
     console = Console(args.quiet)
     for handler in logging.getLogger().handlers:
         handler.addFilter(console.clear_for)
@@ -1497,8 +1786,7 @@ def serve_audio(args: argparse.Namespace) -> int:
     broadcaster.start()
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     what = f"{source.name}, {source.captured.audio.describe()}"
-    address = common.format_address(*server.listener.getsockname()[:2])
-    console.say(f"Broadcasting {what}, on {address} - Ctrl+C to stop")
+    entrance.describe(f"Broadcasting {what},", args.quiet)
     try:
         show_until_ended(broadcaster, console)
         return finish_audio(server, broadcaster, console)
@@ -1509,7 +1797,9 @@ def serve_audio(args: argparse.Namespace) -> int:
         source.close()
 
 
-def make_audio_server(args: argparse.Namespace, broadcaster: Broadcaster) -> Server:
+def make_audio_server(
+    args: argparse.Namespace, entrance: Entrance, broadcaster: Broadcaster
+) -> Server:
     """Return a server that listens, and whose welcome tells what a listener has to know.
 
     ``stream`` names the numbering of the frames: a client that comes back to the same one can
@@ -1517,8 +1807,7 @@ def make_audio_server(args: argparse.Namespace, broadcaster: Broadcaster) -> Ser
     """
     audio = broadcaster.captured.audio
     return Server(
-        open_listener(args.host, args.port),
-        "audio",
+        entrance,
         lambda connection: handle_audio_client(connection, broadcaster),
         max_clients=args.max_clients or MAX_LISTENERS,
         welcome={

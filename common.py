@@ -576,16 +576,16 @@ class Connection:
         self._received, self._position = b"", 0
         try:
             while not tls.shake_hands():
-                self._send_raw(tls.output())
+                self.send_sealed(tls.output())
                 data = self._receive_raw()
                 if not data:
                     raise PeerClosed
                 tls.feed(data)
         except NotPaired:
             with contextlib.suppress(ConnectionLost):
-                self._send_raw(tls.output())  # which says why
+                self.send_sealed(tls.output())  # which says why
             raise
-        self._send_raw(tls.output())
+        self.send_sealed(tls.output())
         self._tls = tls
 
     # exact bytes
@@ -692,16 +692,26 @@ class Connection:
             self._send_all(memoryview(data))
 
     def _send_all(self, view: memoryview) -> None:
-        tls = self._tls
-        if tls is None:
-            self._send_raw(view)
+        if self._tls is None:
+            self.send_sealed(view)
             return
         for start in range(0, len(view), SEND_BYTES):
-            with self._waiting():
-                tls.encrypt(view[start : start + SEND_BYTES])
-            self._send_raw(tls.output())
+            self.send_sealed(self.seal(view[start : start + SEND_BYTES]))
 
-    def _send_raw(self, data: bytes | memoryview) -> None:
+    def seal(self, data: bytes | memoryview) -> bytes | memoryview:
+        """Return `data` as it goes over the wire: encrypted, if the connection is.
+
+        All of it has to be sent, before anything else is: with `send_sealed`, or over `socket`.
+        Raises ConnectionBroken.
+        """
+        if self._tls is None:
+            return data
+        with self._waiting():
+            self._tls.encrypt(data)
+        return self._tls.output()
+
+    def send_sealed(self, data: bytes | memoryview) -> None:
+        """Send what `seal` has returned; blocks and raises as `write` does."""
         # Not sendall(): its time limit is for the whole, ours for each step forward.
         view = memoryview(data)
         self._sending = True

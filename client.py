@@ -64,7 +64,6 @@ from common import (
     Keepalive,
     LevelMeter,
     NotPaired,
-    PeerClosed,
     PeerRefused,
     PeerStalled,
     ProtocolError,
@@ -226,7 +225,7 @@ def shake_hands(connection: Connection, tls: ssl.SSLContext | None, mode: str) -
         raise SocketPairError(f"{connection.peer} {describe_mismatch(error)}") from error
     except ProtocolError as error:
         raise ProtocolError(f"{connection.peer} is not a Socket Pair server: {error}") from None
-    except PeerClosed as error:
+    except ConnectionLost as error:
         raise ConnectionLost(f"{connection.peer}: {error} before it answered") from None
 
 

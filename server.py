@@ -675,6 +675,7 @@ def handle_file_client(connection: Connection, store: Store) -> None:
         log.warning("%s: %s", connection.peer, error)
         with contextlib.suppress(SocketPairError):
             connection.send("error", error=str(error))
+            connection.finish()
     except SocketPairError as error:
         log.warning("%s: %s%s", connection.peer, error, reception.describe_current())
     except OSError as error:
@@ -1660,9 +1661,9 @@ class Server:
             listener.close()
 
     def clients(self) -> list[threading.Thread]:
-        """Return the threads of the connections under way."""
+        """Return the threads of the clients under way, those past their handshake."""
         with self._lock:
-            return list(self._threads)
+            return list(self._served)
 
 
 # --- command line ---------------------------------------------------------------------------

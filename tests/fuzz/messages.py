@@ -321,13 +321,30 @@ def record_tls() -> None:
         said["tls-client"] += (data := far.output())
         near.feed(data)
     for name, data in said.items():
-        CONVERSATIONS[name] = [[data]]
+        CONVERSATIONS[name] = [[data], [b"\x15\x03\x03\x00\x02\x02\x31"], [b"HTTP/1.1 400 Bad\r\n"]]
 
 
 # --- damage ---------------------------------------------------------------------------------
 
 NASTY: list[Any] = [
-    *(None, True, False, 0, 1, -1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**300, 1.5, 1e308),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        7,
+        1000,
+        -1,
+        2**31,
+        2**32,
+        2**63 - 1,
+        2**63,
+        2**64,
+        10**300,
+        1.5,
+        1e308,
+    ),
     *("", "a", "..", "../x", "/etc/passwd", "a/../../x", "C:\\x", "a\0b", "\x1b[2J\x07", "\ud800"),
     *("x" * 300, "a/" * 3000, ".socketpair-part", "CON", "\u202egpj.exe", SHA, SHA.upper()),
     *([], [[]], [0], [[0, []]], [None] * 1001, {}, {"path": "a"}, {"offset": 0}),

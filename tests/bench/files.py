@@ -7,7 +7,8 @@ Run by hand, from anywhere, on a quiet machine with 3 GiB of free disk:
 
 Three kinds of work, each of random bytes that are made once:
 
-- large  one file of 1 GiB: Socket Pair, rsync's daemon (-W), scp, cp, and a SHA-256 pass
+- large  one file of 1 GiB: Socket Pair, the same with a pairing code, rsync's daemon (-W), scp, cp,
+         and a SHA-256 pass
 - small  10,000 files of 4 KiB in 100 folders: Socket Pair, rsync's daemon (-a -W), scp -r, cp -r
 - one    one file of 4 KiB: Socket Pair, and the bare start of Python with the modules it needs
 
@@ -65,6 +66,8 @@ STOP_SECONDS = 5.0
 LOG_TAIL_LINES = 5
 
 OURS = "ours"
+PAIRED = "paired"
+CODE = "KQ7M-2XFD-9WPA"
 PYTHON_START = "import socket, ssl, argparse, hashlib, json"
 HASH_WITH_PYTHON = """
 import hashlib, sys
@@ -115,6 +118,7 @@ class Target:
     kind: str
     against: tuple[str, ...]
     limit: float
+    who: str = OURS
 
 
 @dataclass
@@ -136,6 +140,8 @@ TARGETS = (
     Target("large", ("rsync",), 1.0),
     Target("large", ("scp",), 1 / 3),
     Target("large", ("cp", "sha256"), 1.4),
+    Target("large", ("scp",), 0.6, PAIRED),
+    Target("large", (OURS,), 2.5, PAIRED),
     Target("small", ("rsync",), 1.2),
     Target("one", ("python",), 2.5),
 )
@@ -254,7 +260,7 @@ def large(source: Path, options: argparse.Namespace) -> Kind:
         size=size,
         amount=size / 1e6,
         unit="MB/s",
-        rounds=dict.fromkeys((OURS, "rsync", "scp", "cp", "sha256"), options.rounds),
+        rounds=dict.fromkeys((OURS, PAIRED, "rsync", "scp", "cp", "sha256"), options.rounds),
     )
 
 
@@ -309,14 +315,20 @@ def make_received(work: Path) -> Path:
 
 
 @contextlib.contextmanager
-def start_ours(work: Path) -> Iterator[Contender]:
-    """Socket Pair, as it stands in this working copy."""
+def start_ours(work: Path, *arguments: str) -> Iterator[Contender]:
+    """Socket Pair, as it stands in this working copy, with the same arguments for both sides."""
     port = free_port()
     folder = make_received(work)
-    server = [sys.executable, str(ROOT / "server.py"), "file", "--port", str(port)]
-    client = [sys.executable, str(ROOT / "client.py"), "file"]
-    with serving([*server, "--folder", str(folder), "-q"], port, work / "log"):
-        yield Contender(lambda item: [*client, str(item), "--port", str(port), "-q"], folder)
+    both = ["file", "--port", str(port), "-q", *arguments]
+    server = [sys.executable, str(ROOT / "server.py"), *both, "--folder", str(folder)]
+    client = [sys.executable, str(ROOT / "client.py"), *both]
+    with serving(server, port, work / "log"):
+        yield Contender(lambda item: [*client, str(item)], folder)
+
+
+def start_paired(work: Path) -> contextlib.AbstractContextManager[Contender]:
+    """Socket Pair with a pairing code: the same encrypted, as scp is."""
+    return start_ours(work, "--code", CODE)
 
 
 @contextlib.contextmanager
@@ -446,6 +458,7 @@ def start_python(_work: Path) -> Iterator[Contender]:
 
 STARTERS = {
     OURS: start_ours,
+    PAIRED: start_paired,
     "rsync": start_rsync,
     "scp": start_scp,
     "cp": start_cp,
@@ -568,10 +581,11 @@ def verdict(target: Target, kind: Kind, results: Results) -> str:
     """Say how one target was met, in one line."""
     against = " and ".join(target.against)
     larger = "the larger of " if len(target.against) > 1 else ""
-    aim = f"{kind.heading}: at most {target.limit:.2f} x {larger}{against}"
-    if not all(name in results.seconds for name in target.against):
+    who = "" if target.who == OURS else f" {target.who}"
+    aim = f"{kind.heading}{who}: at most {target.limit:.2f} x {larger}{against}"
+    if not all(name in results.seconds for name in (target.who, *target.against)):
         return f"  {aim}: not measured"
-    ratio = results.median(OURS) / max(results.median(name) for name in target.against)
+    ratio = results.median(target.who) / max(results.median(name) for name in target.against)
     return f"  {aim}: {ratio:.2f}, {'met' if ratio <= target.limit else 'MISSED'}"
 
 

@@ -1135,7 +1135,7 @@ class Listener:
             if self._pending:
                 self.missed_blocks += 1
                 return
-        self._pending = data
+        self._pending = self.connection.seal(data)
         self._push(now_s)
 
     def _push(self, now_s: float) -> None:
@@ -1164,7 +1164,8 @@ class Listener:
         Raises ConnectionLost.
         """
         with self.connection.limit(LISTENER_TIMEOUT_S):
-            self.connection.write(bytes(self._pending) + common.pack_stream_end(reason))
+            self.connection.send_sealed(self._pending)
+            self.connection.write(common.pack_stream_end(reason))
 
 
 class Broadcaster:

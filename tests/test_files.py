@@ -231,14 +231,11 @@ def test_a_bad_port_is_a_wrong_argument(script: str, port: str) -> None:
     assert "--port" in result.error_lines[-1]
 
 
-@pytest.mark.parametrize(
-    "host", ["0.0.0.0", "::", "192.0.2.1", "no.such.host.invalid", "", "*", "..", "x" * 300]
-)
-def test_the_server_listens_on_no_other_address_yet(host: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", "*", "..", "x" * 300])
+def test_an_address_that_is_not_this_machines_is_one_line(host: str, tmp_path: Path) -> None:
     result = run_script("server.py", "file", "--port", "0", f"--host={host}", cwd=tmp_path)
-    assert result.status == 2
-    assert "--host" in result.error_lines[-1]
-    assert not (tmp_path / "received").exists()
+    assert result.status == 1
+    assert result.error_lines[-1].startswith(f"cannot listen on {host}"), result
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "many", ""])

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import selectors
 import shutil
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -37,6 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import common  # noqa: E402
 from sound_card import stop_process, wait_for  # noqa: E402
 
+CODE = "KQ7M-2XFD-9WPA"
 RATE = 48_000
 SETTLE_S = 2.0
 CONNECT_LIMIT_S = 60.0
@@ -74,9 +77,11 @@ class OurListener:
         self._tally = tally
         self._next_frame: int | None = None
         self._pending = b""
-        hello = {"type": "hello", "protocol": common.PROTOCOL, "mode": "audio"}
-        data = json.dumps(hello).encode()
-        sock.sendall(common.LENGTH.pack(len(data)) + data)
+        data = json.dumps({"type": "hello", "protocol": common.PROTOCOL, "mode": "audio"}).encode()
+        self._send_hello(sock, common.LENGTH.pack(len(data)) + data)
+
+    def _send_hello(self, sock: socket.socket, hello: bytes) -> None:
+        sock.sendall(hello)
 
     def feed(self, data: bytes) -> None:
         """Take what has arrived."""
@@ -99,6 +104,31 @@ class OurListener:
         self._next_frame = first_frame + frames
         delay_ms = (time.time_ns() - captured_ns) / 1e6 + frames / RATE * 1000
         self._tally.note(frames, delay_ms, missed_frames)
+
+
+class PairedListener(OurListener):
+    """Reads the same, encrypted."""
+
+    def _send_hello(self, sock: socket.socket, hello: bytes) -> None:
+        self._plain = memoryview(bytearray(RECEIVE_BYTES))
+        self._tls = common.TLS(client_tls(), False)
+        while not self._tls.shake_hands():
+            sock.sendall(self._tls.output())
+            self._tls.feed(sock.recv(RECEIVE_BYTES))
+        self._tls.encrypt(hello)
+        sock.sendall(self._tls.output())
+
+    def feed(self, data: bytes) -> None:
+        """Take what has arrived."""
+        self._tls.feed(data)
+        while count := self._tls.decrypt_into(self._plain):
+            super().feed(bytes(self._plain[:count]))
+
+
+@functools.cache
+def client_tls() -> ssl.SSLContext:
+    """Return what all paired listeners encrypt with."""
+    return common.make_tls_context(common.normalize_code(CODE), server_side=False)
 
 
 class SnapListener:
@@ -140,6 +170,7 @@ class SnapListener:
 
 
 Listener = OurListener | SnapListener
+Running = contextlib.AbstractContextManager[tuple[subprocess.Popen[bytes], int]]
 
 
 class Crowd:
@@ -200,9 +231,10 @@ def feed_in_real_time(descriptor: int, frame_bytes: int, stopped: threading.Even
 
 
 @contextlib.contextmanager
-def our_server(_folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def our_server(_folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """Run this project's server; give it and its port."""
     command = [sys.executable, str(ROOT / "server.py"), "audio", "--input", "-", "--port", "0"]
+    command += arguments
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -218,6 +250,11 @@ def our_server(_folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     finally:
         stopped.set()
         stop_process(process)
+
+
+def paired_server(folder: Path) -> Running:
+    """Run this project's server with a pairing code."""
+    return our_server(folder, "--code", CODE)
 
 
 @contextlib.contextmanager
@@ -299,9 +336,9 @@ def measure(name: str, count: int, seconds: float) -> str:
     )
 
 
-Running = contextlib.AbstractContextManager[tuple[subprocess.Popen[bytes], int]]
 SERVERS: dict[str, tuple[Callable[[Path], Running], Callable[[socket.socket, Tally], Listener]]] = {
     "ours": (our_server, OurListener),
+    "paired": (paired_server, PairedListener),
     "snapserver": (snapserver, SnapListener),
 }
 
@@ -323,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{'received':>10}{'cpu':>8}{'KiB each':>12}"
     )
     for name in arguments.only:
-        if name != "ours" and shutil.which(name) is None:
+        if name == "snapserver" and shutil.which(name) is None:
             print(f"{name:<12}left out: not installed")
             continue
         for count in arguments.counts:

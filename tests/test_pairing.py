@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -508,6 +509,33 @@ def test_whatever_is_changed_or_cut_off_on_the_way_nothing_wrong_arrives(
     paired.wait_until_idle(held)
     assert paired.status_field("VmRSS") < memory + 10_000  # kB
     assert visible_files(paired.folder) == set()
+
+
+@pytest.mark.parametrize("code", [CODE, None])
+def test_sound_crosses_and_with_a_code_no_sample_can_be_heard_on_the_way(
+    code: str | None, tmp_path: Path
+) -> None:
+    samples = random.Random(1).randbytes(2 * 48_000 * 10)
+    with wave.open(str(tmp_path / "in.wav"), "wb") as file:
+        file.setparams((1, 2, 48_000, 0, "NONE", ""))
+        file.writeframes(samples)
+    both = ("audio", *(("--code", code) if code else ()), "--port")
+    port, heard = free_port(), tmp_path / "out.wav"
+    with Process("server.py", *both, str(port), "--input", str(tmp_path / "in.wav")) as server:
+        server.wait_for_output("Broadcasting")
+        arguments = ("--output", str(heard), "--seconds", "1")
+        with Tap(port) as tap, Process("client.py", *both, str(tap.port), *arguments) as listener:
+            result = listener.wait()
+        if code:
+            refused = Process("client.py", "audio", "--port", str(port), *arguments)
+            with refused:
+                assert refused.wait().status == 1
+    assert result.status == 0, result
+    with wave.open(str(heard)) as file:
+        played = file.readframes(10**6)
+    assert len(played) > 48_000
+    assert samples.find(played) >= 0
+    assert (played[1000:1016] in tap.recorded[1]) == (code is None)
 
 
 # --- what anyone can send -------------------------------------------------------------------

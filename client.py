@@ -41,7 +41,6 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import common
@@ -141,14 +140,17 @@ class NoServer(ConnectionLost):
     """Nobody answers at the server's address."""
 
 
-@dataclass
 class Address:
-    """Where the server is, and what lets us in there."""
+    """Where the server is, and what lets us in there.
 
-    host: str
-    port: int
-    code: str | None = None  # the pairing code, normalized
-    open: bool = False  # do without, wherever the server is
+    `code` is the pairing code, normalized; `open` does without, wherever the server is.
+    """
+
+    def __init__(self, host: str, port: int, code: str | None = None, open: bool = False) -> None:
+        self.host = host
+        self.port = port
+        self.code = code
+        self.open = open
 
     @functools.cached_property
     def tls(self) -> ssl.SSLContext | None:
@@ -243,28 +245,40 @@ def describe_mismatch(error: NotPaired) -> str:
 # --- sources --------------------------------------------------------------------------------
 
 
-@dataclass
 class Source:
-    """A file or folder to send: where it is here, and how it is offered."""
+    """A file or folder to send: where it is here, how it is offered, and what is known of it.
 
-    path: str
-    name: str  # with "/" between folders
-    size: int | None = None  # None: unknown until it ends (standard input)
-    mtime_ns: int | None = None
-    executable: bool = False
-    is_folder: bool = False
-    digests: dict[int, hashlib._Hash] = field(default_factory=dict)  # of so many first bytes
-    offset: int = 0  # of the first byte that the server needs
-    checksum: str = ""  # SHA-256 of all of it, once it has been read
-    begun: bool = False  # reading it, for one that cannot be read twice
-    problem: str = ""  # why it cannot be sent, found here
-    decided: bool = False  # by the server
+    `name` has "/" between folders. A `size` of None is unknown until it ends (standard input).
+    """
+
+    def __init__(  # noqa: PLR0913  (what an offer says of a file)
+        self,
+        path: str,
+        name: str,
+        size: int | None = None,
+        mtime_ns: int | None = None,
+        *,
+        executable: bool = False,
+        is_folder: bool = False,
+    ) -> None:
+        self.path = path
+        self.name = name
+        self.size = size
+        self.mtime_ns = mtime_ns
+        self.executable = executable
+        self.is_folder = is_folder
+        self.digests: dict[int, hashlib._Hash] = {}  # of so many first bytes
+        self.offset = 0  # of the first byte that the server needs
+        self.checksum = ""  # SHA-256 of all of it, once it has been read
+        self.begun = False  # reading it, for one that cannot be read twice
+        self.problem = ""  # why it cannot be sent, found here
+        self.decided = False  # by the server
 
     @classmethod
     def from_stat(cls, path: str, name: str, found: os.stat_result) -> Source:
         """Return the source that a file with these properties is."""
         executable = bool(found.st_mode & stat.S_IXUSR) and sys.platform != "win32"
-        return cls(path, name, found.st_size, found.st_mtime_ns, executable)
+        return cls(path, name, found.st_size, found.st_mtime_ns, executable=executable)
 
     def offer(self) -> dict[str, Any]:
         """Return it as an entry of an offer."""
@@ -472,13 +486,12 @@ def find_tqdm() -> type[tqdm[Any]] | None:
 # --- results --------------------------------------------------------------------------------
 
 
-@dataclass
 class FolderTally:
     """What has become of what is in a folder that was named."""
 
-    files: int = 0
-    bytes: int = 0
-    failed: int = 0
+    files = 0
+    bytes = 0
+    failed = 0
 
 
 class Report:
@@ -882,16 +895,15 @@ def wait_for_input(connection: Connection) -> None:
 # --- sound: jitter buffer -------------------------------------------------------------------
 
 
-@dataclass
 class PlayStatistics:
     """What has happened to the sound on its way through a jitter buffer."""
 
-    played_frames: int = 0
-    missed_frames: int = 0
-    late_frames: int = 0
-    dropped_frames: int = 0
-    doubled_frames: int = 0
-    dropouts: int = 0
+    played_frames = 0
+    missed_frames = 0
+    late_frames = 0
+    dropped_frames = 0
+    doubled_frames = 0
+    dropouts = 0
 
 
 class SpareWindow:

@@ -30,28 +30,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import functools
 import hashlib
-import ipaddress
 import json
 import math
 import os
 import queue
-import secrets
-import shutil
 import signal
 import socket
 import ssl
 import struct
 import sys
-import tempfile
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar
+
+# Neither here nor in client.py dataclasses: importing them (and with them inspect) would take a
+# tenth of the whole time that a small file takes, Python's start included.
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -243,7 +238,7 @@ def format_address(host: str, port: int) -> str:
 
 def is_loopback(address: str) -> bool:
     """Tell whether a numeric address is this machine's own, which no other can reach."""
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    return address == "::1" or address.removeprefix("::ffff:").startswith("127.")
 
 
 def say(text: str) -> None:
@@ -290,6 +285,8 @@ def ask_mode() -> str:
 
 def make_code() -> str:
     """Return a new pairing code of 60 random bits, as ``KQ7M-2XFD-9WPA``."""
+    import secrets  # noqa: PLC0415  (see load_identity)
+
     code = "".join(secrets.choice(CODE_ALPHABET) for _ in range(CODE_LENGTH))
     return "-".join(code[at : at + 4] for at in range(0, CODE_LENGTH, 4))
 
@@ -300,6 +297,8 @@ def normalize_code(text: str) -> str:
     People read codes out and type them, and a messenger turns a dash into a longer one. Raises
     ValueError where too little is left.
     """
+    import unicodedata  # noqa: PLC0415  (see load_identity)
+
     code = "".join(
         char
         for char in unicodedata.normalize("NFKC", text).upper()
@@ -360,7 +359,12 @@ def load_identity(context: ssl.SSLContext, key: Ed25519PrivateKey) -> None:
 
     All in the certificate is fixed, so that the other side makes the same one.
     """
-    # Imported here: most transfers do without a pairing code, and not everybody has the package.
+    # Imported here: most transfers do without a pairing code, and a small one takes hardly longer
+    # than Python's start. Nor does everybody have the cryptography package.
+    import datetime  # noqa: PLC0415
+    import secrets  # noqa: PLC0415
+    import tempfile  # noqa: PLC0415
+
     from cryptography import x509  # noqa: PLC0415
     from cryptography.hazmat.primitives import serialization as form  # noqa: PLC0415
 
@@ -939,8 +943,7 @@ class Keepalive:
 # --- sound on the wire ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class AudioFormat:
+class AudioFormat(NamedTuple):
     """How the server's sound is sampled: 16-bit little-endian, channels interleaved.
 
     A **sample** is one number; a **frame** is one sample of each channel.
@@ -949,7 +952,7 @@ class AudioFormat:
     rate: int
     channels: int
 
-    @functools.cached_property
+    @property
     def frame_bytes(self) -> int:
         """The size of a frame."""
         return SAMPLE_BYTES * self.channels
@@ -992,8 +995,7 @@ def describe_channels(channels: int) -> str:
     return {1: "mono", 2: "stereo"}.get(channels, f"{channels} channels")
 
 
-@dataclass(frozen=True)
-class AudioBlock:
+class AudioBlock(NamedTuple):
     """Consecutive frames of the server's sound, at most ``MAX_BLOCK_MS`` of them.
 
     `first_frame` counts from the start of the server: a listener that missed blocks sees by it
@@ -1052,8 +1054,7 @@ class AudioUnavailable(SocketPairError):
     """No sound card, or none that does what is asked; its words say what would help."""
 
 
-@dataclass(frozen=True)
-class Direction:
+class Direction(NamedTuple):
     """Which way sound goes through a sound card, and the words for it."""
 
     kind: str
@@ -1437,6 +1438,8 @@ class Console:
         """Replace the status line; does nothing without a terminal."""
         with self._lock:
             if self._has_status:
+                import shutil  # noqa: PLC0415  (it takes a while, and files do without)
+
                 self._show(text[: shutil.get_terminal_size().columns - 1])
 
     def end_status(self) -> None:

@@ -1397,21 +1397,25 @@ def write_all(file: Any, data: bytes) -> None:
 class RecordingOutput:
     """Writes every frame as it was captured, from a thread of its own; gaps become silence.
 
-    A slow disk or reader is waited for, after ``RECORDING_QUEUE_BLOCKS`` have gathered.
+    A slow disk or reader is waited for, after ``RECORDING_QUEUE_BLOCKS`` have gathered. Ctrl+C
+    may come at any moment in the thread that hands over the sound: it cannot break a
+    SimpleQueue, but it can a Queue.
     """
 
     def __init__(self, writer: WavWriter | PipeWriter) -> None:
         self.missed_ms = 0.0
         self._writer = writer
         self._audio: AudioFormat | None = None
-        self._blocks: queue.Queue[tuple[bytes, int] | None] = queue.Queue(RECORDING_QUEUE_BLOCKS)
+        self._blocks: queue.SimpleQueue[tuple[bytes, int] | None] = queue.SimpleQueue()
+        self._written: queue.SimpleQueue[None] = queue.SimpleQueue()  # for each block that was
+        self._waiting_blocks = 0
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="recording", daemon=True)
         self._thread.start()
 
     def begin(self, audio: AudioFormat) -> None:
         """Take sound of this format from now on, after all that was taken has been written."""
-        self._blocks.join()
+        self._wait_until_waiting(0)
         try:
             self._writer.begin(audio)
         except OSError as error:
@@ -1422,7 +1426,15 @@ class RecordingOutput:
         """Queue `samples`; blocks while too much waits. Raises what writing earlier ones did."""
         if self._error:
             raise SocketPairError(f"cannot record: {describe_error(self._error)}")
+        self._wait_until_waiting(RECORDING_QUEUE_BLOCKS - 1)
         self._blocks.put((samples, gap_frames))
+        self._waiting_blocks += 1
+
+    def _wait_until_waiting(self, count: int) -> None:
+        """Block until at most `count` blocks have not been written yet."""
+        while self._waiting_blocks > count or not self._written.empty():
+            self._written.get()
+            self._waiting_blocks -= 1
 
     def _run(self) -> None:
         while (block := self._blocks.get()) is not None:
@@ -1432,7 +1444,7 @@ class RecordingOutput:
             except OSError as error:
                 self._error = error
             finally:
-                self._blocks.task_done()
+                self._written.put(None)
 
     def _write(self, samples: bytes, gap_frames: int) -> None:
         assert self._audio is not None

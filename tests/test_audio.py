@@ -487,6 +487,40 @@ def test_a_gap_becomes_silence_of_its_length(tmp_path: Path) -> None:
 # --- numbers and buffers ----------------------------------------------------------------------
 
 
+def test_ctrl_c_at_any_moment_of_recording_leaves_it_able_to_end(tmp_path: Path) -> None:
+    def press_ctrl_c_after(steps: int) -> Any:
+        def trace(frame: Any, event: str, _argument: Any) -> Any:
+            nonlocal steps
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                steps -= 1
+                if steps < 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        return trace
+
+    moment, finished = 0, False
+    while not finished:
+        console = common.Console(quiet=True)
+        output = client.RecordingOutput(client.WavWriter(str(tmp_path / f"{moment}.wav"), console))
+        output.begin(MONO)
+        sys.settrace(press_ctrl_c_after(moment))
+        try:
+            output.write(bytes(480), 0)
+            output.write(bytes(480), 0)
+            finished = True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        closing = threading.Thread(target=output.close, daemon=True)
+        closing.start()
+        closing.join(LIMIT_S)
+        assert not closing.is_alive(), f"Ctrl+C after {moment} steps"
+        moment += 1
+
+
 def test_the_timeline_tells_gaps_also_over_a_lost_connection() -> None:
     timeline = client.Timeline()
     timeline.begin("one")

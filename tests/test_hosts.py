@@ -11,10 +11,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import wave
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +27,10 @@ from support import MIB, Process, Result, Server, make_file, partial_size, sha25
 
 FAR = "10.77.2.2"
 CODE = "KQ7M-2XFD-9WPA"
+SONG_RATE = 48_000
+SONG_FRAMES = 120 * SONG_RATE
+WAV_HEADER_BYTES = 44
+FRAME_BYTES = 4  # stereo
 
 LISTEN_IN = """
 import socket, sys
@@ -175,7 +182,7 @@ def test_a_cable_pulled_out_in_the_middle_of_a_file_and_put_back(
         wait_for(lambda: partial_size(inbox) > 8 * MIB, what="the file is under way")
         hosts.set_cable("down")
         try:
-            wait_for(at_rest(inbox), what="nothing arrives any more")
+            wait_for(at_rest(lambda: partial_size(inbox)), what="nothing arrives any more")
             assert client.running()
         finally:
             hosts.set_cable("up")
@@ -185,16 +192,16 @@ def test_a_cable_pulled_out_in_the_middle_of_a_file_and_put_back(
 
 
 class at_rest:  # noqa: N801  (reads as a condition)
-    """Tells whether a folder's partial files have not grown for a second."""
+    """Tells whether something has not grown for a second."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, measure: Callable[[], int]) -> None:
+        self._measure = measure
         self._size = -1
         self._since = 0.0
 
     def __call__(self) -> bool:
         """Look, and compare."""
-        size, now = partial_size(self._folder), time.monotonic()
+        size, now = self._measure(), time.monotonic()
         if size != self._size:
             self._size, self._since = size, now
         return now - self._since > 1
@@ -219,3 +226,128 @@ def test_a_bad_line(hosts: Hosts, far: Server, inbox: Path, tmp_path: Path) -> N
         hosts.shape("pfifo")
     assert result.status == 0, result
     assert sha256(inbox / source.name) == sha256(source)
+
+
+# --- sound ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def song(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a song in stereo. The two samples of a frame are its number, from 1: 0 is silence."""
+    path = tmp_path_factory.mktemp("song") / "song.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setparams((2, 2, SONG_RATE, 0, "NONE", ""))
+        file.writeframes(array("I", range(1, SONG_FRAMES + 1)).tobytes())
+    return path
+
+
+@contextlib.contextmanager
+def singing(hosts: Hosts, song: Path, *arguments: str) -> Iterator[tuple[Process, str]]:
+    """Play the song over and over on the far machine; give the server and its port."""
+    command = ("server.py", "audio", "--host", FAR, "--port", "0", "--input", str(song))
+    with Process(*command, *arguments, wrapper=hosts.at(hosts.far)) as server:
+        port = server.wait_for_output(r"Broadcasting .*:(\d+) - Ctrl\+C to stop\n")[1]
+        yield server, port
+        server.signal(signal.SIGINT)
+        result = server.wait()
+        assert result.status == 130, result
+        assert "Traceback" not in result.stderr, result
+
+
+def listener(hosts: Hosts, port: str, heard: Path, *arguments: str, host: str = "") -> Process:
+    """Start to record on the near machine, or on `host`."""
+    command = ("client.py", "audio", "--host", FAR, "--port", port, "--output", str(heard))
+    return Process(*command, *arguments, wrapper=hosts.at(host or hosts.near))
+
+
+def frames_in(heard: Path) -> int:
+    """Return how many frames a recording has so far."""
+    size = heard.stat().st_size if heard.exists() else 0
+    return max(0, size - WAV_HEADER_BYTES) // FRAME_BYTES
+
+
+def find_silence(heard: Path) -> list[range]:
+    """Return where a recording is silent; fail where the song is not at its place in it."""
+    with wave.open(str(heard)) as file:
+        assert (file.getframerate(), file.getnchannels()) == (SONG_RATE, 2)
+        numbers = array("I", file.readframes(file.getnframes()))
+    silence: list[range] = []
+    for place, number in enumerate(numbers):
+        if number:
+            assert number == (numbers[0] - 1 + place) % SONG_FRAMES + 1, place
+        elif silence and silence[-1].stop == place:
+            silence[-1] = range(silence[-1].start, place + 1)
+        else:
+            silence.append(range(place, place + 1))
+    return silence
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["for a second", "until it is lost"])
+def test_a_cable_pulled_out_in_the_middle_of_a_song_and_put_back(
+    hosts: Hosts, song: Path, tmp_path: Path, lost: bool
+) -> None:
+    heard = tmp_path / "heard.wav"
+    with (
+        singing(hosts, song, "--code", CODE) as (server, port),
+        listener(hosts, port, heard, "--code", CODE) as client,
+    ):
+        wait_for(lambda: frames_in(heard) > SONG_RATE, what="the song is heard")
+        before = frames_in(heard)
+        hosts.set_cable("down")
+        try:
+            wait_for(at_rest(lambda: frames_in(heard)), what="nothing is heard any more")
+            if lost:
+                client.wait_for_output("looking for it")
+                server.wait_for_output(r"10\.77\.1\.2:\d+: left \(took nothing for 5 s\)\n")
+        finally:
+            hosts.set_cable("up")
+        silent = frames_in(heard)
+        wait_for(lambda: frames_in(heard) > silent, what="the song goes on")
+        again = frames_in(heard)
+        wait_for(lambda: frames_in(heard) > again + 3 * SONG_RATE, what="and on")
+        client.signal(signal.SIGINT)
+        result = client.wait()
+    assert result.status == 0, result
+    assert "Traceback" not in result.stderr
+    # A line for each loss; none where the connection lived, as after a second it mostly does.
+    assert len(result.error_lines) == result.stdout.count("Listening to ") - 1, result
+    assert all("looking for it until Ctrl+C" in line for line in result.error_lines), result
+    assert len(result.error_lines) == 1 or not lost
+
+    silence = find_silence(heard)
+    assert silence
+    assert silence[0].start >= before
+    assert silence[-1].stop < frames_in(heard) - SONG_RATE
+    missed = sum(map(len, silence))
+    assert missed > (4 if lost else 0.25) * SONG_RATE
+    assert f"missed {missed * 1000 / SONG_RATE:.0f} ms" in result.stdout
+
+
+def test_a_third_machine_without_the_code_hears_nothing(
+    hosts: Hosts, song: Path, tmp_path: Path
+) -> None:
+    for arguments, audible in ((("--code", CODE), False), (("--open",), True)):
+        record, heard = tmp_path / f"record {arguments[0]}", tmp_path / f"heard {arguments[0]}.wav"
+        with singing(hosts, song, *arguments) as (server, port):
+            with (
+                third_machine_listening(hosts, record),
+                listener(hosts, port, heard, *arguments, "--seconds", "1") as client,
+            ):
+                result = client.wait()
+                assert result.status == 0, result
+            if not audible:
+                for guess in ((), ("--open",), ("--code", "KQ7M-2XFD-9WPB")):
+                    stolen = tmp_path / "stolen.wav"
+                    with listener(hosts, port, stolen, *guess, host=hosts.between) as thief:
+                        result = thief.wait()
+                    assert result.status == 1, result
+                    assert not frames_in(stolen)
+                server.wait_for_output(r"10\.77\.2\.1:\d+: turned away: no pairing code\n")
+                server.wait_for_output(r"10\.77\.2\.1:\d+: turned away: wrong pairing code\n")
+        assert frames_in(heard) == SONG_RATE
+        samples, wire = heard.read_bytes()[WAV_HEADER_BYTES:], record.read_bytes()
+        assert len(wire) > len(samples)
+        parts = [samples[at : at + 8 * FRAME_BYTES] for at in range(0, len(samples), 6000)]
+        found = sum(part in wire for part in parts)
+        # In the open, a part can be cut in two by the end of a packet.
+        assert found >= len(parts) / 2 if audible else not found

@@ -127,6 +127,7 @@ MAX_GAP_MS = 3_600_000
 RECORDING_QUEUE_BLOCKS = 4_000
 WAV_LIMIT_BYTES = 2**32 - 1
 CHANGED = "it changed while it was sent"
+ALREADY = "Already there"
 OPEN_SERVER = (
     "this server takes no pairing code: anyone on the network could be it, or read along; "
     "add --open if you trust them all"
@@ -196,23 +197,40 @@ def connect_once(address: Address, mode: str) -> tuple[Connection, dict[str, Any
     try:
         sock = socket.create_connection((address.host, address.port), timeout=HANDSHAKE_TIMEOUT_S)
     except (OSError, ValueError) as error:  # ValueError: a host that no name can be
-        raise NoServer(
-            f"no server at {peer} ({describe_error(error)}): "
-            f"start one there with: python server.py {mode}"
-        ) from error
+        raise NoServer(describe_no_server(address, mode, error)) from error
     try:
         connection = Connection(sock, peer)
     except OSError as error:
         sock.close()
         raise ConnectionLost(f"{peer}: {describe_error(error)}") from error
     try:
+        is_near = common.is_loopback(sock.getpeername()[0])
         welcome = shake_hands(connection, tls, mode)
-        if not (tls or address.open or common.is_loopback(sock.getpeername()[0])):
+        if not (tls or address.open or is_near):
             raise PeerRefused(OPEN_SERVER)
+    except OSError as error:  # it has gone again
+        connection.close()
+        raise ConnectionLost(f"{peer}: {describe_error(error)}") from error
     except BaseException:
         connection.close()
         raise
     return connection, welcome
+
+
+def describe_no_server(address: Address, mode: str, error: OSError | ValueError) -> str:
+    """Return what may be the reason that nobody answers, and what to do about it."""
+    host = escape(address.host)
+    if isinstance(error, ValueError):
+        return f"{host!r} cannot be a machine's name: check --host"
+    if isinstance(error, socket.gaierror):
+        return f"no machine is known as {host!r} ({describe_error(error)}): check --host"
+    command = f"python server.py {mode}"
+    if address.host not in ("localhost", "::1") and not address.host.startswith("127."):
+        command += " --host 0.0.0.0"
+    if address.port != common.DEFAULT_PORT:
+        command += f" --port {address.port}"
+    peer = common.format_address(host, address.port)
+    return f"no server at {peer} ({describe_error(error)}): start one there with: {command}"
 
 
 def shake_hands(connection: Connection, tls: ssl.SSLContext | None, mode: str) -> dict[str, Any]:
@@ -273,6 +291,7 @@ class Source:
         self.begun = False  # reading it, for one that cannot be read twice
         self.problem = ""  # why it cannot be sent, found here
         self.decided = False  # by the server
+        self.shown = 0  # how many of its bytes the bar of all files has counted
 
     @classmethod
     def from_stat(cls, path: str, name: str, found: os.stat_result) -> Source:
@@ -299,8 +318,11 @@ class Source:
             raise SocketPairError(CHANGED)
 
 
-# Told the path, the name that it would be offered with, and the reason.
-Problem = Callable[[str, str, str], object]
+class Problem(Protocol):
+    """Is told of what is not sent: its path, its name in an offer, why, and whether it failed."""
+
+    def __call__(self, path: str, name: str, reason: str, is_failure: bool = True) -> object:
+        """Take note of it."""
 
 
 def find_sources(paths: Iterable[str], name: str | None, on_problem: Problem) -> Iterator[Source]:
@@ -349,11 +371,19 @@ def walk_folder(path: str, name: str, on_problem: Problem) -> Iterator[Source]:
             with contextlib.suppress(OSError):
                 mtime_ns = os.stat(path).st_mtime_ns
                 yield Source(path, name, mtime_ns=mtime_ns, is_folder=True)
-        elif entry.is_dir(follow_symlinks=False):
+        elif is_real_folder(entry):
             below = f"{name}/{entry.name}"
             unfinished.append((entry.path, below, iter(list_folder(entry.path, below, on_problem))))
         else:
             yield from look_at(entry, f"{name}/{entry.name}", on_problem)
+
+
+def is_real_folder(entry: os.DirEntry[str]) -> bool:
+    """Tell whether `entry` is a folder, not a link to one, nor Windows' junction."""
+    with contextlib.suppress(OSError):  # look_at will say it
+        is_junction = getattr(entry, "is_junction", bool)  # from Python 3.12 on
+        return entry.is_dir(follow_symlinks=False) and not is_junction()
+    return False
 
 
 def list_folder(path: str, name: str, on_problem: Problem) -> list[os.DirEntry[str]]:
@@ -376,7 +406,7 @@ def look_at(entry: os.DirEntry[str], name: str, on_problem: Problem) -> Iterator
     if stat.S_ISREG(found.st_mode):
         yield Source.from_stat(entry.path, name, found)
     elif stat.S_ISDIR(found.st_mode):
-        complain(f"{escape(entry.path)}: a link to a folder, not followed")
+        on_problem(entry.path, name, "a link to a folder, not followed", False)
     else:
         on_problem(entry.path, name, "not a file or a folder")
 
@@ -417,7 +447,7 @@ class Progress:
         if self._tqdm:
             sizes = [source.size or 0 for source in self._sources() if not source.is_folder]
             if len(sizes) > 1:
-                self._all = self._bar(f"{len(sizes)} files", sum(sizes))
+                self._all = self._bar(f"{len(sizes)} files", sum(sizes), leave=False)
 
     def _bar(self, label: str, total: int | None, **options: Any) -> tqdm[Any]:
         assert self._tqdm is not None
@@ -427,33 +457,31 @@ class Progress:
 
     def start(self, source: Source) -> None:
         """Begin with a file, at its offset."""
-        self.skip(source.offset)
         large = source.size is None or source.size >= LARGE_FILE_BYTES
-        if self._tqdm and (large or not self._all):
+        if self._tqdm and (large or self._all is None):
             label = escape(source.name, 40)
-            self._file = self._bar(label, source.size, initial=source.offset, leave=not self._all)
+            alone = self._all is None
+            self._file = self._bar(label, source.size, initial=source.offset, leave=alone)
+        self.reach(source, source.offset)
 
-    def skip(self, count: int) -> None:
-        """Count bytes that need not be sent."""
-        if self._all:
-            self._all.update(count)
-
-    def advance(self, count: int) -> None:
-        """Count bytes that have been sent."""
-        for bar in (self._file, self._all):
-            if bar:
-                bar.update(count)
+    def reach(self, source: Source, done: int) -> None:
+        """Show that the first `done` bytes of a file are at the server, or on their way."""
+        if self._file is not None:
+            self._file.update(done - self._file.n)
+        if self._all is not None:
+            self._all.update(done - source.shown)
+            source.shown = done
 
     def finish(self) -> None:
         """Be done with a file."""
-        if self._file:
+        if self._file is not None:  # a bar without a total has no truth value
             self._file.close()
             self._file = None
 
     def close(self) -> None:
         """Take the bars down, or leave their last state, as a terminal's lines."""
         self.finish()
-        if self._all:
+        if self._all is not None:
             self._all.close()
             self._all = None
 
@@ -491,6 +519,7 @@ class FolderTally:
 
     files = 0
     bytes = 0
+    already = 0
     failed = 0
 
 
@@ -510,12 +539,12 @@ class Report:
     def _tally(self, name: str) -> FolderTally:
         return self._folders.setdefault(name.partition("/")[0], FolderTally())
 
-    def problem(self, path: str, name: str, reason: str) -> None:
+    def problem(self, path: str, name: str, reason: str, is_failure: bool = True) -> None:
         """Report what was not sent, or was not saved: its path, its offered name, and why."""
-        self.failed += 1
+        self.failed += is_failure
         if "/" in name:
-            self._tally(name).failed += 1
-        self._progress.complain(f"{escape(path)}: {reason}")
+            self._tally(name).failed += is_failure
+        self._progress.complain(f"{escape(name if path == STDIN else path)}: {reason}")
 
     def resumed(self, source: Source) -> None:
         """Report that some of a file is at the server already."""
@@ -534,6 +563,7 @@ class Report:
             tally = self._tally(source.name)
             tally.files += 1
             tally.bytes += source.size or 0
+            tally.already += how == ALREADY
         if not self._quiet and (named or self._verbose or name != source.name):
             self._progress.say(
                 f"{how} as {escape(name)}, SHA-256 matches ({source.checksum[:8]}...)"
@@ -543,10 +573,12 @@ class Report:
         tally = self._folders.pop(source.name, FolderTally())
         if self._quiet:
             return
-        files = "1 file" if tally.files == 1 else f"{tally.files} files"
+        files = common.count(tally.files, "file")
         text = f"Saved {escape(name)}/ with {files} ({format_bytes(tally.bytes)})"
         if tally.files:
             text += ", every SHA-256 matches"
+        if tally.already:
+            text += f", {tally.already} there already"
         if tally.failed:
             text += f", without {tally.failed} that failed"
         self._progress.say(text)
@@ -575,7 +607,7 @@ class ResultReader:
         if isinstance(error, ConnectionLost):
             self._thread.join(1.0)  # perhaps the server has said why
         if error is not None:
-            self._connection.close()
+            self._connection.wake()
         self._thread.join()
         if self._error is not None and (error is None or isinstance(error, ConnectionLost)):
             raise self._error
@@ -615,7 +647,7 @@ def settle(source: Source, outcome: dict[str, Any], report: Report) -> None:
     elif "failed" in outcome:
         report.problem(source.path, source.name, escape(require(outcome, "failed", str)))
     elif "already" in outcome:
-        report.saved(source, require(outcome, "already", str), "Already there")
+        report.saved(source, require(outcome, "already", str), ALREADY)
     else:
         report.saved(source, require(outcome, "saved", str), "Saved")
 
@@ -637,7 +669,9 @@ def start_file_client(
     whatever went wrong: 1 unless every one of them stands at the server, verified.
     """
     shown = sys.stderr is not None and sys.stderr.isatty() and not quiet
-    progress = Progress(lambda: find_sources(paths, name, lambda path, name, reason: None), shown)
+    progress = Progress(
+        lambda: find_sources(paths, name, lambda path, name, reason, is_failure=True: None), shown
+    )
     report = Report(progress, quiet, verbose)
     sender = Sender(address, report, progress)
     try:
@@ -647,7 +681,7 @@ def start_file_client(
         return EXIT_FAILED
     except KeyboardInterrupt:
         progress.close()
-        complain("\ninterrupted: the same command goes on from here")
+        complain("\ninterrupted: the same command goes on from here" if sender.has_moved else "")
         raise
     finally:
         progress.close()
@@ -668,6 +702,7 @@ class Sender:
         self._offered: list[Source] | None = None  # the batch that the server knows of
         self._was_connected = False
         self._moved = False  # since the last time that the connection was lost
+        self.has_moved = False  # anything, ever
 
     def close(self) -> None:
         """Hang up. May be called twice."""
@@ -744,7 +779,7 @@ class Sender:
                 raise ProtocolError("received a start that is not one")
             if "offset" not in verdict:
                 settle(source, verdict, self._report)
-                self._progress.skip(source.size or 0)
+                self._progress.reach(source, source.size or 0)
                 continue
             source.offset = require_size(verdict, "offset")
             if source.offset and source.offset not in source.digests:
@@ -796,6 +831,7 @@ class Sender:
         Raises OSError, and SocketPairError where it changed or is not wanted any more.
         """
         digest = source.digests.get(source.offset) or hashlib.sha256()
+        sent = source.offset
         with open_source(source) as file:
             source.check_unchanged(file)
             with blocks_for(source.size, digest.update) as blocks:
@@ -804,8 +840,9 @@ class Sender:
                         raise SocketPairError("the server has failed it")
                     blocks.give(segment)  # is hashed while it is sent
                     connection.send_segment(segment)
-                    self._progress.advance(len(segment))
-                    self._moved = True
+                    sent += len(segment)
+                    self._progress.reach(source, sent)
+                    self._moved = self.has_moved = True
             source.check_unchanged(file)
         return digest
 
@@ -1710,7 +1747,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if from_stdin > 1:
         parser.error("standard input can be sent once only")
     if args.name is not None and not from_stdin:
-        parser.error("--name is for standard input: give - as the PATH")
+        parser.error("--name is for standard input: give - as the PATH in file mode")
+    if args.port == 0:
+        parser.error("argument --port: 0 is not a port to connect to")
     if args.open:
         args.code = None  # the environment's
     return args
@@ -1738,7 +1777,9 @@ def ask_for_path() -> str:
         complete_paths()
     while True:
         answer = common.ask("File name: ")
-        if answer.strip():
+        if answer.strip() == STDIN:
+            common.say("standard input needs a name: client.py file - --name NAME")
+        elif answer.strip():
             return clean_path(answer)
 
 

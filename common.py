@@ -174,6 +174,13 @@ class PeerRefused(SocketPairError):
     """The other side answered with an error of its own; its words, escaped."""
 
 
+class FileShrunk(SocketPairError):
+    """A file has fewer bytes than it had."""
+
+    def __init__(self) -> None:
+        super().__init__("the file is shorter than it was")
+
+
 class CodeWanted(PeerRefused):
     """The server takes nobody without its pairing code."""
 
@@ -227,7 +234,8 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, ssl.SSLError) and error.reason:
         return error.reason.replace("_", " ").lower()
     if isinstance(error, OSError):
-        return (error.strerror or str(error)).lower()
+        # What create_server() adds in brackets is for programmers.
+        return (error.strerror or str(error)).partition(" (while")[0].lower()
     return str(error)
 
 
@@ -264,6 +272,9 @@ def ask(question: str) -> str:
         question = ""
     try:
         answer = input(question)
+    except KeyboardInterrupt:
+        complain("")  # what comes next is not to stand behind the question
+        raise
     except EOFError:
         raise SocketPairError(f"\nno answer to {name!r}: end of input") from None
     if not sys.stdin.isatty():
@@ -446,8 +457,9 @@ class TLS:
         return True
 
     def pending(self) -> int:
-        """Return how many bytes have been fed that are not decrypted yet."""
-        return self._incoming.pending
+        """Return how many bytes have been fed, or decrypted, that are not read yet."""
+        with self._lock:
+            return self._incoming.pending + self._object.pending()
 
     def decrypt_into(self, view: memoryview) -> int:
         """Fill `view` as far as possible; return how many bytes. Raises OSError.
@@ -493,7 +505,7 @@ class Connection:
         self.socket = sock
         self.peer = peer
         self.sent_bytes = 0
-        self._received = b""
+        self._received = bytearray()
         self._position = 0
         self._queued = bytearray()
         self._deadline: Deadline | None = None
@@ -515,7 +527,7 @@ class Connection:
         self.socket.close()
 
     def finish(self) -> None:
-        """Give the other side a second to read all that was sent, and to hang up.
+        """Give the other side a moment to read all that was sent, and to hang up.
 
         Closing at once, with something of its unread here, could reset the connection, and the
         last words be lost. Takes no longer than a `limit` that it stands in.
@@ -576,8 +588,8 @@ class Connection:
         Raises NotPaired, and what `read` and `write` raise.
         """
         tls = TLS(context, server_side)
-        tls.feed(self._received[self._position :])
-        self._received, self._position = b"", 0
+        tls.feed(bytes(self._received[self._position :]))
+        self._received, self._position = bytearray(), 0
         try:
             while not tls.shake_hands():
                 self.send_sealed(tls.output())
@@ -612,12 +624,12 @@ class Connection:
         self._wait_for(size, ahead)
         start = self._position
         self._position += size
-        return self._received[start : self._position]
+        return bytes(self._received[start : self._position])
 
     def peek(self, size: int) -> bytes:
         """Return the next `size` bytes, which stay unread; blocks and raises as `read` does."""
         self._wait_for(size)
-        return self._received[self._position : self._position + size]
+        return bytes(self._received[self._position : self._position + size])
 
     def _wait_for(self, size: int, ahead: int = RECEIVE_BYTES) -> None:
         """Block until at least `size` bytes are buffered; raises as `read` does.
@@ -626,7 +638,8 @@ class Connection:
         """
         if self._unread() >= size:
             return
-        self._received, self._position = self._received[self._position :], 0
+        del self._received[: self._position]
+        self._position = 0
         while len(self._received) < size:
             chunk = self._receive(max(ahead, size - len(self._received)))
             if not chunk:
@@ -737,8 +750,7 @@ class Connection:
 
         Raises ProtocolError, before it reads any further, where the frame declares more.
         """
-        self._wait_for(LENGTH.size)
-        header = self._received[self._position : self._position + LENGTH.size]
+        header = self.peek(LENGTH.size)
         (size,) = LENGTH.unpack(header)
         if size > max_bytes:
             raise ProtocolError(f"not Socket Pair's protocol (received {header!r})")
@@ -909,8 +921,8 @@ def calculate_checksum(
     stays open. With `length`, only that many first bytes count. `digest` is a SHA-256 object
     to use, which the caller may go on updating. `on_progress` is told the bytes of each block.
 
-    Blocks until done. Raises OSError where the file cannot be read, and SocketPairError where
-    it has fewer than `length` bytes.
+    Blocks until done. Raises OSError where the file cannot be read, and FileShrunk where it has
+    fewer than `length` bytes.
     """
     digest = hashlib.sha256() if digest is None else digest
     left = sys.maxsize if length is None else length
@@ -921,7 +933,7 @@ def calculate_checksum(
             on_progress(count)
             left -= count
     if length is not None and left:
-        raise SocketPairError("the file is shorter than it was")
+        raise FileShrunk
     return digest.hexdigest()
 
 
@@ -1552,6 +1564,13 @@ def _terminate(_signal: int, _frame: object) -> NoReturn:
     raise Terminated
 
 
+def open_missing_streams() -> None:
+    """Have standard input empty, and the outputs nowhere, where whoever started us closed them."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run `main` on the command line's arguments and exit with the status it returns.
 
@@ -1562,9 +1581,9 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     # Also where a shell has started us in the background, with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # closed by whoever started us
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         status = main(sys.argv[1:])
     except SocketPairError as error:
@@ -1574,7 +1593,11 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
         status = EXIT_INTERRUPTED
     except Terminated:
         status = EXIT_TERMINATED
-    except BrokenPipeError:
+    except BrokenPipeError:  # nobody reads what we say: nothing more to say then
+        status = EXIT_FAILED
+    except OSError as error:  # all others are dealt with where they happen
+        with contextlib.suppress(OSError):
+            complain(f"cannot write to standard output: {describe_error(error)}")
         status = EXIT_FAILED
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):

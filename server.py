@@ -84,6 +84,7 @@ from common import (
     Connection,
     Console,
     Deadline,
+    FileShrunk,
     Keepalive,
     LevelMeter,
     NotPaired,
@@ -146,6 +147,7 @@ MAX_UNFINISHED = 256
 # Wrong codes from an address before it is refused for a while, a longer one each time.
 FREE_TRIES = 5
 MAX_REFUSAL_S = 60.0
+MAX_REFUSAL_DOUBLINGS = 6
 MAX_KNOWN_HOSTS = 4096
 HTTP_METHODS = {b"GET ", b"HEAD", b"POST", b"PUT ", b"OPTI", b"CONN", b"PRI "}
 NOT_A_WEB_SERVER = (
@@ -272,7 +274,7 @@ class Folders:
     def _make(self, parts: Sequence[str]) -> str:
         """Make what is missing of a folder; return its real path."""
         real = os.path.realpath(os.path.join(self._root, *parts))
-        if os.path.commonpath([self._root, real]) != self._root:
+        if not os.path.join(real, "").startswith(os.path.join(self._root, "")):
             raise Refused("a symbolic link there leads out of the folder")
         # Not os.makedirs: it goes a level deeper into itself for every level of the path.
         path = self._root
@@ -373,8 +375,13 @@ class PartialFile:
         while True:
             path = f"{stem}.{cls._run}{next(cls._numbers):x}{PARTIAL_SUFFIX}"
             descriptor = os.open(path, OPEN_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
-            if lock_file(descriptor):
-                return cls(path, descriptor, 0)
+            try:
+                if lock_file(descriptor):
+                    return cls(path, descriptor, 0)
+            except OSError:  # a file system without locks
+                os.close(descriptor)
+                os.unlink(path)
+                raise
             os.close(descriptor)
 
     @classmethod
@@ -569,9 +576,10 @@ class Incoming:
     def hash_held(self, keepalive: Keepalive) -> None:
         """Hash all that is held of it; blocks until done."""
         for claim in self.claims:
-            calculate_checksum(
-                claim.descriptor, claim.size, digest=claim.digest, on_progress=keepalive
-            )
+            with contextlib.suppress(OSError, FileShrunk):  # then it has another SHA-256, too
+                calculate_checksum(
+                    claim.descriptor, claim.size, digest=claim.digest, on_progress=keepalive
+                )
         for name in self.twins:
             assert self.folder is not None
             with contextlib.suppress(OSError):  # unreadable: not known to be the same
@@ -696,7 +704,7 @@ class Reception:
 
     def describe_current(self) -> str:
         """Return what becomes of the file that was under way, for the end of a log line."""
-        if self._current is None or not self._current.received:
+        if self._current is None or not self._current.received or not self._current.entry.size:
             return ""
         path, received = self._current.entry.path, self._current.received
         return f"; {format_bytes(received)} of {escape(path)} are kept for the next run"
@@ -900,8 +908,10 @@ class Reception:
             return
         assert incoming.outcome is not None
         path = os.path.join(self._store.folder, incoming.outcome["saved"])
+        rest = "the rest of " if count < incoming.received else ""
         log.info(
-            f"{self._connection.peer} sent {escape(incoming.entry.path)}: {format_bytes(count)} in "
+            f"{self._connection.peer} sent {rest}{escape(incoming.entry.path)}: "
+            f"{format_bytes(count)} in "
             f"{seconds:.2f} s ({format_bytes(count / max(seconds, 1e-6))}/s), "
             f"SHA-256 {incoming.digest.hexdigest()[:8]}, saved as {escape(path)}"
         )
@@ -1282,13 +1292,13 @@ class Lobby:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._waiting: dict[Connection, str] = {}  # and their hosts, the oldest first
+        self._waiting: dict[Connection, str] = {}  # and their networks, the oldest first
         self._lock = threading.Lock()
 
     def enter(self, connection: Connection, host: str) -> None:
         """Let one in, and break another one if it is too many."""
         with self._lock:
-            self._waiting[connection] = host
+            self._waiting[connection] = network_of(host)
             if len(self._waiting) <= self._size:
                 return
             crowd, _ = Counter(self._waiting.values()).most_common(1)[0]
@@ -1331,7 +1341,8 @@ class Patience:
                 self._tries.popitem(last=False)
             tries.count += 1
             if tries.count > FREE_TRIES:
-                wait_s = min(2.0 ** (tries.count - FREE_TRIES - 1), MAX_REFUSAL_S)
+                doublings = min(tries.count - FREE_TRIES - 1, MAX_REFUSAL_DOUBLINGS)
+                wait_s = min(2.0**doublings, MAX_REFUSAL_S)
                 tries.refused_until = self._clock() + wait_s
 
     def note_right_code(self, host: str) -> None:
@@ -1438,7 +1449,7 @@ def open_listeners(host: str, port: int) -> list[socket.socket]:
         for listener in listeners:
             listener.close()
         taken = getattr(error, "errno", None) == errno.EADDRINUSE
-        hint = "; another program has it: choose one with --port" if taken else ""
+        hint = "; a server runs there already, or another program: see --port" if taken else ""
         raise SocketPairError(
             f"cannot listen on {escape(common.format_address(host, port))}: "
             f"{describe_error(error)}{hint}"
@@ -1652,7 +1663,8 @@ class Server:
             return f"this server is in {self._mode} mode: python client.py {self._mode}"
         with self._lock:
             if len(self._served) >= self._max_clients:
-                return f"this server is busy with {self._max_clients} clients: try again later"
+                clients = common.count(self._max_clients, "client")
+                return f"this server is busy with {clients}: try again later"
             self._served.add(threading.current_thread())
         return ""
 
@@ -1845,16 +1857,22 @@ def summarize(broadcaster: Broadcaster) -> str:
 
 
 def serve_until_stopped(server: Server) -> int:
-    """Serve until Ctrl+C, then until the last client is done; a second Ctrl+C goes through."""
+    """Serve until Ctrl+C, then until the last client is done, or a second Ctrl+C."""
     try:
         server.serve_forever()
     except KeyboardInterrupt:
         server.stop()
     under_way = server.clients()
-    if under_way:
-        common.complain(f"\nfinishing {len(under_way)} under way - Ctrl+C again to stop at once")
-    for thread in under_way:
-        thread.join()
+    if not under_way:
+        common.complain("\nstopped")
+        return EXIT_INTERRUPTED
+    common.complain(f"\nfinishing {len(under_way)} under way - Ctrl+C again to stop at once")
+    try:
+        for thread in under_way:
+            while thread.is_alive():
+                thread.join(0.5)  # Windows lets Ctrl+C through only in between
+    except KeyboardInterrupt:
+        common.complain("\nstopped at once: what is here of unfinished files is kept")
     return EXIT_INTERRUPTED
 
 

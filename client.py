@@ -3,24 +3,30 @@
     python client.py file report.pdf photos/
     python client.py audio
 
-From the top down:
+In the order of the file; to follow a run, begin at `main`, at its end:
 
-====================  =============================================================
-command line          ``main`` asks for what the arguments leave open
-file mode             ``start_file_client`` and ``Sender``: batches, resuming, retries
-results               ``ResultReader`` and ``Report``: what became of each file
-progress              ``Progress``: bars, on a terminal
-sources               ``find_sources``: the files and folders that the user named
-audio mode            ``start_audio_client`` and ``Listening``: receives, comes back; ``Timeline``
-outputs               ``SpeakerOutput``, ``RecordingOutput``: sound card, WAV file, pipe
-jitter buffer         ``JitterBuffer``: plays evenly what arrives unevenly, and soon
-connection            ``connect``: a connection past its handshake
-====================  =============================================================
+======================  ===========================================================
+connection              ``connect``: a connection past its handshake
+sources                 ``find_sources``: the files and folders that the user named
+progress                ``Progress``: bars, on a terminal
+results                 ``ResultReader`` and ``Report``: what became of each file
+file mode               ``start_file_client`` and ``Sender``: batches, resuming, retries
+sound: jitter buffer    ``JitterBuffer``: plays evenly what arrives unevenly, and soon
+sound: outputs          ``SpeakerOutput``, ``RecordingOutput``: sound card, WAV file, pipe
+sound: listening        ``start_audio_client``, ``Listening``: receives, comes back; ``Timeline``
+command line            ``main`` asks for what the arguments leave open
+======================  ===========================================================
 
 ``server.py`` describes the conversation.
 """
 
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":
+    # Until common.run() can deal with it, Ctrl+C just ends the program, also during the imports.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import contextlib
@@ -60,6 +66,7 @@ from common import (
     ConnectionLost,
     Console,
     Deadline,
+    FileShrunk,
     Keepalive,
     LevelMeter,
     NotPaired,
@@ -91,6 +98,7 @@ ENTRY_CHARS = 100  # of an offered entry, beside its path
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 LARGE_FILE_BYTES = 64 * 1024 * 1024
 STILL_HERE_INTERVAL_S = common.PROGRESS_TIMEOUT_S / 4
+MAX_HELD = 100  # lengths of one file that a server may ask about
 STDIN = "-"
 STDOUT = "-"
 
@@ -126,7 +134,6 @@ CARD_BUFFER_S = 0.15
 MAX_GAP_MS = 3_600_000
 RECORDING_QUEUE_BLOCKS = 4_000
 WAV_LIMIT_BYTES = 2**32 - 1
-CHANGED = "it changed while it was sent"
 ALREADY = "Already there"
 OPEN_SERVER = (
     "this server takes no pairing code: anyone on the network could be it, or read along; "
@@ -135,6 +142,13 @@ OPEN_SERVER = (
 
 
 # --- connection -----------------------------------------------------------------------------
+
+
+class FileChanged(SocketPairError):
+    """A file is not what it was when it was offered."""
+
+    def __init__(self) -> None:
+        super().__init__("it changed while it was sent")
 
 
 class NoServer(ConnectionLost):
@@ -285,6 +299,7 @@ class Source:
         self.mtime_ns = mtime_ns
         self.executable = executable
         self.is_folder = is_folder
+        self.found: os.stat_result | None = None
         self.digests: dict[int, hashlib._Hash] = {}  # of so many first bytes
         self.offset = 0  # of the first byte that the server needs
         self.checksum = ""  # SHA-256 of all of it, once it has been read
@@ -297,7 +312,14 @@ class Source:
     def from_stat(cls, path: str, name: str, found: os.stat_result) -> Source:
         """Return the source that a file with these properties is."""
         executable = bool(found.st_mode & stat.S_IXUSR) and sys.platform != "win32"
-        return cls(path, name, found.st_size, found.st_mtime_ns, executable=executable)
+        source = cls(path, name, found.st_size, found.st_mtime_ns, executable=executable)
+        source.found = found
+        return source
+
+    def beside(self, name: str) -> str:
+        """Return the path at the server of what is called `name` in its place."""
+        folder, slash, _ = self.name.rpartition("/")
+        return folder + slash + name
 
     def offer(self) -> dict[str, Any]:
         """Return it as an entry of an offer."""
@@ -311,11 +333,15 @@ class Source:
         }
 
     def check_unchanged(self, file: BinaryIO) -> None:
-        """Raise SocketPairError unless the open `file` has the size and time that were offered."""
-        found = os.fstat(file.fileno())
-        now = (found.st_size, found.st_mtime_ns)
-        if self.size is not None and now != (self.size, self.mtime_ns):
-            raise SocketPairError(CHANGED)
+        """Raise FileChanged unless the open `file` is still as it was when it was looked up."""
+        if self.found is None:
+            return
+        then, now = self.found, os.fstat(file.fileno())
+        same = (now.st_size, now.st_mtime_ns) == (then.st_size, then.st_mtime_ns)
+        # The time of its status tells of changes whose modification time was set back. It also
+        # moves when another file takes the name, which does nothing to this one.
+        if not same or (now.st_ctime_ns != then.st_ctime_ns and now.st_nlink == then.st_nlink):
+            raise FileChanged
 
 
 class Problem(Protocol):
@@ -416,8 +442,9 @@ def in_batches(sources: Iterable[Source]) -> Iterator[list[Source]]:
     batch: list[Source] = []
     chars = 0
     for source in sources:
-        # ASCII takes one character of JSON, anything else up to twelve.
-        needed = ENTRY_CHARS + len(source.name) * (1 if source.name.isascii() else 12)
+        # What can be printed in ASCII takes one or two characters of JSON, anything else up to 12.
+        plain = source.name.isascii() and source.name.isprintable()
+        needed = ENTRY_CHARS + len(source.name) * (1 if plain else 12)
         if batch and (len(batch) == MAX_BATCH_ENTRIES or chars + needed > MAX_BATCH_CHARS):
             yield batch
             batch, chars = [], 0
@@ -646,10 +673,12 @@ def settle(source: Source, outcome: dict[str, Any], report: Report) -> None:
         report.problem(source.path, source.name, source.problem)
     elif "failed" in outcome:
         report.problem(source.path, source.name, escape(require(outcome, "failed", str)))
+    elif not (source.checksum or source.is_folder):
+        raise ProtocolError("received a result of a file that was not read")
     elif "already" in outcome:
-        report.saved(source, require(outcome, "already", str), ALREADY)
+        report.saved(source, source.beside(require(outcome, "already", str)), ALREADY)
     else:
-        report.saved(source, require(outcome, "saved", str), "Saved")
+        report.saved(source, source.beside(require(outcome, "saved", str)), "Saved")
 
 
 # --- file mode ------------------------------------------------------------------------------
@@ -743,9 +772,18 @@ class Sender:
             return True
         return source.decided
 
+    def _connect(self) -> Connection:
+        """Return a new connection; one that was lost before may be refused for a while."""
+        try:
+            return connect(self._address, "file")[0]
+        except SocketPairError as error:
+            if self._was_connected and not isinstance(error, ConnectionLost):
+                raise ConnectionLost(str(error)) from error
+            raise
+
     def _connected(self) -> Connection:
         if self._connection is None:
-            self._connection, _ = connect(self._address, "file")
+            self._connection = self._connect()
             if not self._was_connected:
                 self._progress.begin()
             self._was_connected = True
@@ -778,6 +816,8 @@ class Sender:
             if not isinstance(verdict, dict):
                 raise ProtocolError("received a start that is not one")
             if "offset" not in verdict:
+                if "already" in verdict and source.size not in source.digests:
+                    raise ProtocolError("received a start of a file that was not compared")
                 settle(source, verdict, self._report)
                 self._progress.reach(source, source.size or 0)
                 continue
@@ -805,6 +845,8 @@ class Sender:
         keepalive = Keepalive(lambda: connection.send("hashing"))
         answers = []
         for index, lengths in parse_held(held, len(batch)):
+            if batch[index].size is None:
+                raise ProtocolError("received a held of what has no size")
             hash_prefixes(batch[index], lengths, keepalive)
             answers.append([digest.hexdigest() for digest in batch[index].digests.values()])
         connection.send("prefixes", entries=answers)
@@ -849,28 +891,42 @@ class Sender:
 
 def parse_held(held: list[Any], batch_size: int) -> Iterator[tuple[int, list[int]]]:
     """Yield the index and the lengths in each entry of a `held`. Raises ProtocolError."""
+    expected = 0
     for entry in held:
         match entry:
-            case [int(index), [*lengths]] if 0 <= index < batch_size:
-                if all(type(length) is int and length >= 0 for length in lengths):
+            case [int(index), [*lengths]] if expected <= index < batch_size:
+                if len(lengths) <= MAX_HELD and all(map(is_length, lengths)):
                     yield index, lengths
+                    expected = index + 1
                     continue
         raise ProtocolError("received a held that is not one")
+
+
+def is_length(value: Any) -> bool:
+    """Tell whether `value` is a number of bytes."""
+    return type(value) is int and value >= 0
 
 
 def hash_prefixes(source: Source, lengths: list[int], keepalive: Keepalive) -> None:
     """Set the digests of the first `lengths` bytes of a file, read once; blocks until done.
 
-    Leaves out those for which it cannot be read so far.
+    Leaves out those for which it cannot be read so far, and all where it changes meanwhile.
     """
-    source.digests = {}
+    digests: dict[int, hashlib._Hash] = {}
+    source.digests = digests
     digest, done = hashlib.sha256(), 0
-    with contextlib.suppress(OSError, SocketPairError), open_source(source) as file:
-        for length in sorted(lengths):
-            source.checksum = calculate_checksum(
-                file.fileno(), length - done, digest=digest, on_progress=keepalive
-            )
-            source.digests[length], done = digest.copy(), length
+    try:
+        with open_source(source) as file:
+            source.check_unchanged(file)
+            with contextlib.suppress(FileShrunk):  # one held is longer
+                for length in sorted(lengths):
+                    source.checksum = calculate_checksum(
+                        file.fileno(), length - done, digest=digest, on_progress=keepalive
+                    )
+                    digests[length], done = digest.copy(), length
+            source.check_unchanged(file)
+    except (OSError, FileChanged):  # sending it will say so
+        digests.clear()
 
 
 def open_source(source: Source) -> BinaryIO:
@@ -882,7 +938,11 @@ def open_source(source: Source) -> BinaryIO:
     descriptor = os.open(
         source.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
     )
-    return open(descriptor, "rb", buffering=0)
+    try:
+        return open(descriptor, "rb", buffering=0)
+    except OSError:  # it is a folder by now
+        os.close(descriptor)
+        raise
 
 
 def read_segments(
@@ -901,7 +961,7 @@ def read_segments(
     while left:
         block = blocks.take()[:left]
         if fill(block, file) < len(block):
-            raise SocketPairError(CHANGED)
+            raise FileChanged
         left -= len(block)
         yield block
 

@@ -12,8 +12,10 @@ pairing code         ``make_code``, ``normalize_code``, and ``make_tls_context``
 ``Connection``       a socket with its reads, its writes and its time limits:
                      exact bytes, perhaps encrypted, then frames, then messages
 ``require``          a field of a peer's message, checked for its type
-``BlockPipeline``    blocks of a file, consumed by a second thread while the next is filled
-checksum             ``calculate_checksum``: SHA-256 of a file or of its beginning
+blocks               ``Blocks``; ``BlockPipeline``, where a second thread consumes them while the
+                     next is filled; ``blocks_for`` chooses
+checksum             ``calculate_checksum``: SHA-256 of a file or of its beginning;
+                     ``Keepalive``: the sign of life of whoever does that for long
 sound on the wire    ``AudioFormat``, ``AudioBlock``: what a listener receives
 sound card           ``SoundSystem`` and ``SoundCard``: PortAudio, and one device in use
 console              ``Console``: lines and the status line; ``LevelMeter``
@@ -23,7 +25,10 @@ command line         arguments of both scripts, and ``run``, which turns every e
 
 A **frame** is a 4-byte big-endian length and that many bytes. A **message** is a frame that
 holds a JSON object; its ``type`` says what it is. A file's bytes travel as **segments**, which
-are framed alike but never parsed (see ``server.handle_file_client`` for the conversation).
+are framed alike but never parsed (``server.py`` describes the conversation).
+
+Neither this module nor ``client.py`` uses dataclasses: importing them, and inspect with them,
+would be a tenth of all the time that a small file takes, Python's start included.
 """
 
 from __future__ import annotations
@@ -44,9 +49,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar
-
-# Neither here nor in client.py dataclasses: importing them (and with them inspect) would take a
-# tenth of the whole time that a small file takes, Python's start included.
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -278,7 +280,7 @@ def ask(question: str) -> str:
     except EOFError:
         raise SocketPairError(f"\nno answer to {name!r}: end of input") from None
     if not sys.stdin.isatty():
-        say(answer)
+        say(escape(answer))
     return answer
 
 
@@ -1571,6 +1573,25 @@ def open_missing_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
+def find_status(main: Callable[[Sequence[str]], int]) -> int:
+    """Run `main` on the command line's arguments; return its exit status, however it ends."""
+    try:
+        return main(sys.argv[1:])
+    except SocketPairError as error:
+        complain(str(error))
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Terminated:
+        return EXIT_TERMINATED
+    except BrokenPipeError:  # nobody reads what we say: nothing more to say then
+        return EXIT_FAILED
+    except OSError as error:  # all others are dealt with where they happen
+        with contextlib.suppress(OSError):
+            complain(f"cannot write to standard output: {describe_error(error)}")
+        return EXIT_FAILED
+
+
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run `main` on the command line's arguments and exit with the status it returns.
 
@@ -1585,20 +1606,11 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        status = main(sys.argv[1:])
-    except SocketPairError as error:
-        complain(str(error))
-        status = EXIT_FAILED
-    except KeyboardInterrupt:
+        status = find_status(main)
+    except (KeyboardInterrupt, Terminated):  # another one, while the first was dealt with
         status = EXIT_INTERRUPTED
-    except Terminated:
-        status = EXIT_TERMINATED
-    except BrokenPipeError:  # nobody reads what we say: nothing more to say then
-        status = EXIT_FAILED
-    except OSError as error:  # all others are dealt with where they happen
-        with contextlib.suppress(OSError):
-            complain(f"cannot write to standard output: {describe_error(error)}")
-        status = EXIT_FAILED
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()

@@ -3,19 +3,19 @@
     python server.py file
     python server.py audio
 
-From the top down:
+In the order of the file; to follow a run, begin at `main`, at its end:
 
 ====================  =============================================================
-command line          ``main`` asks for what the arguments leave open
-listener              ``Server`` accepts, gives each connection a thread, shakes hands
+names                 ``safe_parts``, ``Folders``: nothing outside the folder
+on disk               ``PartialFile``: hidden until complete, then moved into place
+one file              ``Incoming``: what is known of it, from the offer to its result
+file conversation     ``handle_file_client`` and ``Reception``: offers, resuming, results
+sound: inputs         ``Microphone``, ``PacedInput``: sound card, WAV file, pipe; ``CaptureQueue``
+sound: broadcaster    ``handle_audio_client``, ``Broadcaster``, ``Listener``: sound to everyone
 who may connect       ``Door``: the pairing code; ``Lobby`` and ``Patience`` bound what
                       those can do who have not got it
-broadcaster           ``handle_audio_client``, ``Broadcaster``, ``Listener``: sound to everyone
-inputs                ``Microphone``, ``PacedInput``: sound card, WAV file, pipe; ``CaptureQueue``
-file conversation     ``handle_file_client`` and ``Reception``: offers, resuming, results
-one file              ``Incoming``: what is known of it, from the offer to its result
-on disk               ``PartialFile``: hidden until complete, then moved into place
-names                 ``safe_parts``, ``Folders``: nothing outside the folder
+listener              ``Server`` accepts, gives each connection a thread, shakes hands
+command line          ``main`` asks for what the arguments leave open
 ====================  =============================================================
 
 The file conversation, after the handshake, any number of times until the client hangs up::
@@ -39,6 +39,12 @@ at the input's end the reason. The client sends nothing. Inside the server it ta
 """
 
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":
+    # Until common.run() can deal with it, Ctrl+C just ends the program, also during the imports.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import contextlib
@@ -244,9 +250,22 @@ class Folder:
     """A real folder that files go to."""
 
     path: str  # with a separator at its end
-    shown: str  # the same as clients are told it: below the root, with "/"
-    device: int
+    shown: str  # the same below the root, with "/"
+    identity: tuple[int, int]
     leftovers: dict[str, list[str]]  # paths of unfinished files from earlier runs, by their stems
+
+    @property
+    def device(self) -> int:
+        """The file system that it is on."""
+        return self.identity[0]
+
+    def is_in_place(self) -> bool:
+        """Tell whether what stands at its path is still this folder, and no link elsewhere."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self.identity
 
 
 class Folders:
@@ -265,7 +284,7 @@ class Folders:
         Raises Refused where a name or a symbolic link leads out of the root or a file is in the
         way, and OSError where the system does not allow it.
         """
-        if path not in self._known:
+        if path not in self._known or not self._known[path].is_in_place():
             if len(self._known) >= MAX_KNOWN_FOLDERS:
                 self._known.clear()
             self._known[path] = self._look_at(self._make([] if path is None else safe_parts(path)))
@@ -286,10 +305,11 @@ class Folders:
 
     def _look_at(self, real: str) -> Folder:
         below = os.path.relpath(real, self._root).replace(os.sep, "/")
+        found = os.stat(real)
         return Folder(
             path=os.path.join(real, ""),
             shown="" if below == "." else f"{below}/",
-            device=os.stat(real).st_dev,
+            identity=(found.st_dev, found.st_ino),
             leftovers=find_leftovers(real),
         )
 
@@ -573,8 +593,8 @@ class Incoming:
             lengths.add(self.entry.size)
         return sorted(lengths)
 
-    def hash_held(self, keepalive: Keepalive) -> None:
-        """Hash all that is held of it; blocks until done."""
+    def hash_held(self, known: dict[str, str], keepalive: Keepalive) -> None:
+        """Hash what is held of it, finished files only if not `known` yet; blocks until done."""
         for claim in self.claims:
             with contextlib.suppress(OSError, FileShrunk):  # then it has another SHA-256, too
                 calculate_checksum(
@@ -582,10 +602,11 @@ class Incoming:
                 )
         for name in self.twins:
             assert self.folder is not None
-            with contextlib.suppress(OSError):  # unreadable: not known to be the same
-                self.twins[name] = calculate_checksum(
-                    self.folder.path + name, on_progress=keepalive
-                )
+            path = self.folder.path + name
+            if path not in known:
+                with contextlib.suppress(OSError):  # unreadable: not known to be the same
+                    known[path] = calculate_checksum(path, on_progress=keepalive)
+            self.twins[name] = known.get(path, "")
 
     def find_twin(self, checksum: str | None) -> str | None:
         """Return the name of the finished file whose SHA-256 is `checksum`, if there is one."""
@@ -603,6 +624,8 @@ class Incoming:
     def open(self) -> None:
         """Make a partial file for it unless one is gone on with. Raises OSError."""
         assert self.folder is not None
+        if not self.folder.is_in_place():
+            raise Refused("its folder was moved or removed meanwhile")
         if self.partial is None:
             self.partial = PartialFile.create(self.folder, self.entry.name)
 
@@ -612,8 +635,13 @@ class Incoming:
         self.partial.write(view)
         self.digest.update(view)
 
+    def size_on_disk(self) -> int:
+        """How large its partial file really is. Raises OSError."""
+        assert self.partial is not None
+        return os.fstat(self.partial.descriptor).st_size
+
     def publish(self, overwrite: bool) -> str:
-        """Move the complete file into place; return its path as clients are told it.
+        """Move the complete file into place; return the name that it has there.
 
         Raises OSError and Refused.
         """
@@ -621,7 +649,7 @@ class Incoming:
         assert self.partial is not None
         name = self.partial.publish(self.folder, self.entry, overwrite)
         self.partial = None
-        return self.folder.shown + name
+        return name
 
     def discard(self) -> None:
         """Remove what is here of it."""
@@ -772,8 +800,9 @@ class Reception:
         connection = self._connection
         connection.send("held", entries=[[each.index, each.held()] for each in held])
         keepalive = Keepalive(lambda: connection.send("hashing"))
+        known: dict[str, str] = {}
         for incoming in held:
-            incoming.hash_held(keepalive)
+            incoming.hash_held(known, keepalive)
         answers = self._receive_prefixes(len(held))
         for incoming, checksums in zip(held, answers, strict=True):
             # Short where the client could not read so much of its file.
@@ -782,8 +811,7 @@ class Reception:
             twin = incoming.find_twin(prefixes.get(incoming.entry.size or 0))
             if twin is not None:
                 incoming.discard()
-                assert incoming.folder is not None
-                incoming.outcome = {"already": incoming.folder.shown + twin}
+                incoming.outcome = {"already": twin}
 
     def _receive_prefixes(self, count: int) -> list[list[str]]:
         while (message := self._connection.receive("prefixes", "hashing"))["type"] == "hashing":
@@ -842,7 +870,7 @@ class Reception:
         incoming.arrived = True
         folder = self._folders.locate(incoming.entry.path)
         set_times(folder.path, incoming.entry.mtime_ns)
-        incoming.outcome = {"saved": folder.shown.rstrip("/")}
+        incoming.outcome = {"saved": incoming.entry.name}
 
     def _receive_file(self, incoming: Incoming) -> None:
         """Take a file's bytes and move it into place.
@@ -856,6 +884,8 @@ class Reception:
         whole = incoming.entry.size in (None, incoming.received)
         if not whole or checksum != incoming.digest.digest():
             raise Refused("its SHA-256 does not match: it changed while it was sent")
+        if incoming.size_on_disk() != incoming.received:
+            raise Refused("another program writes to its hidden file here")
         incoming.outcome = {"saved": incoming.publish(self._store.overwrite)}
         self._log_saved(incoming, incoming.received - offset, time.monotonic() - started)
 
@@ -906,8 +936,10 @@ class Reception:
     def _log_saved(self, incoming: Incoming, count: int, seconds: float) -> None:
         if not log.isEnabledFor(logging.INFO):
             return
+        assert incoming.folder is not None
         assert incoming.outcome is not None
-        path = os.path.join(self._store.folder, incoming.outcome["saved"])
+        below = incoming.folder.shown + incoming.outcome["saved"]
+        path = os.path.join(self._store.folder, below)
         rest = "the rest of " if count < incoming.received else ""
         log.info(
             f"{self._connection.peer} sent {rest}{escape(incoming.entry.path)}: "

@@ -258,7 +258,7 @@ def test_a_pipe_larger_than_the_disk_stops_soon(disk: Path, tmp_path: Path) -> N
     with Server(disk) as server, open("/dev/zero", "rb") as endless:
         result = server.send("-", "--name", "endless", small, stdin=endless.fileno())
         assert result.status == 1
-        assert result.error_lines == ["-: no space left on device"]
+        assert result.error_lines == ["endless: no space left on device"]
         assert contents(disk) == {"small": small.read_bytes()}
 
 

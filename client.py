@@ -25,7 +25,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__":
-    # Until common.run() can deal with it, Ctrl+C just ends the program, also during the imports.
+    # Until common.take_signals(), Ctrl+C just ends the program, also during the imports.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -1890,6 +1890,7 @@ def matching_paths(text: str) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     """Run the client with the command line's arguments; return its exit status."""
     args = parse_arguments(argv)
+    common.take_signals()
     mode = "audio" if args.list_devices else args.mode or common.ask_mode()
     if mode == "audio":
         with common.quiet_libraries(args.verbose):

@@ -1566,6 +1566,17 @@ def _terminate(_signal: int, _frame: object) -> NoReturn:
     raise Terminated
 
 
+def take_signals() -> None:
+    """Have Ctrl+C and SIGTERM raise KeyboardInterrupt and Terminated in the main thread.
+
+    Before that, up to the end of parsing the command line, they just end the program: argparse
+    does not bear an exception everywhere. Also where a shell has started us in the background, with
+    SIGINT ignored.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def open_missing_streams() -> None:
     """Have standard input empty, and the outputs nowhere, where whoever started us closed them."""
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
@@ -1599,9 +1610,6 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     SIGTERM (143), a closed standard output (1). The exit is immediate, so that a thread that
     still waits in a socket cannot hold it up.
     """
-    signal.signal(signal.SIGTERM, _terminate)
-    # Also where a shell has started us in the background, with SIGINT ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

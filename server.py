@@ -43,7 +43,7 @@ from __future__ import annotations
 import signal
 
 if __name__ == "__main__":
-    # Until common.run() can deal with it, Ctrl+C just ends the program, also during the imports.
+    # Until common.take_signals(), Ctrl+C just ends the program, also during the imports.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -1911,6 +1911,7 @@ def serve_until_stopped(server: Server) -> int:
 def main(argv: Sequence[str]) -> int:
     """Run the server with the command line's arguments; return its exit status."""
     args = parse_arguments(argv)
+    common.take_signals()
     if sys.platform != "win32":
         raise_open_file_limit()
     mode = "audio" if args.list_devices else args.mode or common.ask_mode()

@@ -482,7 +482,7 @@ def test_an_idle_server_stops_at_once(inbox: Path, number: signal.Signals, statu
         server.signal(number)
         result = server.wait()
     assert result.status == status
-    assert result.stderr == ""
+    assert result.stderr == ("\nstopped\n" if number == signal.SIGINT else "")
 
 
 def test_ctrl_c_on_the_server_lets_transfers_finish_and_takes_no_more(

@@ -284,11 +284,15 @@ class Folders:
         Raises Refused where a name or a symbolic link leads out of the root or a file is in the
         way, and OSError where the system does not allow it.
         """
-        if path not in self._known or not self._known[path].is_in_place():
+        if path not in self._known:
             if len(self._known) >= MAX_KNOWN_FOLDERS:
                 self._known.clear()
             self._known[path] = self._look_at(self._make([] if path is None else safe_parts(path)))
         return self._known[path]
+
+    def forget_moved(self) -> None:
+        """Look anew, when they are next needed, for folders that are not where they were."""
+        self._known = {path: each for path, each in self._known.items() if each.is_in_place()}
 
     def _make(self, parts: Sequence[str]) -> str:
         """Make what is missing of a folder; return its real path."""
@@ -771,6 +775,7 @@ class Reception:
         """Find where each entry goes and what is there of it already."""
         patience = Deadline(CLAIM_TIMEOUT_S)
         self._claims_left = MAX_CLAIMS
+        self._folders.forget_moved()
         for incoming in batch:
             try:
                 check_name(incoming.entry.name)

@@ -14,6 +14,8 @@ from pathlib import Path
 import pexpect
 import pytest
 
+import client
+from common import Keepalive
 from support import (
     HOST,
     LIMIT_S,
@@ -39,6 +41,7 @@ from support import (
     wait_for,
 )
 
+posix = pytest.mark.skipif(os.name != "posix", reason="has no such links and times")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
@@ -1098,3 +1101,68 @@ def test_the_client_needs_no_package_for_files(server: Server, tmp_path: Path) -
     )
     assert process.returncode == 0, process.stderr
     assert contents(server.folder) == {"file.bin": source.read_bytes()}
+
+
+def test_many_names_that_take_much_of_a_message_arrive(server: Server, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for number in range(600):
+        make_file(tree / ("\x01" * 240 + str(number)), 0)
+    result = server.send(tree)
+    assert result.status == 0, result
+    assert contents(server.folder / "tree") == contents(tree)
+
+
+@posix
+def test_many_results_from_a_deep_folder_arrive(server: Server, tmp_path: Path) -> None:
+    deep = server.folder.joinpath(*(letter * 250 for letter in "abcdefghijklm"))
+    deep.mkdir(parents=True)
+    (server.folder / "short").symlink_to(deep)
+    tree = tmp_path / "short"
+    for number in range(600):
+        make_file(tree / f"file {number}", 10, seed=number)
+    for line in ("600 files", "600 there already"):
+        result = server.send(tree)
+        assert result.status == 0, result
+        assert line in result.stdout
+    assert contents(deep) == contents(tree)
+
+
+@posix
+def test_a_change_whose_time_is_set_back_is_noticed(tmp_path: Path) -> None:
+    path = make_file(tmp_path / "file", 1000)
+    found = os.stat(path)
+    source = client.Source.from_stat(str(path), "file", found)
+    with open(path, "rb", buffering=0) as file:
+        source.check_unchanged(file)
+        wait_for(lambda: set_back(path, found) != found.st_ctime_ns, what="the clock moves on")
+        with pytest.raises(client.FileChanged):
+            source.check_unchanged(file)
+
+
+def set_back(path: Path, found: os.stat_result) -> int:
+    """Change a file and restore its modification time; return the time of its status."""
+    path.write_bytes(bytes(found.st_size))
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    return os.stat(path).st_ctime_ns
+
+
+@posix
+def test_a_file_that_changes_while_it_is_compared_counts_as_changed(tmp_path: Path) -> None:
+    path = make_file(tmp_path / "file", 1000)
+    source = client.Source.from_stat(str(path), "file", os.stat(path))
+    with open(path, "ab") as file:
+        file.write(b"more")
+    client.hash_prefixes(source, [1000], Keepalive(lambda: None))
+    assert source.digests == {}
+
+
+def test_standard_input_from_a_terminal_has_a_bar(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "source", 3 * MIB)
+    command = (
+        f"cat {source} | {sys.executable} {ROOT / 'client.py'} file - --name z --port {server.port}"
+    )
+    child = pexpect.spawn("sh", ["-c", command], timeout=60, encoding="utf-8")
+    child.expect("Saved as z")
+    child.expect(pexpect.EOF)
+    assert "Traceback" not in (child.before or "")
+    assert (server.folder / "z").read_bytes() == source.read_bytes()

@@ -330,3 +330,27 @@ def test_a_partial_file_in_use_is_not_claimed_again(root: Path) -> None:
     assert claimed is not None
     claimed.discard()
     assert os.listdir(root) == []
+
+
+@posix
+def test_a_folder_that_a_link_takes_the_place_of_is_not_followed_out(root: Path) -> None:
+    outside = root.parent / "elsewhere"
+    outside.mkdir()
+    folders = Folders(str(root))
+    folder = folders.locate("sub")
+    (root / "sub").rename(root / "sub.old")
+    (root / "sub").symlink_to(outside)
+    with pytest.raises(Refused):
+        server.Incoming(0, Entry("sub", "x"), folder).open()
+    folders.forget_moved()
+    with pytest.raises(Refused):
+        folders.locate("sub")
+    assert os.listdir(outside) == []
+
+
+def test_a_folder_that_is_removed_meanwhile_is_made_again(root: Path) -> None:
+    folders = Folders(str(root))
+    folders.locate("sub")
+    (root / "sub").rmdir()
+    folders.forget_moved()
+    assert os.path.isdir(folders.locate("sub").path)

@@ -121,6 +121,8 @@ MAX_LATENCY_MS = 900
 
 FOREVER_S = 1e9
 RECONNECT_WAIT_S = 0.5
+# While a cable is out an attempt goes nowhere: let there soon be another.
+RECONNECT_TIMEOUT_S = 1.5
 DRAIN_LIMIT_S = 2.0
 CARD_BUFFER_S = 0.15
 MAX_GAP_MS = 3_600_000
@@ -163,21 +165,29 @@ class Address:
         self.__dict__.pop("tls", None)
 
 
-def connect(address: Address, mode: str) -> tuple[Connection, dict[str, Any]]:
+def connect(
+    address: Address,
+    mode: str,
+    *,
+    timeout_s: float = HANDSHAKE_TIMEOUT_S,
+    ask: Callable[[], str] | None = None,
+) -> tuple[Connection, dict[str, Any]]:
     """Return a connection past its handshake, and the server's welcome.
 
-    Asks for the pairing code where the server wants one that we do not have, and there is a
-    terminal to ask at. Otherwise blocks for 10 s each for connecting and for the handshake at
-    most. Raises NoServer, ConnectionLost, ProtocolError where it is no Socket Pair server,
-    NotPaired where the code is wrong or not wanted, and PeerRefused.
+    Asks for the pairing code, with `ask` or `ask_for_code`, where the server wants one that we do
+    not have, and there is a terminal to ask at. Otherwise blocks for `timeout_s` for connecting
+    and for 10 s for the handshake at most.
+
+    Raises NoServer, ConnectionLost, ProtocolError where it is no Socket Pair server, NotPaired
+    where the code is wrong or not wanted, and PeerRefused.
     """
     try:
-        return connect_once(address, mode)
+        return connect_once(address, mode, timeout_s)
     except CodeWanted:
         if address.open or not sys.stdin.isatty():
             raise
-    address.set_code(ask_for_code())
-    return connect_once(address, mode)
+    address.set_code((ask or ask_for_code)())
+    return connect_once(address, mode, timeout_s)
 
 
 def ask_for_code() -> str:
@@ -189,12 +199,14 @@ def ask_for_code() -> str:
             complain(str(error))
 
 
-def connect_once(address: Address, mode: str) -> tuple[Connection, dict[str, Any]]:
+def connect_once(
+    address: Address, mode: str, timeout_s: float
+) -> tuple[Connection, dict[str, Any]]:
     """Do what `connect` does, with the code that we have."""
     tls = address.tls  # before the server's patience begins
     peer = escape(common.format_address(address.host, address.port))
     try:
-        sock = socket.create_connection((address.host, address.port), timeout=HANDSHAKE_TIMEOUT_S)
+        sock = socket.create_connection((address.host, address.port), timeout=timeout_s)
     except (OSError, ValueError) as error:  # ValueError: a host that no name can be
         raise NoServer(
             f"no server at {peer} ({describe_error(error)}): "
@@ -1546,7 +1558,7 @@ class Listening:
         """
         while self._deadline.remaining():
             try:
-                connection, welcome = connect(self._address, "audio")
+                connection, welcome = self._connect()
                 with connection:
                     self._listen(connection, welcome)
                 return
@@ -1554,6 +1566,14 @@ class Listening:
                 self._wait_for_server(error)
         if self._audio is None:
             raise SocketPairError("no server was found in the time given")
+
+    def _connect(self) -> tuple[Connection, dict[str, Any]]:
+        timeout_s = HANDSHAKE_TIMEOUT_S if self._audio is None else RECONNECT_TIMEOUT_S
+        return connect(self._address, "audio", timeout_s=timeout_s, ask=self._ask_for_code)
+
+    def _ask_for_code(self) -> str:
+        with self._console.without_status():
+            return ask_for_code()
 
     def _wait_for_server(self, error: ConnectionLost) -> None:
         """Say once that there is no server, and leave it a little time to come back."""
@@ -1631,10 +1651,13 @@ def start_audio_client(  # noqa: PLR0913 - the command line's options
             open_outputs(outputs, output, record, latency_ms, console)
             listening = Listening(address, outputs, seconds, console)
             threading.Thread(target=listening.show_status, name="status", daemon=True).start()
-            with contextlib.suppress(KeyboardInterrupt):  # the usual way to stop
+            try:
                 listening.run()
                 for each in outputs:
                     each.drain()
+            except KeyboardInterrupt:
+                if not listening.heard_s:
+                    raise  # otherwise it is the usual way to stop
         finally:
             for each in outputs:
                 each.close()

@@ -258,9 +258,11 @@ def ask(question: str) -> str:
     the session it was. Raises SocketPairError at the end of input.
     """
     name = question.strip(": ")
-    if sys.stdin.isatty() and not sys.stdout.isatty():
-        # Standard output may carry data; and who types looks at the terminal.
-        print(question, end="", file=sys.stderr, flush=True)
+    # Standard output may carry data; and who types looks at the terminal.
+    aside = sys.stdin.isatty() and not sys.stdout.isatty()
+    if aside or "readline" not in sys.modules:
+        # Without readline, input() has C write the question to descriptor 2: see quiet_libraries.
+        print(question, end="", file=sys.stderr if aside else sys.stdout, flush=True)
         question = ""
     try:
         answer = input(question)
@@ -1418,6 +1420,7 @@ class Console:
         self._data_on_stdout = data_on_stdout
         self._has_status = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self._status_width = 0
+        self._is_held = False
         self._lock = threading.Lock()
 
     def say(self, text: str) -> None:
@@ -1437,10 +1440,21 @@ class Console:
     def show_status(self, text: str) -> None:
         """Replace the status line; does nothing without a terminal."""
         with self._lock:
-            if self._has_status:
+            if self._has_status and not self._is_held:
                 import shutil  # noqa: PLC0415  (it takes a while, and files do without)
 
                 self._show(text[: shutil.get_terminal_size().columns - 1])
+
+    @contextlib.contextmanager
+    def without_status(self) -> Iterator[None]:
+        """Show no status line inside the ``with`` block, in which the user is asked something."""
+        with self._lock:
+            self._show("")
+            self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
 
     def end_status(self) -> None:
         """Clear the status line, and show none from now on."""

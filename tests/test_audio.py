@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
+import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 import wave
@@ -101,6 +104,47 @@ class Script:
         """Press Ctrl+C; return the exit status."""
         self.process.send_signal(signal.SIGINT)
         return self.end()
+
+
+class Terminal(Script):
+    """A script at a terminal of its own; `text` is all that the terminal was sent."""
+
+    def __init__(self, name: str, *arguments: str, environment: Mapping[str, str]) -> None:
+        self._terminal, far = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / name), "audio", *arguments],
+            env=dict(environment),
+            stdin=far,
+            stdout=far,
+            stderr=far,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
+        )
+        os.close(far)
+        self._shown = bytearray()
+        self._threads = [threading.Thread(target=self._follow, daemon=True)]
+        self._threads[0].start()
+
+    def _follow(self) -> None:
+        with contextlib.suppress(OSError):  # so ends a terminal that nobody has open any more
+            while data := os.read(self._terminal, 4096):
+                self._shown += data
+
+    def text(self) -> str:
+        """Return everything shown so far."""
+        return self._shown.decode()
+
+    def type(self, keys: str) -> None:
+        """Press `keys`, one of which may be Ctrl+C."""
+        os.write(self._terminal, keys.encode())
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        self._threads[0].join(LIMIT_S)
+        os.close(self._terminal)
 
 
 def start_server(card: VirtualSoundCard, *arguments: str, **options: Any) -> Script:
@@ -482,6 +526,40 @@ def test_a_gap_becomes_silence_of_its_length(tmp_path: Path) -> None:
     output.close()
     assert read_wav(tmp_path / "gap.wav")[1] == b"\1\1" * 10 + bytes(120_000) + b"\2\2" * 10
     assert output.status() == "missed 1250 ms"
+
+
+# --- at a terminal ----------------------------------------------------------------------------
+
+CODE = "KQ7M-2XFD-9WPA"
+
+
+def test_the_pairing_code_is_asked_for_where_the_user_sees_it(card: VirtualSoundCard) -> None:
+    with (
+        start_server(card, "--code", CODE) as sender,
+        Terminal("client.py", "--port", port_of(sender), environment=card.environment) as player,
+    ):
+        player.wait_for("Pairing code: ")
+        shown = player.text()
+        time.sleep(3 * common.STATUS_INTERVAL_S)  # no status line comes over the question
+        assert player.text() == shown
+        player.type(CODE + "\n")
+        player.wait_for("Listening")
+        player.wait_for("0:01")
+        player.type("\x03")
+        assert player.end() == common.EXIT_OK
+
+
+def test_ctrl_c_before_anything_was_heard_is_status_130(card: VirtualSoundCard) -> None:
+    with (
+        start_server(card, "--code", CODE) as sender,
+        Terminal("client.py", "--port", port_of(sender), environment=card.environment) as player,
+    ):
+        player.wait_for("Pairing code: ")
+        player.type("\x03")
+        assert player.end() == common.EXIT_INTERRUPTED
+    with start_client(card, "1") as player:
+        player.wait_for("looking for it")
+        assert player.interrupt() == common.EXIT_INTERRUPTED
 
 
 # --- numbers and buffers ----------------------------------------------------------------------

@@ -1199,6 +1199,10 @@ def quietest_step(audio: AudioFormat, samples: bytes) -> int:
 # --- sound: outputs -------------------------------------------------------------------------
 
 
+class ReaderGone(SocketPairError):
+    """Who read our standard output has closed it: nobody wants more."""
+
+
 class Output(Protocol):
     """Where received sound goes."""
 
@@ -1237,20 +1241,20 @@ class SpeakerOutput:
     def begin(self, audio: AudioFormat) -> None:
         """Open the card, unless it is open in this format already; blocks for that."""
         if self._buffer is None or self._buffer.audio != audio:
-            self._buffer = JitterBuffer(audio, self._latency_ms)
-            self._card.open(audio, self._exchange)
+            buffer = JitterBuffer(audio, self._latency_ms)
+            self._card.open(audio, functools.partial(self._exchange, buffer))
+            self._buffer = buffer
 
-    def _exchange(self, _samples: bytes | None, frames: int) -> bytes:
-        """Return the next `frames`; PortAudio's thread calls this."""
-        assert self._buffer is not None
+    def _exchange(self, buffer: JitterBuffer, _samples: bytes | None, frames: int) -> bytes:
+        """Return the next `frames` of `buffer`; PortAudio's thread calls this."""
         with self._lock:
-            return self._buffer.read(frames)
+            return buffer.read(frames)
 
     def write(self, samples: bytes, gap_frames: int) -> None:
         """Hand over to the jitter buffer."""
-        assert self._buffer is not None
-        with self._lock:
-            self._buffer.write(samples, gap_frames)
+        if self._buffer is not None:
+            with self._lock:
+                self._buffer.write(samples, gap_frames)
 
     def drain(self) -> None:
         """Play what is left, down to the last sample in the sound card's own buffer."""
@@ -1370,6 +1374,10 @@ class WavWriter:
                 self._console.say(f"Recording into {escape(path)}")
                 return
 
+    def explain(self, error: OSError) -> SocketPairError:
+        """Return what a failed write means to the user."""
+        return SocketPairError(f"cannot record: {describe_error(error)}")
+
     def close(self) -> None:
         """Close the file; it is complete."""
         if self._file:
@@ -1377,9 +1385,15 @@ class WavWriter:
 
 
 class PipeWriter:
-    """Writes raw samples to standard output."""
+    """Writes raw samples to standard output. Raises SocketPairError where it takes none."""
 
     def __init__(self) -> None:
+        if sys.stdout is None:
+            raise SocketPairError("cannot write to standard output: it is closed")
+        if sys.stdout.isatty():
+            raise SocketPairError(
+                "--output - is for another program or a file, not for a terminal: add | or >"
+            )
         self._file = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115
         self._audio: AudioFormat | None = None
 
@@ -1395,6 +1409,12 @@ class PipeWriter:
         """Write all of `samples`; blocks until the reader has taken them."""
         write_all(self._file, samples)
 
+    def explain(self, error: OSError) -> SocketPairError:
+        """Return what a failed write means to the user."""
+        if isinstance(error, BrokenPipeError):
+            return ReaderGone("standard output was closed")
+        return SocketPairError(f"cannot write to standard output: {describe_error(error)}")
+
     def close(self) -> None:
         """Nothing to do: standard output is not ours to close."""
 
@@ -1403,7 +1423,11 @@ def write_all(file: Any, data: bytes) -> None:
     """Write all of `data` to an unbuffered file; blocks. Raises OSError."""
     view = memoryview(data)
     while view:
-        view = view[file.write(view) :]
+        written = file.write(view)
+        if written is None:  # whoever started us has made it non-blocking
+            select.select([], [file], [])
+        else:
+            view = view[written:]
 
 
 class RecordingOutput:
@@ -1427,13 +1451,13 @@ class RecordingOutput:
         try:
             self._writer.begin(audio)
         except OSError as error:
-            raise SocketPairError(f"cannot record: {describe_error(error)}") from error
+            raise self._writer.explain(error) from error
         self._audio = audio
 
     def write(self, samples: bytes, gap_frames: int) -> None:
         """Queue `samples`; blocks while too much waits. Raises what writing earlier ones did."""
         if self._error:
-            raise SocketPairError(f"cannot record: {describe_error(self._error)}")
+            raise self._writer.explain(self._error)
         self._blocks.put((samples, gap_frames))
 
     def _run(self) -> None:
@@ -1464,7 +1488,7 @@ class RecordingOutput:
         self._thread.join()
         self._writer.close()
         if self._error:
-            raise SocketPairError(f"cannot record: {describe_error(self._error)}")
+            raise self._writer.explain(self._error)
 
     def status(self) -> str:
         """Return how much was missed so far."""
@@ -1486,6 +1510,8 @@ def open_outputs(
 
     Raises SocketPairError where one cannot be had.
     """
+    if record == STDOUT:
+        raise SocketPairError("--record takes a file: use --output - for standard output")
     if output == STDOUT:
         outputs.append(RecordingOutput(PipeWriter()))
     elif output is not None and output.lower().endswith(".wav"):
@@ -1646,27 +1672,44 @@ def start_audio_client(  # noqa: PLR0913 - the command line's options
     """
     console = Console(quiet, data_on_stdout=output == STDOUT)
     outputs: list[Output] = []
+    listening = Listening(address, outputs, seconds, console)
     try:
-        try:
+        with contextlib.suppress(ReaderGone), closing_all(outputs):
             open_outputs(outputs, output, record, latency_ms, console)
-            listening = Listening(address, outputs, seconds, console)
             threading.Thread(target=listening.show_status, name="status", daemon=True).start()
-            try:
-                listening.run()
-                for each in outputs:
-                    each.drain()
-            except KeyboardInterrupt:
-                if not listening.heard_s:
-                    raise  # otherwise it is the usual way to stop
-        finally:
-            for each in outputs:
-                each.close()
-        console.end_status()
-        console.say(listening.summarize())
+            listen_until_stopped(listening, outputs)
     except SocketPairError as error:
+        console.end_status()
         console.complain(str(error))
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        console.end_status()
+        raise
+    console.end_status()
+    console.say(listening.summarize())
     return EXIT_OK
+
+
+def listen_until_stopped(listening: Listening, outputs: list[Output]) -> None:
+    """Listen, and let all come out; Ctrl+C is the usual way to stop once something was heard."""
+    try:
+        listening.run()
+        for output in outputs:
+            output.drain()
+    except KeyboardInterrupt:
+        if not listening.heard_s:
+            raise
+
+
+@contextlib.contextmanager
+def closing_all(outputs: list[Output]) -> Iterator[None]:
+    """Close every output after the ``with`` block, also where closing another fails."""
+    with contextlib.ExitStack() as closing:
+        try:
+            yield
+        finally:
+            for output in outputs:
+                closing.callback(output.close)
 
 
 # --- command line ---------------------------------------------------------------------------

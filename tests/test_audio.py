@@ -484,6 +484,32 @@ def test_a_recording_beside_playing_is_valid_after_kill_9(
     assert len(samples) == recording.stat().st_size - client.WavFile.HEADER.size
 
 
+def test_a_reader_that_goes_ends_the_client_quietly_and_what_is_recorded_stays(
+    card: VirtualSoundCard, tmp_path: Path
+) -> None:
+    write_wav(tmp_path / "sent.wav", numbered_frames(48_000), MONO)
+    recording = tmp_path / "heard.wav"
+    reading, writing = os.pipe()
+    with start_server(card, "--input", str(tmp_path / "sent.wav")) as sender:
+        arguments = ("--output", "-", "--record", str(recording))
+        with start_client(card, port_of(sender), *arguments, stdout=writing) as player:
+            os.close(writing)
+            wait_for(lambda: recording.exists() and recording.stat().st_size > 9_000, "sound")
+            os.close(reading)
+            assert player.end() == common.EXIT_OK
+            assert "heard" in player.lines[-1]
+            assert "pipe" not in player.text()
+    assert len(read_wav(recording)[1]) == recording.stat().st_size - client.WavFile.HEADER.size
+
+
+def test_raw_samples_are_not_written_to_a_terminal(card: VirtualSoundCard) -> None:
+    with Terminal("client.py", "--output", "-", environment=card.environment) as player:
+        assert player.end() == common.EXIT_FAILED
+        assert "terminal" in player.text()
+    with start_client(card, "1", "--record", "-") as player:
+        ends_with_one_line(player, "--output -")
+
+
 def test_what_comes_last_is_played_before_the_client_ends(card: VirtualSoundCard) -> None:
     with (
         start_server(card, "--input", "-", stdin=subprocess.PIPE) as sender,

@@ -1075,7 +1075,7 @@ MICROPHONE = Direction(
     option="--input",
     channels_field="maxInputChannels",
     default_field="defaultInputDevice",
-    advice="plug one in, or use --input FILE.wav or --input - (see --list-devices)",
+    advice="plug one in, or use --input FILE.wav or --input -",
 )
 SPEAKER = Direction(
     kind="output",
@@ -1084,18 +1084,28 @@ SPEAKER = Direction(
     option="--output",
     channels_field="maxOutputChannels",
     default_field="defaultOutputDevice",
-    advice="plug one in, or use --output FILE.wav or --output - (see --list-devices)",
+    advice="plug one in, or use --output FILE.wav or --output -",
 )
 
 # Called with what was captured, or None, and the number of frames; returns what to play, or None.
 Exchange = Callable[[bytes | None, int], bytes | None]
 
 
+@contextlib.contextmanager
+def portaudio_errors() -> Iterator[None]:
+    """Raise AudioUnavailable for what PortAudio reports in the ``with`` block."""
+    try:
+        yield
+    except OSError as error:
+        reason = escape(str(error.args[-1] if error.args else error))
+        raise AudioUnavailable(f"the sound system does not work ({reason})") from error
+
+
 class SoundSystem:
     """PortAudio, from its start to its end; it knows the devices there were at its start.
 
-    Raises AudioUnavailable where PyAudio is not installed. `close` it, or use it in a ``with``
-    block; its streams end with it.
+    Raises AudioUnavailable where PyAudio is not installed or PortAudio fails. `close` it, or
+    use it in a ``with`` block; its streams end with it.
     """
 
     def __init__(self) -> None:
@@ -1108,7 +1118,8 @@ class SoundSystem:
             ) from None
         self._continue: int = pyaudio.paContinue
         self._sample_format: int = pyaudio.paInt16
-        self._portaudio: Any = pyaudio.PyAudio()
+        with portaudio_errors():
+            self._portaudio: Any = pyaudio.PyAudio()
 
     def __enter__(self) -> SoundSystem:
         return self
@@ -1124,12 +1135,14 @@ class SoundSystem:
 
     def devices(self) -> list[dict[str, Any]]:
         """Return PortAudio's own description of each device."""
-        count = self._portaudio.get_device_count()
-        return [self._portaudio.get_device_info_by_index(index) for index in range(count)]
+        with portaudio_errors():
+            count = self._portaudio.get_device_count()
+            return [self._portaudio.get_device_info_by_index(index) for index in range(count)]
 
     def host_api_name(self, device: dict[str, Any]) -> str:
         """Return the name of the sound system that a device belongs to, as ``ALSA``."""
-        return str(self._portaudio.get_host_api_info_by_index(device["hostApi"])["name"])
+        with portaudio_errors():
+            return str(self._portaudio.get_host_api_info_by_index(device["hostApi"])["name"])
 
     def default_index(self, direction: Direction) -> int:
         """Return the number of the device used when none is named; -1 if there is none."""
@@ -1213,7 +1226,7 @@ class SoundSystem:
         }
         try:
             return bool(self._portaudio.is_format_supported(rate, **asked))
-        except ValueError:
+        except (OSError, ValueError):
             return False
 
 
@@ -1232,6 +1245,7 @@ class SoundCard:
         self._complain = complain
         self._stream: Any = None
         self._exchanged_s = 0.0
+        self._lost_s: float | None = None
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
         self._system = SoundSystem()
@@ -1254,8 +1268,8 @@ class SoundCard:
     ) -> None:
         """Let sound flow: PortAudio's own thread calls `exchange` from now on.
 
-        `on_return` is told for how many seconds the device was away. A card that is open is
-        closed first.
+        So does it `on_return`, before the first block after the device was away, with for how
+        many seconds it was. A card that is open is closed first.
         """
         if self._watcher:
             self.close()
@@ -1278,7 +1292,16 @@ class SoundCard:
 
     def _exchange_noted(self, samples: bytes | None, frames: int) -> bytes | None:
         self._exchanged_s = time.monotonic()
+        if self._lost_s is not None:
+            self._on_return(self._exchanged_s - self._lost_s)
+            self._lost_s = None
         return self._exchange(samples, frames)
+
+    def _is_active(self) -> bool:
+        try:
+            return bool(self._stream.is_active())
+        except OSError:  # so it is with a stream that has died
+            return False
 
     def _watch(self) -> None:
         """Find the device again whenever no sound has flowed for a while."""
@@ -1289,21 +1312,21 @@ class SoundCard:
                 self._exchanged_s = now_s  # it was this process, or the machine, that stood still
             checked_s = now_s
             idle_s = now_s - self._exchanged_s
-            if idle_s > CARD_TIMEOUT_S or not self._stream.is_active():
+            if idle_s > CARD_TIMEOUT_S or not self._is_active():
                 self._complain(f"the {self._direction.noun} {self.name} is gone: looking for it")
                 self._find_again()
                 checked_s = time.monotonic()
 
     def _find_again(self) -> None:
         """Try to open the device until it is back, or the card is closed; blocks."""
-        lost_s = self._exchanged_s
+        if self._lost_s is None:
+            self._lost_s = self._exchanged_s
         while not self._closed.is_set():
             # PortAudio sees what was plugged in only after it has been started anew.
             self._system.close()
             with contextlib.suppress(AudioUnavailable):
                 self._start_system()
                 self._open_stream()
-                self._on_return(time.monotonic() - lost_s)
                 self._complain(f"the {self._direction.noun} {self.name} is back")
                 return
             self._closed.wait(CARD_RETRY_S)

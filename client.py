@@ -1529,7 +1529,6 @@ class Timeline:
     """Follows the numbers of the server's frames, over lost connections too."""
 
     def __init__(self) -> None:
-        self.heard_frames = 0
         self._stream = ""
         self._next_frame: int | None = None
 
@@ -1550,9 +1549,7 @@ class Timeline:
             raise ProtocolError("received sound that was sent before")
         if gap_frames > audio.frames_in(MAX_GAP_MS):
             gap_frames = 0
-        frames = audio.frames_of(block.samples)
-        self._next_frame = block.first_frame + frames
-        self.heard_frames += gap_frames + frames
+        self._next_frame = block.first_frame + audio.frames_of(block.samples)
         return gap_frames
 
 
@@ -1564,6 +1561,7 @@ class Listening:
     ) -> None:
         self._address = address
         self._outputs = outputs
+        self.heard_s = 0.0  # received, with its gaps
         self._seconds = FOREVER_S if seconds is None else seconds
         self._deadline = Deadline(self._seconds)
         self._console = console
@@ -1571,11 +1569,6 @@ class Listening:
         self._audio: AudioFormat | None = None
         self._latest_samples = b""
         self._problem_told = False
-
-    @property
-    def heard_s(self) -> float:
-        """How much sound has been received, with its gaps."""
-        return self._timeline.heard_frames / self._audio.rate if self._audio else 0.0
 
     def run(self) -> None:
         """Listen until the sound or ``--seconds`` end; comes back to a server that was lost.
@@ -1628,15 +1621,18 @@ class Listening:
     def _is_enough(self, audio: AudioFormat) -> bool:
         """Return whether ``--seconds`` have been heard, or have gone by in silence."""
         is_silent = not self._latest_samples and not self._deadline.remaining()
-        return is_silent or self._timeline.heard_frames >= round(self._seconds * audio.rate)
+        return is_silent or not self._wanted_frames(audio)
+
+    def _wanted_frames(self, audio: AudioFormat) -> int:
+        """Return how much is left of ``--seconds``."""
+        return max(0, round((self._seconds - self.heard_s) * audio.rate))
 
     def _pass_on(self, block: AudioBlock, audio: AudioFormat) -> None:
         """Give a block to the outputs, up to the last frame that is wanted."""
-        gap_frames = self._timeline.advance(block, audio)
-        excess_frames = self._timeline.heard_frames - round(self._seconds * audio.rate)
-        samples = block.samples
-        if excess_frames > 0:
-            samples = samples[: max(0, len(samples) - excess_frames * audio.frame_bytes)]
+        wanted_frames = self._wanted_frames(audio)
+        gap_frames = min(self._timeline.advance(block, audio), wanted_frames)
+        samples = block.samples[: (wanted_frames - gap_frames) * audio.frame_bytes]
+        self.heard_s += (gap_frames + audio.frames_of(samples)) / audio.rate
         for output in self._outputs:
             output.write(samples, gap_frames)
         self._latest_samples = samples

@@ -604,6 +604,18 @@ def test_the_timeline_tells_gaps_also_over_a_lost_connection() -> None:
         timeline.advance(AudioBlock(7, 0, bytes(200)), MONO)
 
 
+def test_seconds_count_over_formats_and_cut_gaps() -> None:
+    listening = client.Listening(client.Address("", 0), [], 2.0, common.Console(quiet=True))
+    stereo = AudioFormat(8_000, 2)
+    listening._pass_on(AudioBlock(0, 0, bytes(96_000)), MONO)
+    assert listening.heard_s == 1.0
+    listening._timeline.begin("another")
+    listening._pass_on(AudioBlock(0, 0, bytes(16_000)), stereo)
+    assert listening.heard_s == 1.5
+    listening._pass_on(AudioBlock(600 * 8_000, 0, bytes(400)), stereo)
+    assert listening.heard_s == 2.0
+
+
 def test_captured_sound_is_joined_up_to_a_gap() -> None:
     captured = server.CaptureQueue(MONO)
     for _ in range(3):

@@ -1598,6 +1598,7 @@ class Listening:
         """Say once that there is no server, and leave it a little time to come back."""
         if self._audio is None and isinstance(error.__cause__, socket.gaierror):
             raise SocketPairError(str(error)) from None
+        self._latest_samples = b""
         if not self._problem_told:
             self._console.complain(f"{error} - looking for it until Ctrl+C")
             self._problem_told = True

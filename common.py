@@ -123,6 +123,7 @@ CARD_RETRY_S = 0.5
 USUAL_RATES = (8_000, 16_000, 22_050, 32_000, 44_100, 48_000, 88_200, 96_000, 192_000)
 
 STATUS_INTERVAL_S = 0.1
+CTRL_C_ECHO = "^C"  # what a terminal shows of it
 METER_COLUMNS = 24
 METER_FLOOR_DB = -60.0
 METER_SINK_DB_PER_S = 12.0
@@ -1415,7 +1416,9 @@ class LevelMeter:
         self._peak_db = METER_FLOOR_DB
 
     def show(self, samples: bytes) -> str:
-        """Return the bar for `samples`; calls are ``STATUS_INTERVAL_S`` apart."""
+        """Return the bar for `samples`, or that there are none; every ``STATUS_INTERVAL_S``."""
+        if not samples:
+            return "waiting for sound"
         level_db = max(METER_FLOOR_DB, 20 * math.log10(max(peak_level(samples), 1e-9)))
         sunk_db = self._peak_db - METER_SINK_DB_PER_S * STATUS_INTERVAL_S
         self._peak_db = max(level_db, sunk_db, METER_FLOOR_DB)
@@ -1466,7 +1469,8 @@ class Console:
             if self._has_status and not self._is_held:
                 import shutil  # noqa: PLC0415  (it takes a while, and files do without)
 
-                self._show(text[: shutil.get_terminal_size().columns - 1])
+                room = shutil.get_terminal_size().columns - 1 - len(CTRL_C_ECHO)
+                self._show(text[: max(0, room)])
 
     @contextlib.contextmanager
     def without_status(self) -> Iterator[None]:
@@ -1491,13 +1495,11 @@ class Console:
         return True
 
     def _show(self, text: str) -> None:
-        if self._status_width or text:
-            print(
-                f"\r{text:<{self._status_width}}",
-                end="" if text else "\r",
-                file=sys.stderr,
-                flush=True,
-            )
+        if self._has_status:
+            shown = text
+            if not text:  # clear also what Ctrl+C has left behind the line
+                shown = " " * (self._status_width + len(CTRL_C_ECHO)) + "\r"
+            print(f"\r{shown:<{self._status_width}}", end="", file=sys.stderr, flush=True)
             self._status_width = len(text)
 
 

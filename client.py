@@ -129,10 +129,13 @@ MAX_LATENCY_MS = 900
 
 FOREVER_S = 1e9
 RECONNECT_WAIT_S = 0.5
+# While a cable is out an attempt goes nowhere: let there soon be another.
+RECONNECT_TIMEOUT_S = 1.5
 DRAIN_LIMIT_S = 2.0
 CARD_BUFFER_S = 0.15
 MAX_GAP_MS = 3_600_000
-RECORDING_QUEUE_BLOCKS = 4_000
+RECORDING_QUEUE_BYTES = 32 * 1024 * 1024  # five minutes of 48 kHz mono
+RECORDING_CLOSE_S = 10.0
 WAV_LIMIT_BYTES = 2**32 - 1
 ALREADY = "Already there"
 OPEN_SERVER = (
@@ -178,21 +181,29 @@ class Address:
         self.__dict__.pop("tls", None)
 
 
-def connect(address: Address, mode: str) -> tuple[Connection, dict[str, Any]]:
+def connect(
+    address: Address,
+    mode: str,
+    *,
+    timeout_s: float = HANDSHAKE_TIMEOUT_S,
+    ask: Callable[[], str] | None = None,
+) -> tuple[Connection, dict[str, Any]]:
     """Return a connection past its handshake, and the server's welcome.
 
-    Asks for the pairing code where the server wants one that we do not have, and there is a
-    terminal to ask at. Otherwise blocks for 10 s each for connecting and for the handshake at
-    most. Raises NoServer, ConnectionLost, ProtocolError where it is no Socket Pair server,
-    NotPaired where the code is wrong or not wanted, and PeerRefused.
+    Asks for the pairing code, with `ask` or `ask_for_code`, where the server wants one that we do
+    not have, and there is a terminal to ask at. Otherwise blocks for `timeout_s` for connecting
+    and for 10 s for the handshake at most.
+
+    Raises NoServer, ConnectionLost, ProtocolError where it is no Socket Pair server, NotPaired
+    where the code is wrong or not wanted, and PeerRefused.
     """
     try:
-        return connect_once(address, mode)
+        return connect_once(address, mode, timeout_s)
     except CodeWanted:
         if address.open or not sys.stdin.isatty():
             raise
-    address.set_code(ask_for_code())
-    return connect_once(address, mode)
+    address.set_code((ask or ask_for_code)())
+    return connect_once(address, mode, timeout_s)
 
 
 def ask_for_code() -> str:
@@ -204,12 +215,14 @@ def ask_for_code() -> str:
             complain(str(error))
 
 
-def connect_once(address: Address, mode: str) -> tuple[Connection, dict[str, Any]]:
+def connect_once(
+    address: Address, mode: str, timeout_s: float
+) -> tuple[Connection, dict[str, Any]]:
     """Do what `connect` does, with the code that we have."""
     tls = address.tls  # before the server's patience begins
     peer = escape(common.format_address(address.host, address.port))
     try:
-        sock = socket.create_connection((address.host, address.port), timeout=HANDSHAKE_TIMEOUT_S)
+        sock = socket.create_connection((address.host, address.port), timeout=timeout_s)
     except (OSError, ValueError) as error:  # ValueError: a host that no name can be
         raise NoServer(describe_no_server(address, mode, error)) from error
     try:
@@ -1284,6 +1297,10 @@ def quietest_step(audio: AudioFormat, samples: bytes) -> int:
 # --- sound: outputs -------------------------------------------------------------------------
 
 
+class ReaderGone(SocketPairError):
+    """Who read our standard output has closed it: nobody wants more."""
+
+
 class Output(Protocol):
     """Where received sound goes."""
 
@@ -1322,20 +1339,20 @@ class SpeakerOutput:
     def begin(self, audio: AudioFormat) -> None:
         """Open the card, unless it is open in this format already; blocks for that."""
         if self._buffer is None or self._buffer.audio != audio:
-            self._buffer = JitterBuffer(audio, self._latency_ms)
-            self._card.open(audio, self._exchange)
+            buffer = JitterBuffer(audio, self._latency_ms)
+            self._card.open(audio, functools.partial(self._exchange, buffer))
+            self._buffer = buffer
 
-    def _exchange(self, _samples: bytes | None, frames: int) -> bytes:
-        """Return the next `frames`; PortAudio's thread calls this."""
-        assert self._buffer is not None
+    def _exchange(self, buffer: JitterBuffer, _samples: bytes | None, frames: int) -> bytes:
+        """Return the next `frames` of `buffer`; PortAudio's thread calls this."""
         with self._lock:
-            return self._buffer.read(frames)
+            return buffer.read(frames)
 
     def write(self, samples: bytes, gap_frames: int) -> None:
         """Hand over to the jitter buffer."""
-        assert self._buffer is not None
-        with self._lock:
-            self._buffer.write(samples, gap_frames)
+        if self._buffer is not None:
+            with self._lock:
+                self._buffer.write(samples, gap_frames)
 
     def drain(self) -> None:
         """Play what is left, down to the last sample in the sound card's own buffer."""
@@ -1455,6 +1472,10 @@ class WavWriter:
                 self._console.say(f"Recording into {escape(path)}")
                 return
 
+    def explain(self, error: OSError) -> SocketPairError:
+        """Return what a failed write means to the user."""
+        return SocketPairError(f"cannot record: {describe_error(error)}")
+
     def close(self) -> None:
         """Close the file; it is complete."""
         if self._file:
@@ -1462,9 +1483,15 @@ class WavWriter:
 
 
 class PipeWriter:
-    """Writes raw samples to standard output."""
+    """Writes raw samples to standard output. Raises SocketPairError where it takes none."""
 
     def __init__(self) -> None:
+        if sys.stdout is None:
+            raise SocketPairError("cannot write to standard output: it is closed")
+        if sys.stdout.isatty():
+            raise SocketPairError(
+                "--output - is for another program or a file, not for a terminal: add | or >"
+            )
         self._file = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115
         self._audio: AudioFormat | None = None
 
@@ -1480,6 +1507,12 @@ class PipeWriter:
         """Write all of `samples`; blocks until the reader has taken them."""
         write_all(self._file, samples)
 
+    def explain(self, error: OSError) -> SocketPairError:
+        """Return what a failed write means to the user."""
+        if isinstance(error, BrokenPipeError):
+            return ReaderGone("standard output was closed")
+        return SocketPairError(f"cannot write to standard output: {describe_error(error)}")
+
     def close(self) -> None:
         """Nothing to do: standard output is not ours to close."""
 
@@ -1488,13 +1521,17 @@ def write_all(file: Any, data: bytes) -> None:
     """Write all of `data` to an unbuffered file; blocks. Raises OSError."""
     view = memoryview(data)
     while view:
-        view = view[file.write(view) :]
+        written = file.write(view)
+        if written is None:  # whoever started us has made it non-blocking
+            select.select([], [file], [])
+        else:
+            view = view[written:]
 
 
 class RecordingOutput:
     """Writes every frame as it was captured, from a thread of its own; gaps become silence.
 
-    A slow disk or reader is waited for, after ``RECORDING_QUEUE_BLOCKS`` have gathered. Ctrl+C
+    A slow disk or reader is waited for, after ``RECORDING_QUEUE_BYTES`` have gathered. Ctrl+C
     may come at any moment in the thread that hands over the sound: it cannot break a
     SimpleQueue, but it can a Queue.
     """
@@ -1504,8 +1541,8 @@ class RecordingOutput:
         self._writer = writer
         self._audio: AudioFormat | None = None
         self._blocks: queue.SimpleQueue[tuple[bytes, int] | None] = queue.SimpleQueue()
-        self._written: queue.SimpleQueue[None] = queue.SimpleQueue()  # for each block that was
-        self._waiting_blocks = 0
+        self._written: queue.SimpleQueue[int] = queue.SimpleQueue()  # bytes of each block that was
+        self._waiting_bytes = 0
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="recording", daemon=True)
         self._thread.start()
@@ -1516,22 +1553,21 @@ class RecordingOutput:
         try:
             self._writer.begin(audio)
         except OSError as error:
-            raise SocketPairError(f"cannot record: {describe_error(error)}") from error
+            raise self._writer.explain(error) from error
         self._audio = audio
 
     def write(self, samples: bytes, gap_frames: int) -> None:
         """Queue `samples`; blocks while too much waits. Raises what writing earlier ones did."""
         if self._error:
-            raise SocketPairError(f"cannot record: {describe_error(self._error)}")
-        self._wait_until_waiting(RECORDING_QUEUE_BLOCKS - 1)
+            raise self._writer.explain(self._error)
+        self._wait_until_waiting(RECORDING_QUEUE_BYTES)
         self._blocks.put((samples, gap_frames))
-        self._waiting_blocks += 1
+        self._waiting_bytes += len(samples)
 
-    def _wait_until_waiting(self, count: int) -> None:
-        """Block until at most `count` blocks have not been written yet."""
-        while self._waiting_blocks > count or not self._written.empty():
-            self._written.get()
-            self._waiting_blocks -= 1
+    def _wait_until_waiting(self, most_bytes: int) -> None:
+        """Block until at most `most_bytes` have not been written yet."""
+        while self._waiting_bytes > most_bytes or not self._written.empty():
+            self._waiting_bytes -= self._written.get()
 
     def _run(self) -> None:
         while (block := self._blocks.get()) is not None:
@@ -1541,7 +1577,7 @@ class RecordingOutput:
             except OSError as error:
                 self._error = error
             finally:
-                self._written.put(None)
+                self._written.put(len(block[0]))
 
     def _write(self, samples: bytes, gap_frames: int) -> None:
         assert self._audio is not None
@@ -1558,10 +1594,12 @@ class RecordingOutput:
     def close(self) -> None:
         """Write what is queued, and close the file. Raises SocketPairError."""
         self._blocks.put(None)
-        self._thread.join()
+        self._thread.join(RECORDING_CLOSE_S)
+        if self._thread.is_alive():  # the reader of a pipe has stopped to read, say
+            raise SocketPairError("the last of the sound could not be written")
         self._writer.close()
         if self._error:
-            raise SocketPairError(f"cannot record: {describe_error(self._error)}")
+            raise self._writer.explain(self._error)
 
     def status(self) -> str:
         """Return how much was missed so far."""
@@ -1583,6 +1621,8 @@ def open_outputs(
 
     Raises SocketPairError where one cannot be had.
     """
+    if record == STDOUT:
+        raise SocketPairError("--record takes a file: use --output - for standard output")
     if output == STDOUT:
         outputs.append(RecordingOutput(PipeWriter()))
     elif output is not None and output.lower().endswith(".wav"):
@@ -1600,7 +1640,6 @@ class Timeline:
     """Follows the numbers of the server's frames, over lost connections too."""
 
     def __init__(self) -> None:
-        self.heard_frames = 0
         self._stream = ""
         self._next_frame: int | None = None
 
@@ -1621,9 +1660,7 @@ class Timeline:
             raise ProtocolError("received sound that was sent before")
         if gap_frames > audio.frames_in(MAX_GAP_MS):
             gap_frames = 0
-        frames = audio.frames_of(block.samples)
-        self._next_frame = block.first_frame + frames
-        self.heard_frames += gap_frames + frames
+        self._next_frame = block.first_frame + audio.frames_of(block.samples)
         return gap_frames
 
 
@@ -1635,6 +1672,7 @@ class Listening:
     ) -> None:
         self._address = address
         self._outputs = outputs
+        self.heard_s = 0.0  # received, with its gaps
         self._seconds = FOREVER_S if seconds is None else seconds
         self._deadline = Deadline(self._seconds)
         self._console = console
@@ -1643,11 +1681,6 @@ class Listening:
         self._latest_samples = b""
         self._problem_told = False
 
-    @property
-    def heard_s(self) -> float:
-        """How much sound has been received, with its gaps."""
-        return self._timeline.heard_frames / self._audio.rate if self._audio else 0.0
-
     def run(self) -> None:
         """Listen until the sound or ``--seconds`` end; comes back to a server that was lost.
 
@@ -1655,7 +1688,7 @@ class Listening:
         """
         while self._deadline.remaining():
             try:
-                connection, welcome = connect(self._address, "audio")
+                connection, welcome = self._connect()
                 with connection:
                     self._listen(connection, welcome)
                 return
@@ -1664,10 +1697,19 @@ class Listening:
         if self._audio is None:
             raise SocketPairError("no server was found in the time given")
 
+    def _connect(self) -> tuple[Connection, dict[str, Any]]:
+        timeout_s = HANDSHAKE_TIMEOUT_S if self._audio is None else RECONNECT_TIMEOUT_S
+        return connect(self._address, "audio", timeout_s=timeout_s, ask=self._ask_for_code)
+
+    def _ask_for_code(self) -> str:
+        with self._console.without_status():
+            return ask_for_code()
+
     def _wait_for_server(self, error: ConnectionLost) -> None:
         """Say once that there is no server, and leave it a little time to come back."""
         if self._audio is None and isinstance(error.__cause__, socket.gaierror):
             raise SocketPairError(str(error)) from None
+        self._latest_samples = b""
         if not self._problem_told:
             self._console.complain(f"{error} - looking for it until Ctrl+C")
             self._problem_told = True
@@ -1691,15 +1733,18 @@ class Listening:
     def _is_enough(self, audio: AudioFormat) -> bool:
         """Return whether ``--seconds`` have been heard, or have gone by in silence."""
         is_silent = not self._latest_samples and not self._deadline.remaining()
-        return is_silent or self._timeline.heard_frames >= round(self._seconds * audio.rate)
+        return is_silent or not self._wanted_frames(audio)
+
+    def _wanted_frames(self, audio: AudioFormat) -> int:
+        """Return how much is left of ``--seconds``."""
+        return max(0, round((self._seconds - self.heard_s) * audio.rate))
 
     def _pass_on(self, block: AudioBlock, audio: AudioFormat) -> None:
         """Give a block to the outputs, up to the last frame that is wanted."""
-        gap_frames = self._timeline.advance(block, audio)
-        excess_frames = self._timeline.heard_frames - round(self._seconds * audio.rate)
-        samples = block.samples
-        if excess_frames > 0:
-            samples = samples[: max(0, len(samples) - excess_frames * audio.frame_bytes)]
+        wanted_frames = self._wanted_frames(audio)
+        gap_frames = min(self._timeline.advance(block, audio), wanted_frames)
+        samples = block.samples[: (wanted_frames - gap_frames) * audio.frame_bytes]
+        self.heard_s += (gap_frames + audio.frames_of(samples)) / audio.rate
         for output in self._outputs:
             output.write(samples, gap_frames)
         self._latest_samples = samples
@@ -1735,24 +1780,44 @@ def start_audio_client(  # noqa: PLR0913 - the command line's options
     """
     console = Console(quiet, data_on_stdout=output == STDOUT)
     outputs: list[Output] = []
+    listening = Listening(address, outputs, seconds, console)
     try:
-        try:
+        with contextlib.suppress(ReaderGone), closing_all(outputs):
             open_outputs(outputs, output, record, latency_ms, console)
-            listening = Listening(address, outputs, seconds, console)
             threading.Thread(target=listening.show_status, name="status", daemon=True).start()
-            with contextlib.suppress(KeyboardInterrupt):  # the usual way to stop
-                listening.run()
-                for each in outputs:
-                    each.drain()
-        finally:
-            for each in outputs:
-                each.close()
-        console.end_status()
-        console.say(listening.summarize())
+            listen_until_stopped(listening, outputs)
     except SocketPairError as error:
+        console.end_status()
         console.complain(str(error))
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        console.end_status()
+        raise
+    console.end_status()
+    console.say(listening.summarize())
     return EXIT_OK
+
+
+def listen_until_stopped(listening: Listening, outputs: list[Output]) -> None:
+    """Listen, and let all come out; Ctrl+C is the usual way to stop once something was heard."""
+    try:
+        listening.run()
+        for output in outputs:
+            output.drain()
+    except KeyboardInterrupt:
+        if not listening.heard_s:
+            raise
+
+
+@contextlib.contextmanager
+def closing_all(outputs: list[Output]) -> Iterator[None]:
+    """Close every output after the ``with`` block, also where closing another fails."""
+    with contextlib.ExitStack() as closing:
+        try:
+            yield
+        finally:
+            for output in outputs:
+                closing.callback(output.close)
 
 
 # --- command line ---------------------------------------------------------------------------

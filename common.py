@@ -125,6 +125,7 @@ CARD_RETRY_S = 0.5
 USUAL_RATES = (8_000, 16_000, 22_050, 32_000, 44_100, 48_000, 88_200, 96_000, 192_000)
 
 STATUS_INTERVAL_S = 0.1
+CTRL_C_ECHO = "^C"  # what a terminal shows of it
 METER_COLUMNS = 24
 METER_FLOOR_DB = -60.0
 METER_SINK_DB_PER_S = 12.0
@@ -268,9 +269,11 @@ def ask(question: str) -> str:
     the session it was. Raises SocketPairError at the end of input.
     """
     name = question.strip(": ")
-    if sys.stdin.isatty() and not sys.stdout.isatty():
-        # Standard output may carry data; and who types looks at the terminal.
-        print(question, end="", file=sys.stderr, flush=True)
+    # Standard output may carry data; and who types looks at the terminal.
+    aside = sys.stdin.isatty() and not sys.stdout.isatty()
+    if aside or "readline" not in sys.modules:
+        # Without readline, input() has C write the question to descriptor 2: see quiet_libraries.
+        print(question, end="", file=sys.stderr if aside else sys.stdout, flush=True)
         question = ""
     try:
         answer = input(question)
@@ -1087,7 +1090,7 @@ MICROPHONE = Direction(
     option="--input",
     channels_field="maxInputChannels",
     default_field="defaultInputDevice",
-    advice="plug one in, or use --input FILE.wav or --input - (see --list-devices)",
+    advice="plug one in, or use --input FILE.wav or --input -",
 )
 SPEAKER = Direction(
     kind="output",
@@ -1096,18 +1099,28 @@ SPEAKER = Direction(
     option="--output",
     channels_field="maxOutputChannels",
     default_field="defaultOutputDevice",
-    advice="plug one in, or use --output FILE.wav or --output - (see --list-devices)",
+    advice="plug one in, or use --output FILE.wav or --output -",
 )
 
 # Called with what was captured, or None, and the number of frames; returns what to play, or None.
 Exchange = Callable[[bytes | None, int], bytes | None]
 
 
+@contextlib.contextmanager
+def portaudio_errors() -> Iterator[None]:
+    """Raise AudioUnavailable for what PortAudio reports in the ``with`` block."""
+    try:
+        yield
+    except OSError as error:
+        reason = escape(str(error.args[-1] if error.args else error))
+        raise AudioUnavailable(f"the sound system does not work ({reason})") from error
+
+
 class SoundSystem:
     """PortAudio, from its start to its end; it knows the devices there were at its start.
 
-    Raises AudioUnavailable where PyAudio is not installed. `close` it, or use it in a ``with``
-    block; its streams end with it.
+    Raises AudioUnavailable where PyAudio is not installed or PortAudio fails. `close` it, or
+    use it in a ``with`` block; its streams end with it.
     """
 
     def __init__(self) -> None:
@@ -1120,7 +1133,8 @@ class SoundSystem:
             ) from None
         self._continue: int = pyaudio.paContinue
         self._sample_format: int = pyaudio.paInt16
-        self._portaudio: Any = pyaudio.PyAudio()
+        with portaudio_errors():
+            self._portaudio: Any = pyaudio.PyAudio()
 
     def __enter__(self) -> SoundSystem:
         return self
@@ -1136,12 +1150,14 @@ class SoundSystem:
 
     def devices(self) -> list[dict[str, Any]]:
         """Return PortAudio's own description of each device."""
-        count = self._portaudio.get_device_count()
-        return [self._portaudio.get_device_info_by_index(index) for index in range(count)]
+        with portaudio_errors():
+            count = self._portaudio.get_device_count()
+            return [self._portaudio.get_device_info_by_index(index) for index in range(count)]
 
     def host_api_name(self, device: dict[str, Any]) -> str:
         """Return the name of the sound system that a device belongs to, as ``ALSA``."""
-        return str(self._portaudio.get_host_api_info_by_index(device["hostApi"])["name"])
+        with portaudio_errors():
+            return str(self._portaudio.get_host_api_info_by_index(device["hostApi"])["name"])
 
     def default_index(self, direction: Direction) -> int:
         """Return the number of the device used when none is named; -1 if there is none."""
@@ -1225,7 +1241,7 @@ class SoundSystem:
         }
         try:
             return bool(self._portaudio.is_format_supported(rate, **asked))
-        except ValueError:
+        except (OSError, ValueError):
             return False
 
 
@@ -1244,6 +1260,7 @@ class SoundCard:
         self._complain = complain
         self._stream: Any = None
         self._exchanged_s = 0.0
+        self._lost_s: float | None = None
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
         self._system = SoundSystem()
@@ -1266,8 +1283,8 @@ class SoundCard:
     ) -> None:
         """Let sound flow: PortAudio's own thread calls `exchange` from now on.
 
-        `on_return` is told for how many seconds the device was away. A card that is open is
-        closed first.
+        So does it `on_return`, before the first block after the device was away, with for how
+        many seconds it was. A card that is open is closed first.
         """
         if self._watcher:
             self.close()
@@ -1290,7 +1307,16 @@ class SoundCard:
 
     def _exchange_noted(self, samples: bytes | None, frames: int) -> bytes | None:
         self._exchanged_s = time.monotonic()
+        if self._lost_s is not None:
+            self._on_return(self._exchanged_s - self._lost_s)
+            self._lost_s = None
         return self._exchange(samples, frames)
+
+    def _is_active(self) -> bool:
+        try:
+            return bool(self._stream.is_active())
+        except OSError:  # so it is with a stream that has died
+            return False
 
     def _watch(self) -> None:
         """Find the device again whenever no sound has flowed for a while."""
@@ -1301,21 +1327,21 @@ class SoundCard:
                 self._exchanged_s = now_s  # it was this process, or the machine, that stood still
             checked_s = now_s
             idle_s = now_s - self._exchanged_s
-            if idle_s > CARD_TIMEOUT_S or not self._stream.is_active():
+            if idle_s > CARD_TIMEOUT_S or not self._is_active():
                 self._complain(f"the {self._direction.noun} {self.name} is gone: looking for it")
                 self._find_again()
                 checked_s = time.monotonic()
 
     def _find_again(self) -> None:
         """Try to open the device until it is back, or the card is closed; blocks."""
-        lost_s = self._exchanged_s
+        if self._lost_s is None:
+            self._lost_s = self._exchanged_s
         while not self._closed.is_set():
             # PortAudio sees what was plugged in only after it has been started anew.
             self._system.close()
             with contextlib.suppress(AudioUnavailable):
                 self._start_system()
                 self._open_stream()
-                self._on_return(time.monotonic() - lost_s)
                 self._complain(f"the {self._direction.noun} {self.name} is back")
                 return
             self._closed.wait(CARD_RETRY_S)
@@ -1404,7 +1430,9 @@ class LevelMeter:
         self._peak_db = METER_FLOOR_DB
 
     def show(self, samples: bytes) -> str:
-        """Return the bar for `samples`; calls are ``STATUS_INTERVAL_S`` apart."""
+        """Return the bar for `samples`, or that there are none; every ``STATUS_INTERVAL_S``."""
+        if not samples:
+            return "waiting for sound"
         level_db = max(METER_FLOOR_DB, 20 * math.log10(max(peak_level(samples), 1e-9)))
         sunk_db = self._peak_db - METER_SINK_DB_PER_S * STATUS_INTERVAL_S
         self._peak_db = max(level_db, sunk_db, METER_FLOOR_DB)
@@ -1432,6 +1460,7 @@ class Console:
         self._data_on_stdout = data_on_stdout
         self._has_status = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self._status_width = 0
+        self._is_held = False
         self._lock = threading.Lock()
 
     def say(self, text: str) -> None:
@@ -1451,10 +1480,22 @@ class Console:
     def show_status(self, text: str) -> None:
         """Replace the status line; does nothing without a terminal."""
         with self._lock:
-            if self._has_status:
+            if self._has_status and not self._is_held:
                 import shutil  # noqa: PLC0415  (it takes a while, and files do without)
 
-                self._show(text[: shutil.get_terminal_size().columns - 1])
+                room = shutil.get_terminal_size().columns - 1 - len(CTRL_C_ECHO)
+                self._show(text[: max(0, room)])
+
+    @contextlib.contextmanager
+    def without_status(self) -> Iterator[None]:
+        """Show no status line inside the ``with`` block, in which the user is asked something."""
+        with self._lock:
+            self._show("")
+            self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
 
     def end_status(self) -> None:
         """Clear the status line, and show none from now on."""
@@ -1468,13 +1509,11 @@ class Console:
         return True
 
     def _show(self, text: str) -> None:
-        if self._status_width or text:
-            print(
-                f"\r{text:<{self._status_width}}",
-                end="" if text else "\r",
-                file=sys.stderr,
-                flush=True,
-            )
+        if self._has_status:
+            shown = text
+            if not text:  # clear also what Ctrl+C has left behind the line
+                shown = " " * (self._status_width + len(CTRL_C_ECHO)) + "\r"
+            print(f"\r{shown:<{self._status_width}}", end="", file=sys.stderr, flush=True)
             self._status_width = len(text)
 
 

@@ -1115,6 +1115,9 @@ class WavLoop:
         if self._file.getsampwidth() != common.SAMPLE_BYTES or not self._file.getnframes():
             raise SocketPairError(f"cannot play {shown}: there are no 16-bit samples in it")
         self.audio = AudioFormat(self._file.getframerate(), self._file.getnchannels())
+        rate, channels = self.audio
+        if rate not in common.SAMPLE_RATES or channels not in common.CHANNEL_COUNTS:
+            raise SocketPairError(f"cannot play {shown}: {self.audio.describe()} is out of range")
 
     def read(self, size: int) -> bytes:
         """Return the next samples, `size` bytes at most; the beginning follows the end."""
@@ -1142,6 +1145,8 @@ def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
         return open_wav(args.input, args.rate, args.channels)
     audio = AudioFormat(args.rate or DEFAULT_RATE, args.channels or 1)
     if args.input == STDIN:
+        if sys.stdin is None:
+            raise SocketPairError("cannot read standard input: it is closed")
         read = whole_frames_reader(sys.stdin.buffer, audio)
         return PacedInput("standard input", read, CaptureQueue(audio))
     return Microphone(args.input, CaptureQueue(audio))
@@ -1170,7 +1175,7 @@ class Listener:
         self.connection = connection
         self.missed_blocks = 0
         self.gone = threading.Event()
-        self.loss = ""
+        self.loss: str | None = None
         self._pending: bytes | memoryview = b""
         self._progress_s = time.monotonic()
         connection.socket.settimeout(0)
@@ -1182,7 +1187,11 @@ class Listener:
             if self._pending:
                 self.missed_blocks += 1
                 return
-        self._pending = self.connection.seal(data)
+        try:
+            self._pending = self.connection.seal(data)
+        except common.ConnectionLost as error:
+            self.lose(str(error))
+            return
         self._push(now_s)
 
     def _push(self, now_s: float) -> None:
@@ -1193,6 +1202,9 @@ class Listener:
             if now_s - self._progress_s > LISTENER_TIMEOUT_S:
                 self.lose(f"took nothing for {LISTENER_TIMEOUT_S:.0f} s")
             return
+        except ConnectionError:  # as every client ends that is stopped
+            self.lose("")
+            return
         except OSError as error:
             self.lose(describe_error(error))
             return
@@ -1201,7 +1213,9 @@ class Listener:
         self._pending = b"" if whole else memoryview(self._pending)[count:]
 
     def lose(self, reason: str) -> None:
-        """Send no more to this listener, and wake its thread."""
+        """Send no more to this listener, and wake its thread. `reason` may be empty."""
+        # So that nothing, not even a goodbye, goes out behind a block that was cut off.
+        self.connection.wake()
         self.loss = reason
         self.gone.set()
 
@@ -1301,9 +1315,11 @@ def handle_audio_client(connection: Connection, broadcaster: Broadcaster) -> Non
         log.info("%s: listening", connection.peer)
         listener.gone.wait()
         broadcaster.remove(listener)
-        if not listener.loss:
+        reason = listener.loss
+        if reason is None:
             listener.finish(broadcaster.captured.end_reason or "the server has stopped")
-        log.info("%s: left (%s)", connection.peer, listener.loss or "the sound has ended")
+            reason = "the sound has ended"
+        log.info("%s: left%s", connection.peer, f" ({reason})" if reason else "")
     except (OSError, SocketPairError) as error:
         log.info("%s: left (%s)", connection.peer, error)
     finally:
@@ -1826,7 +1842,12 @@ def serve_audio(args: argparse.Namespace) -> int:
     """Broadcast the input until Ctrl+C or its end; return the exit status."""
     # A thread a listener: the usual 8 MiB each would be backed by huge pages on some systems.
     threading.stack_size(LISTENER_STACK_BYTES)
-    source = open_input(args)
+    with contextlib.closing(open_input(args)) as source:
+        return broadcast(args, source)
+
+
+def broadcast(args: argparse.Namespace, source: Microphone | PacedInput) -> int:
+    """Send what `source` captures to whoever connects; return the exit status."""
     broadcaster = Broadcaster(source.captured)
     entrance = Entrance.open(args, "audio")
     server = make_audio_server(args, entrance, broadcaster)
@@ -1844,8 +1865,6 @@ def serve_audio(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         console.say(summarize(broadcaster))
         raise
-    finally:
-        source.close()
 
 
 def make_audio_server(
@@ -1861,11 +1880,7 @@ def make_audio_server(
         entrance,
         lambda connection: handle_audio_client(connection, broadcaster),
         max_clients=args.max_clients or MAX_LISTENERS,
-        welcome={
-            **audio.fields(),
-            "block_frames": audio.frames_in(CAPTURE_BLOCK_MS),
-            "stream": secrets.token_hex(8),
-        },
+        welcome={**audio.fields(), "stream": secrets.token_hex(8)},
     )
 
 

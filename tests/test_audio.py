@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
+import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 import wave
@@ -101,6 +104,47 @@ class Script:
         """Press Ctrl+C; return the exit status."""
         self.process.send_signal(signal.SIGINT)
         return self.end()
+
+
+class Terminal(Script):
+    """A script at a terminal of its own; `text` is all that the terminal was sent."""
+
+    def __init__(self, name: str, *arguments: str, environment: Mapping[str, str]) -> None:
+        self._terminal, far = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / name), "audio", *arguments],
+            env=dict(environment),
+            stdin=far,
+            stdout=far,
+            stderr=far,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
+        )
+        os.close(far)
+        self._shown = bytearray()
+        self._threads = [threading.Thread(target=self._follow, daemon=True)]
+        self._threads[0].start()
+
+    def _follow(self) -> None:
+        with contextlib.suppress(OSError):  # so ends a terminal that nobody has open any more
+            while data := os.read(self._terminal, 4096):
+                self._shown += data
+
+    def text(self) -> str:
+        """Return everything shown so far."""
+        return self._shown.decode()
+
+    def type(self, keys: str) -> None:
+        """Press `keys`, one of which may be Ctrl+C."""
+        os.write(self._terminal, keys.encode())
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        self._threads[0].join(LIMIT_S)
+        os.close(self._terminal)
 
 
 def start_server(card: VirtualSoundCard, *arguments: str, **options: Any) -> Script:
@@ -274,7 +318,7 @@ class Interpreter:
 
 def pack_welcome(**changes: Any) -> bytes:
     fields = {"type": "welcome", "protocol": 1, "mode": "audio", "rate": 48_000, "channels": 1}
-    message = json.dumps({**fields, "block_frames": 120, "stream": "s", **changes}).encode()
+    message = json.dumps({**fields, "stream": "s", **changes}).encode()
     return common.LENGTH.pack(len(message)) + message
 
 
@@ -440,6 +484,32 @@ def test_a_recording_beside_playing_is_valid_after_kill_9(
     assert len(samples) == recording.stat().st_size - client.WavFile.HEADER.size
 
 
+def test_a_reader_that_goes_ends_the_client_quietly_and_what_is_recorded_stays(
+    card: VirtualSoundCard, tmp_path: Path
+) -> None:
+    write_wav(tmp_path / "sent.wav", numbered_frames(48_000), MONO)
+    recording = tmp_path / "heard.wav"
+    reading, writing = os.pipe()
+    with start_server(card, "--input", str(tmp_path / "sent.wav")) as sender:
+        arguments = ("--output", "-", "--record", str(recording))
+        with start_client(card, port_of(sender), *arguments, stdout=writing) as player:
+            os.close(writing)
+            wait_for(lambda: recording.exists() and recording.stat().st_size > 9_000, "sound")
+            os.close(reading)
+            assert player.end() == common.EXIT_OK
+            assert "heard" in player.lines[-1]
+            assert "pipe" not in player.text()
+    assert len(read_wav(recording)[1]) == recording.stat().st_size - client.WavFile.HEADER.size
+
+
+def test_raw_samples_are_not_written_to_a_terminal(card: VirtualSoundCard) -> None:
+    with Terminal("client.py", "--output", "-", environment=card.environment) as player:
+        assert player.end() == common.EXIT_FAILED
+        assert "terminal" in player.text()
+    with start_client(card, "1", "--record", "-") as player:
+        ends_with_one_line(player, "--output -")
+
+
 def test_what_comes_last_is_played_before_the_client_ends(card: VirtualSoundCard) -> None:
     with (
         start_server(card, "--input", "-", stdin=subprocess.PIPE) as sender,
@@ -482,6 +552,40 @@ def test_a_gap_becomes_silence_of_its_length(tmp_path: Path) -> None:
     output.close()
     assert read_wav(tmp_path / "gap.wav")[1] == b"\1\1" * 10 + bytes(120_000) + b"\2\2" * 10
     assert output.status() == "missed 1250 ms"
+
+
+# --- at a terminal ----------------------------------------------------------------------------
+
+CODE = "KQ7M-2XFD-9WPA"
+
+
+def test_the_pairing_code_is_asked_for_where_the_user_sees_it(card: VirtualSoundCard) -> None:
+    with (
+        start_server(card, "--code", CODE) as sender,
+        Terminal("client.py", "--port", port_of(sender), environment=card.environment) as player,
+    ):
+        player.wait_for("Pairing code: ")
+        shown = player.text()
+        time.sleep(3 * common.STATUS_INTERVAL_S)  # no status line comes over the question
+        assert player.text() == shown
+        player.type(CODE + "\n")
+        player.wait_for("Listening")
+        player.wait_for("0:01")
+        player.type("\x03")
+        assert player.end() == common.EXIT_OK
+
+
+def test_ctrl_c_before_anything_was_heard_is_status_130(card: VirtualSoundCard) -> None:
+    with (
+        start_server(card, "--code", CODE) as sender,
+        Terminal("client.py", "--port", port_of(sender), environment=card.environment) as player,
+    ):
+        player.wait_for("Pairing code: ")
+        player.type("\x03")
+        assert player.end() == common.EXIT_INTERRUPTED
+    with start_client(card, "1") as player:
+        player.wait_for("looking for it")
+        assert player.interrupt() == common.EXIT_INTERRUPTED
 
 
 # --- numbers and buffers ----------------------------------------------------------------------
@@ -532,6 +636,18 @@ def test_the_timeline_tells_gaps_also_over_a_lost_connection() -> None:
     assert timeline.advance(AudioBlock(7, 0, bytes(200)), MONO) == 0
     with pytest.raises(common.ProtocolError):
         timeline.advance(AudioBlock(7, 0, bytes(200)), MONO)
+
+
+def test_seconds_count_over_formats_and_cut_gaps() -> None:
+    listening = client.Listening(client.Address("", 0), [], 2.0, common.Console(quiet=True))
+    stereo = AudioFormat(8_000, 2)
+    listening._pass_on(AudioBlock(0, 0, bytes(96_000)), MONO)
+    assert listening.heard_s == 1.0
+    listening._timeline.begin("another")
+    listening._pass_on(AudioBlock(0, 0, bytes(16_000)), stereo)
+    assert listening.heard_s == 1.5
+    listening._pass_on(AudioBlock(600 * 8_000, 0, bytes(400)), stereo)
+    assert listening.heard_s == 2.0
 
 
 def test_captured_sound_is_joined_up_to_a_gap() -> None:
@@ -593,6 +709,16 @@ def test_no_microphone_and_no_loudspeaker_are_a_line_each(silent_machine: dict[s
         ends_with_one_line(sender, "no microphone", "--input")
     with Script("client.py", environment=silent_machine) as player:
         ends_with_one_line(player, "no loudspeaker", "--output")
+
+
+@pytest.mark.parametrize("audio", [AudioFormat(100, 1), AudioFormat(48_000, 40)])
+def test_a_wav_file_of_an_odd_format_is_a_line(
+    silent_machine: dict[str, str], tmp_path: Path, audio: AudioFormat
+) -> None:
+    write_wav(tmp_path / "odd.wav", bytes(80), audio)
+    arguments = ("--port", "0", "--input", str(tmp_path / "odd.wav"))
+    with Script("server.py", *arguments, environment=silent_machine) as sender:
+        ends_with_one_line(sender, "odd.wav", "out of range")
 
 
 def test_no_pyaudio_is_a_line(card: VirtualSoundCard, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ START_PHASE_MS = 3_000
 LOWERING_SHARE = 0.5
 # The spare that has to remain unused all the time before the target is lowered.
 RESERVE_MS = 2.5
-ADAPTING_WINDOW_MS = 5_000
+ADAPTING_WINDOW_MS = 60_000
 STEERING_WINDOW_MS = 500
 # A frame in 1,000 more or less changes the pitch by a fifth of what can be heard (about 10
 # cents, of 1,200 in an octave), and makes up for two clocks that differ by 1,000 ppm.

@@ -103,8 +103,10 @@ STDIN = "-"
 STDOUT = "-"
 
 # Beside the sound card's own buffers: measured with tests/bench/latency.py.
-START_TARGET_MS = 5.0
-MIN_TARGET_MS = 2.5
+DEAD_ZONE_MS = 1.0
+# Wherever in the dead zone the spare is, a block may come a whole read later than usual, as it
+# does every few minutes on an idle machine.
+MIN_TARGET_MS = common.PLAYBACK_BLOCK_MS + DEAD_ZONE_MS
 MAX_TARGET_MS = 250.0
 MAX_RAISE_MS = 10.0
 RAISE_SPACING_MS = 500
@@ -119,7 +121,6 @@ STEERING_WINDOW_MS = 500
 # cents, of 1,200 in an octave), and makes up for two clocks that differ by 1,000 ppm.
 STEERING_SPACING_FRAMES = 1_000
 STEP_SEARCH_FRAMES = 256
-DEAD_ZONE_MS = 1.0
 # A mean spare so far above the target, or a burst of so much, is not left to single frames.
 JUMP_MS = 10.0
 BURST_LIMIT_MS = 60.0
@@ -133,6 +134,8 @@ RECONNECT_WAIT_S = 0.5
 RECONNECT_TIMEOUT_S = 1.5
 DRAIN_LIMIT_S = 2.0
 CARD_BUFFER_S = 0.15
+# Of the sound card's own buffer, how much may go by before a dropout is accepted as one.
+LATE_PATIENCE_S = 0.0025
 MAX_GAP_MS = 3_600_000
 RECORDING_QUEUE_BYTES = 32 * 1024 * 1024  # five minutes of 48 kHz mono
 RECORDING_CLOSE_S = 10.0
@@ -1061,7 +1064,7 @@ class JitterBuffer:
     def __init__(self, audio: AudioFormat, fixed_target_ms: float | None = None) -> None:
         self.audio = audio
         self.statistics = PlayStatistics()
-        start_ms = START_TARGET_MS if fixed_target_ms is None else fixed_target_ms
+        start_ms = MIN_TARGET_MS if fixed_target_ms is None else fixed_target_ms
         self.target_frames = audio.frames_in(start_ms)
         self._target_is_fixed = fixed_target_ms is not None
         self._samples = bytearray()
@@ -1146,6 +1149,10 @@ class JitterBuffer:
         return samples[: place + frame_bytes] + samples[place:]
 
     # reading
+
+    def lacks(self, frames: int) -> bool:
+        """Tell whether a read of `frames` would be a dropout."""
+        return self._playing and not self._draining and self.fill_frames < frames
 
     def read(self, frames: int) -> bytes:
         """Return exactly `frames` to play now, silence where there is nothing."""
@@ -1333,8 +1340,8 @@ class SpeakerOutput:
     def __init__(self, wanted: str | None, latency_ms: float | None, console: Console) -> None:
         self._latency_ms = latency_ms
         self._card = SoundCard(common.SPEAKER, wanted, console.complain)
-        self._lock = threading.Lock()
         self._buffer: JitterBuffer | None = None
+        self._exchanged = threading.Condition()  # guards it, and tells of what was written
 
     def begin(self, audio: AudioFormat) -> None:
         """Open the card, unless it is open in this format already; blocks for that."""
@@ -1344,15 +1351,22 @@ class SpeakerOutput:
             self._buffer = buffer
 
     def _exchange(self, buffer: JitterBuffer, _samples: bytes | None, frames: int) -> bytes:
-        """Return the next `frames` of `buffer`; PortAudio's thread calls this."""
-        with self._lock:
+        """Return the next `frames` of `buffer`; PortAudio's thread calls this.
+
+        Where they are not there, it waits a moment: what holds up all of the machine has the
+        sound card ask for several blocks at once, often just before the sound comes that was
+        held up as well.
+        """
+        with self._exchanged:
+            self._exchanged.wait_for(lambda: not buffer.lacks(frames), LATE_PATIENCE_S)
             return buffer.read(frames)
 
     def write(self, samples: bytes, gap_frames: int) -> None:
         """Hand over to the jitter buffer."""
         if self._buffer is not None:
-            with self._lock:
+            with self._exchanged:
                 self._buffer.write(samples, gap_frames)
+                self._exchanged.notify()
 
     def drain(self) -> None:
         """Play what is left, down to the last sample in the sound card's own buffer."""

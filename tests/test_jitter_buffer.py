@@ -156,7 +156,7 @@ def test_clocks_that_differ_are_followed(ppm: float, audio: AudioFormat) -> None
 def test_a_day_passes_without_a_dropout_or_growing_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     # Few samples a second and long blocks, so that a day takes seconds. The target that suits a
     # longer block is longer, too; all other time spans are the real ones.
-    monkeypatch.setattr(client, "START_TARGET_MS", 20)
+    monkeypatch.setattr(client, "MIN_TARGET_MS", 20)
     audio = AudioFormat(2_000, 1)
     buffer = JitterBuffer(audio)
     simulation = Simulation(buffer, audio.frames_in(10), ppm=500)

@@ -6,6 +6,7 @@
 In the order of the file; to follow a run, begin at `main`, at its end:
 
 ======================  ===========================================================
+finding a server        ``pick_server``: those that announce themselves on the local network
 connection              ``connect``: a connection past its handshake
 sources                 ``find_sources``: the files and folders that the user named
 progress                ``Progress``: bars, on a terminal
@@ -47,7 +48,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 import common
 from common import (
@@ -90,6 +91,7 @@ from common import (
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+    from zeroconf import ServiceInfo
 
 MAX_BATCH_ENTRIES = 1000
 # Half of what a frame may hold, as JSON may need two characters for one.
@@ -128,6 +130,10 @@ BUFFER_LIMIT_MS = 1_000
 FADE_MS = 2.5
 MAX_LATENCY_MS = 900
 
+# Servers answer within some tenths of a second, and a lost question is asked again after one.
+FIND_S = 2.0
+FIND_DETAILS_MS = 1_000
+
 FOREVER_S = 1e9
 RECONNECT_WAIT_S = 0.5
 # While a cable is out an attempt goes nowhere: let there soon be another.
@@ -145,6 +151,111 @@ OPEN_SERVER = (
     "this server takes no pairing code: anyone on the network could be it, or read along; "
     "add --open if you trust them all"
 )
+
+
+# --- finding a server -----------------------------------------------------------------------
+
+
+class FoundServer(NamedTuple):
+    """A server that has announced itself, and the address that leads to it from here."""
+
+    announced: common.Announced
+    host: str
+    port: int
+
+    def describe(self) -> str:
+        """Return a line of a table."""
+        name, mode, has_code = self.announced
+        access = "pairing code" if has_code else "open"
+        address = escape(common.format_address(self.host, self.port))
+        return f"{escape(name, 30):<30}  {mode:<5}  {address:<21}  {access}"
+
+
+def find_servers(mode: str | None) -> list[FoundServer]:
+    """Return the servers on the local network, those in `mode` if it is given, by name.
+
+    Blocks for ``FIND_S``, for their answers. Raises SocketPairError if there is no way to ask.
+    """
+    modes = [mode] if mode else common.MODES
+    found = []
+    for service in browse():
+        announced = common.Announced.from_txt(service.properties)
+        addresses = service.parsed_scoped_addresses()
+        if announced.mode in modes and addresses and service.port:
+            found.append(FoundServer(announced, nearest(addresses), service.port))
+    return sorted(found)
+
+
+def browse() -> list[ServiceInfo]:
+    """Return what is announced on the local network as Socket Pair; see `find_servers`."""
+    try:
+        # Here, as only this needs it, and it takes long to import.
+        import zeroconf  # noqa: PLC0415
+    except ImportError as error:
+        raise SocketPairError(
+            f"--find needs the package zeroconf, which cannot be loaded ({error}): "
+            "pip install zeroconf, or use --host"
+        ) from None
+    names: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def note(name: str, **_: object) -> None:
+        names.put(name)
+
+    try:
+        network = zeroconf.Zeroconf(zeroconf.InterfaceChoice.All)
+        with contextlib.closing(network):
+            zeroconf.ServiceBrowser(network, common.SERVICE_TYPE, handlers=[note])
+            time.sleep(FIND_S)
+            services = [
+                network.get_service_info(common.SERVICE_TYPE, name, FIND_DETAILS_MS)
+                for name in {names.get() for _ in range(names.qsize())}
+            ]
+    except (OSError, zeroconf.Error) as error:
+        raise SocketPairError(f"cannot ask the local network: {describe_error(error)}") from error
+    return [service for service in services if service]
+
+
+def nearest(addresses: Iterable[str]) -> str:
+    """Return the one of a server's addresses that most likely leads to it from here.
+
+    One on a network of ours does, unless it is also our own: there are addresses that every
+    machine has for its own virtual networks.
+    """
+    import ipaddress  # noqa: PLC0415  (see find_servers)
+
+    own = common.own_interfaces()
+
+    def distance(address: str) -> tuple[int, int]:
+        ip = ipaddress.ip_address(address)
+        if any(str(ip) == str(interface.ip) for interface in own):
+            return 2, ip.version
+        return (0 if any(ip in interface.network for interface in own) else 1), ip.version
+
+    return min(addresses, key=distance)
+
+
+def pick_server(mode: str | None, data_on_stdout: bool = False) -> FoundServer:
+    """Show the servers on the local network, and return the one that the user picks.
+
+    Blocks until then. Raises SocketPairError where there is none, or no answer.
+    """
+    console = Console(quiet=False, data_on_stdout=data_on_stdout)
+    while True:
+        console.say("Looking for servers on the local network ...")
+        servers = find_servers(mode)
+        if not servers:
+            raise SocketPairError(
+                f"no server {f'in {mode} mode ' if mode else ''}announces itself on the local "
+                "network: start one with python server.py --host 0.0.0.0, or use --host"
+            )
+        for number, server in enumerate(servers, 1):
+            console.say(f"{number:>3}  {server.describe()}")
+        answer = common.ask("Number (Enter looks again): ", data_on_stdout).strip()
+        while answer and not (answer.isdecimal() and 0 < int(answer) <= len(servers)):
+            console.say(f"please type a number from 1 to {len(servers)}")
+            answer = common.ask("Number (Enter looks again): ", data_on_stdout).strip()
+        if answer:
+            return servers[int(answer) - 1]
 
 
 # --- connection -----------------------------------------------------------------------------
@@ -1841,6 +1952,7 @@ EXAMPLES = """examples:
   client.py file report.pdf photos/       send a file and a folder
   tar c src | client.py file - --name src.tar
                                           send what another program makes
+  client.py --find                        pick a server on the local network
   client.py audio                         play the server's sound, until Ctrl+C
   client.py audio --record talk.wav       and keep it
   client.py audio --output - | ffmpeg -f s16le -ar 48000 -i - talk.opus
@@ -1872,6 +1984,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = common.make_parser("Send files to server.py, or play its sound.", EXAMPLES)
     common.add_address_arguments(parser, "where the server is")
     parser.add_argument(
+        "--find", action="store_true", help="show the servers on the local network, to pick one"
+    )
+    parser.add_argument(
         "paths", nargs="*", metavar="PATH", help="files and folders, or - for standard input"
     )
     files = parser.add_argument_group("file mode")
@@ -1887,6 +2002,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("standard input can be sent once only")
     if args.name is not None and not from_stdin:
         parser.error("--name is for standard input: give - as the PATH in file mode")
+    if args.find and args.host != common.DEFAULT_HOST:
+        parser.error("--find looks for the server: leave out --host")
     if args.port == 0:
         parser.error("argument --port: 0 is not a port to connect to")
     if args.open:
@@ -1970,6 +2087,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the client with the command line's arguments; return its exit status."""
     args = parse_arguments(argv)
     common.take_signals()
+    if args.find and not args.list_devices:
+        found = pick_server(args.mode, data_on_stdout=args.output == STDOUT)
+        args.mode, args.host, args.port = found.announced.mode, found.host, found.port
     mode = "audio" if args.list_devices else args.mode or common.ask_mode()
     if mode == "audio":
         with common.quiet_libraries(args.verbose):

@@ -12,6 +12,7 @@ pairing code         ``make_code``, ``normalize_code``, and ``make_tls_context``
 ``Connection``       a socket with its reads, its writes and its time limits:
                      exact bytes, perhaps encrypted, then frames, then messages
 ``require``          a field of a peer's message, checked for its type
+local network        ``Announced``: what a server tells it; ``own_interfaces``
 blocks               ``Blocks``; ``BlockPipeline``, where a second thread consumes them while the
                      next is filled; ``blocks_for`` chooses
 checksum             ``calculate_checksum``: SHA-256 of a file or of its beginning;
@@ -47,10 +48,12 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar
 
 if TYPE_CHECKING:
+    from ipaddress import IPv4Interface, IPv6Interface
+
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 __version__ = "1.0.0"
@@ -64,6 +67,9 @@ HANDSHAKE_TIMEOUT_S = 10.0
 PROGRESS_TIMEOUT_S = 60.0
 LINGER_TIMEOUT_S = 1.0
 KEEPALIVE_INTERVAL_S = 1.0
+
+# Of DNS-SD (RFC 6763): what servers announce on the local network.
+SERVICE_TYPE = "_socket-pair._tcp.local."
 
 LENGTH = struct.Struct("!I")
 MAX_HELLO_BYTES = 4 * 1024
@@ -262,7 +268,7 @@ def complain(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def ask(question: str) -> str:
+def ask(question: str, data_on_stdout: bool = False) -> str:
     """Return the user's answer to `question`; blocks until there is one.
 
     An answer that does not come from a terminal is printed too, so that the output reads like
@@ -270,7 +276,7 @@ def ask(question: str) -> str:
     """
     name = question.strip(": ")
     # Standard output may carry data; and who types looks at the terminal.
-    aside = sys.stdin.isatty() and not sys.stdout.isatty()
+    aside = data_on_stdout or (sys.stdin.isatty() and not sys.stdout.isatty())
     if aside or "readline" not in sys.modules:
         # Without readline, input() has C write the question to descriptor 2: see quiet_libraries.
         print(question, end="", file=sys.stderr if aside else sys.stdout, flush=True)
@@ -283,7 +289,7 @@ def ask(question: str) -> str:
     except EOFError:
         raise SocketPairError(f"\nno answer to {name!r}: end of input") from None
     if not sys.stdin.isatty():
-        say(escape(answer))
+        print(escape(answer), file=sys.stderr if aside else sys.stdout, flush=True)
     return answer
 
 
@@ -826,6 +832,46 @@ def require_size(message: dict[str, Any], field: str) -> int:
     if not 0 <= value < 2**63:
         raise ProtocolError(f"received a message with a bad {field!r}")
     return value
+
+
+# --- local network --------------------------------------------------------------------------
+
+
+class Announced(NamedTuple):
+    """What a server tells the local network of itself, never its pairing code.
+
+    It travels as the TXT record of DNS-SD. Anyone on the network can say anything there.
+    """
+
+    name: str  # the machine's
+    mode: str
+    has_code: bool
+
+    def to_txt(self) -> dict[str, str]:
+        """Return it as a TXT record's keys and values."""
+        return {"name": self.name, "mode": self.mode, "pairing": "yes" if self.has_code else "no"}
+
+    @classmethod
+    def from_txt(cls, txt: Mapping[bytes, bytes | None]) -> Announced:
+        """Return what somebody tells; what is missing is empty."""
+        name, mode, pairing = (
+            (txt.get(key) or b"").decode(errors="replace") for key in (b"name", b"mode", b"pairing")
+        )
+        return cls(name, mode, pairing == "yes")
+
+
+def own_interfaces() -> list[IPv4Interface | IPv6Interface]:
+    """Return this machine's addresses, each with its network; ImportError without zeroconf."""
+    # Here, as it takes a while and few need it; zeroconf brings ifaddr.
+    from ipaddress import ip_interface  # noqa: PLC0415
+
+    import ifaddr  # noqa: PLC0415
+
+    return [
+        ip_interface(f"{address.ip if address.is_IPv4 else address.ip[0]}/{address.network_prefix}")
+        for adapter in ifaddr.get_adapters()
+        for address in adapter.ips
+    ]
 
 
 # --- blocks and checksum --------------------------------------------------------------------

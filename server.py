@@ -14,7 +14,8 @@ sound: inputs         ``Microphone``, ``PacedInput``: sound card, WAV file, pipe
 sound: broadcaster    ``handle_audio_client``, ``Broadcaster``, ``Listener``: sound to everyone
 who may connect       ``Door``: the pairing code; ``Lobby`` and ``Patience`` bound what
                       those can do who have not got it
-listener              ``Server`` accepts, gives each connection a thread, shakes hands
+listener              ``Server`` accepts, gives each connection a thread, shakes hands;
+                      ``Announcement`` tells the local network of it
 command line          ``main`` asks for what the arguments leave open
 ====================  =============================================================
 
@@ -68,7 +69,7 @@ import wave
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import common
 from common import (
@@ -108,6 +109,9 @@ from common import (
     require,
     require_size,
 )
+
+if TYPE_CHECKING:
+    from zeroconf import ServiceInfo, Zeroconf
 
 if sys.platform == "win32":
     import msvcrt
@@ -171,6 +175,9 @@ OPEN_WARNING = {
 # Addresses of no machine (RFC 5737, RFC 3849).
 ELSEWHERE = {socket.AF_INET: ("192.0.2.1", 9), socket.AF_INET6: ("2001:db8::1", 9)}
 THIS_MACHINE = "ADDRESS-OF-THIS-MACHINE"
+ALL_ADDRESSES = {"0.0.0.0": (4,), "::": (4, 6)}  # of which versions of IP
+MAX_SERVICE_NAME_CHARS = 40  # the mode and a number are to fit behind it, in 63 bytes
+ANNOUNCEMENT_TIMEOUT_S = 2.0
 NO_SUCH_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
 NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
@@ -945,12 +952,17 @@ class Reception:
         assert incoming.outcome is not None
         below = incoming.folder.shown + incoming.outcome["saved"]
         path = os.path.join(self._store.folder, below)
-        rest = "the rest of " if count < incoming.received else ""
+        rest = (
+            ""
+            if count == incoming.received
+            else f" (the rest of {format_bytes(incoming.received)})"
+        )
+        # The path is the only word of the client's, and the last: nothing in a name can be taken
+        # for another part of the line by whoever reads it.
         log.info(
-            f"{self._connection.peer} sent {rest}{escape(incoming.entry.path)}: "
-            f"{format_bytes(count)} in "
-            f"{seconds:.2f} s ({format_bytes(count / max(seconds, 1e-6))}/s), "
-            f"SHA-256 {incoming.digest.hexdigest()[:8]}, saved as {escape(path)}"
+            f"{self._connection.peer} sent {format_bytes(count)}{rest} in {seconds:.2f} s "
+            f"({format_bytes(count / max(seconds, 1e-6))}/s), "
+            f"SHA-256 {incoming.digest.hexdigest()[:8]}, saved as {escape(path, sys.maxsize)}"
         )
 
 
@@ -1554,10 +1566,35 @@ class Entrance:
             entrance.tls = common.make_tls_context(common.normalize_code(code), server_side=True)
         return entrance
 
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return int(self.listeners[0].getsockname()[1])
+
+    def bound_addresses(self) -> list[str]:
+        """Return the addresses that it listens on; ``0.0.0.0`` and ``::`` are all."""
+        return [str(listener.getsockname()[0]) for listener in self.listeners]
+
     def is_local(self) -> bool:
         """Tell whether only this machine can connect."""
-        addresses = [listener.getsockname()[0] for listener in self.listeners]
-        return all(map(common.is_loopback, addresses))
+        return all(map(common.is_loopback, self.bound_addresses()))
+
+    def addresses(self) -> list[str]:
+        """Return each address that other machines may reach it at."""
+        found = []
+        for bound in self.bound_addresses():
+            if versions := ALL_ADDRESSES.get(bound):
+                own = common.own_interfaces()
+                found += [str(each.ip) for each in own if each.version in versions]
+            else:
+                found.append(bound)
+        return [address for address in found if not common.is_loopback(address)]
+
+    def own_networks(self) -> list[str]:
+        """Return the IPv4 addresses on whose networks it can be reached; none where on all."""
+        if ALL_ADDRESSES.keys() & set(self.bound_addresses()):
+            return []
+        return [address for address in self.addresses() if ":" not in address]
 
     def describe(self, doing: str, quiet: bool) -> None:
         """Say where the server is and how a client gets in; a quiet one, what nobody could know."""
@@ -1577,9 +1614,8 @@ class Entrance:
     def client_command(self) -> str:
         """Return what to type on another machine; it asks for a code that is not new."""
         command = ["python client.py", self.mode, "--host", self._address()]
-        port = self.listeners[0].getsockname()[1]
-        if port != common.DEFAULT_PORT:
-            command += ["--port", str(port)]
+        if self.port != common.DEFAULT_PORT:
+            command += ["--port", str(self.port)]
         if self.new_code:
             command += ["--code", self.new_code]
         elif self.tls is None:
@@ -1588,13 +1624,62 @@ class Entrance:
 
     def _address(self) -> str:
         """Return the address that another machine reaches the server at."""
-        names = [str(listener.getsockname()[0]) for listener in self.listeners]
+        names = self.bound_addresses()
         address = next((name for name in names if not common.is_loopback(name)), names[0])
         if address == "0.0.0.0":
             address = find_own_address([socket.AF_INET]) or THIS_MACHINE
         elif address == "::":
             address = find_own_address([socket.AF_INET, socket.AF_INET6]) or THIS_MACHINE
         return address
+
+
+class Announcement:
+    """Tells the local network of a server by DNS-SD (RFC 6763), until it is closed.
+
+    A thread of its own does it: to make sure that nobody has the same name takes most of a
+    second. What fails is logged; a server that is not announced can be reached all the same.
+    """
+
+    def __init__(self, entrance: Entrance) -> None:
+        self._entrance = entrance
+        self._network: Zeroconf | None = None
+        self._thread = threading.Thread(target=self._run, name="announcement", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            # Here, as most servers do without, and it takes long to import.
+            import zeroconf  # noqa: PLC0415
+        except ImportError:
+            log.info("not announced on the local network: that needs pip install zeroconf")
+            return
+        try:
+            networks = self._entrance.own_networks() or zeroconf.InterfaceChoice.All
+            self._network = zeroconf.Zeroconf(networks)
+            self._network.register_service(self._service(), allow_name_change=True)
+        except (OSError, zeroconf.Error) as error:
+            log.warning("not announced on the local network: %s", describe_error(error))
+
+    def _service(self) -> ServiceInfo:
+        """Return what is announced; the name that users see is in the TXT record, whole."""
+        import zeroconf  # noqa: PLC0415  (see _run)
+
+        machine, mode = socket.gethostname(), self._entrance.mode
+        return zeroconf.ServiceInfo(
+            common.SERVICE_TYPE,
+            f"{machine.partition('.')[0][:MAX_SERVICE_NAME_CHARS]} {mode}.{common.SERVICE_TYPE}",
+            # A name of our own: the machine's may be another program's to announce.
+            server=f"socket-pair-{secrets.token_hex(8)}.local.",
+            parsed_addresses=self._entrance.addresses(),
+            port=self._entrance.port,
+            properties=common.Announced(machine, mode, self._entrance.tls is not None).to_txt(),
+        )
+
+    def close(self) -> None:
+        """Take it back; blocks for a second or two."""
+        self._thread.join(ANNOUNCEMENT_TIMEOUT_S)
+        if self._network:
+            self._network.close()
 
 
 class Server:
@@ -1606,6 +1691,7 @@ class Server:
         handle: Callable[[Connection], None],
         *,
         max_clients: int,
+        announced: bool,
         welcome: dict[str, Any] | None = None,
     ) -> None:
         self._listeners = entrance.listeners
@@ -1618,6 +1704,8 @@ class Server:
         self._threads: set[threading.Thread] = set()
         self._served: set[threading.Thread] = set()  # those past the handshake
         self._lock = threading.Lock()
+        is_found = announced and not entrance.is_local()
+        self._announcement = Announcement(entrance) if is_found else None
 
     def serve_forever(self) -> None:
         """Accept until the thread is interrupted; blocks."""
@@ -1722,9 +1810,11 @@ class Server:
         return ""
 
     def stop(self) -> None:
-        """Accept no more connections."""
+        """Accept no more connections. May be called twice; blocks while that is announced."""
         for listener in self._listeners:
             listener.close()
+        if self._announcement:
+            self._announcement.close()
 
     def clients(self) -> list[threading.Thread]:
         """Return the threads of the clients under way, those past their handshake."""
@@ -1775,6 +1865,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = common.make_parser("Receive files from client.py, or send it sound.", EXAMPLES)
     common.add_address_arguments(parser, "address to listen on")
     parser.add_argument(
+        "--no-announce",
+        action="store_true",
+        help="do not tell the local network of this server (see client.py --find)",
+    )
+    parser.add_argument(
         "--max-clients",
         type=common.positive_number,
         metavar="N",
@@ -1801,13 +1896,27 @@ def set_up_log(args: argparse.Namespace) -> None:
     done.addFilter(lambda record: record.levelno <= logging.INFO)
     wrong = logging.StreamHandler(sys.stderr)
     wrong.setLevel(logging.WARNING)
-    logging.basicConfig(
-        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[done, wrong]
-    )
+    for handler in (done, wrong):
+        stamp = "" if goes_to_journal(handler.stream) else "%(asctime)s "
+        handler.setFormatter(logging.Formatter(f"{stamp}%(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=level, handlers=[done, wrong])
+    for library in ("zeroconf", "asyncio"):  # what matters of theirs we say ourselves
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     # A log line a file is most of the work on a small file: leave out what no line shows, and
     # do not answer a log that cannot be written with a traceback.
     logging.raiseExceptions = logging.logThreads = logging.logProcesses = False
     logging.logMultiprocessing = False
+
+
+def goes_to_journal(stream: TextIO) -> bool:
+    """Tell whether systemd reads `stream` for its journal, which stamps each line itself.
+
+    ``JOURNAL_STREAM`` holds the device and the inode that it gave us (systemd.exec(5)).
+    """
+    with contextlib.suppress(OSError, ValueError):  # no file, or closed
+        found = os.fstat(stream.fileno())
+        return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+    return False
 
 
 def prepare_folder(folder: str) -> str:
@@ -1832,10 +1941,14 @@ def serve_files(args: argparse.Namespace) -> int:
         entrance,
         lambda connection: handle_file_client(connection, store),
         max_clients=args.max_clients or MAX_CLIENTS,
+        announced=not args.no_announce,
     )
     shown = escape(os.path.join(store.folder, ""))
     entrance.describe(f"Receiving into {shown}", args.quiet)
-    return serve_until_stopped(server)
+    try:
+        return serve_until_stopped(server)
+    finally:
+        server.stop()
 
 
 def serve_audio(args: argparse.Namespace) -> int:
@@ -1865,6 +1978,8 @@ def broadcast(args: argparse.Namespace, source: Microphone | PacedInput) -> int:
     except KeyboardInterrupt:
         console.say(summarize(broadcaster))
         raise
+    finally:
+        server.stop()
 
 
 def make_audio_server(
@@ -1880,6 +1995,7 @@ def make_audio_server(
         entrance,
         lambda connection: handle_audio_client(connection, broadcaster),
         max_clients=args.max_clients or MAX_LISTENERS,
+        announced=not args.no_announce,
         welcome={**audio.fields(), "stream": secrets.token_hex(8)},
     )
 
@@ -1910,16 +2026,15 @@ def summarize(broadcaster: Broadcaster) -> str:
 
 def serve_until_stopped(server: Server) -> int:
     """Serve until Ctrl+C, then until the last client is done, or a second Ctrl+C."""
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
-    except KeyboardInterrupt:
-        server.stop()
     under_way = server.clients()
     if not under_way:
         common.complain("\nstopped")
         return EXIT_INTERRUPTED
     common.complain(f"\nfinishing {len(under_way)} under way - Ctrl+C again to stop at once")
     try:
+        server.stop()
         for thread in under_way:
             while thread.is_alive():
                 thread.join(0.5)  # Windows lets Ctrl+C through only in between

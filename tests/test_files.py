@@ -974,7 +974,7 @@ def test_the_server_logs_a_line_for_each_file(server: Server, tmp_path: Path) ->
     source = make_file(tmp_path / "file.bin", 2_000_000)
     server.send(source)
     pattern = (
-        r"\d\d:\d\d:\d\d 127\.0\.0\.1:\d+ sent file\.bin: 2\.0 MB in \d+\.\d\d s "
+        r"\d\d:\d\d:\d\d 127\.0\.0\.1:\d+ sent 2\.0 MB in \d+\.\d\d s "
         r"\([\d.]+ [kMG]B/s\), SHA-256 (\w{8}), saved as (.*)\n"
     )
     found = server.wait_for_output(pattern)

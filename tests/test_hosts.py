@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -226,6 +228,87 @@ def test_a_bad_line(hosts: Hosts, far: Server, inbox: Path, tmp_path: Path) -> N
         hosts.shape("pfifo")
     assert result.status == 0, result
     assert sha256(inbox / source.name) == sha256(source)
+
+
+# --- finding each other ---------------------------------------------------------------------
+
+
+def find(hosts: Hosts, *arguments: str | Path, answers: bytes, host: str) -> Result:
+    """Look for servers on `host`; return how it went."""
+    with Process(
+        "client.py", "--find", *arguments, stdin=answers, wrapper=hosts.at(host)
+    ) as client:
+        return client.wait()
+
+
+def find_until_listed(hosts: Hosts, listed: str, *arguments: str | Path, host: str) -> str:
+    """Look again until a line begins with `listed`; return its number there."""
+
+    def look() -> re.Match[str] | None:
+        result = find(hosts, *arguments, answers=b"", host=host)
+        assert result.status == 1, result
+        return re.search(rf"^ +(\d+)  {listed}", result.stdout, re.MULTILINE)
+
+    found = wait_for(look, what=f"{listed} is listed")
+    assert found is not None
+    return found[1]
+
+
+def test_a_server_is_found_and_picked_by_its_number(
+    hosts: Hosts, inbox: Path, tmp_path: Path
+) -> None:
+    source = make_file(tmp_path / "report.bin", 3 * MIB)
+    record = tmp_path / "record"
+    machine = re.escape(socket.gethostname()[:30])
+    with (
+        third_machine_listening(hosts, record),
+        Server(
+            inbox, "--host", "0.0.0.0", "--code", CODE, wrapper=hosts.at(hosts.between)
+        ) as server,
+    ):
+        # Of the server's two addresses, each client is shown the one on its own network.
+        for host, address in ((hosts.near, "10.77.1.1"), (hosts.far, "10.77.2.1")):
+            listed = rf"{machine} +file   {re.escape(address)}:{server.port} +pairing code\n"
+            number = find_until_listed(hosts, listed, host=host)
+        answers = f"7\nx\n\n{number}\n{source}\n".encode()
+        result = find(hosts, "--code", CODE, answers=answers, host=hosts.near)
+        assert result.status == 0, result
+        assert result.stdout.count("please type a number from 1 to 1\n") == 2
+        assert result.stdout.count("Looking for servers") == 2  # an empty answer looks again
+        assert sha256(inbox / source.name) == sha256(source)
+    heard = record.read_bytes()
+    assert b"_socket-pair" in heard
+    assert b"mode=file" in heard
+    assert not any(part in heard for part in (CODE.encode(), CODE.replace("-", "").encode()))
+    result = find(hosts, answers=b"1\n", host=hosts.near)
+    assert result.status == 1
+    assert "no server announces itself on the local network" in result.stderr
+
+
+def test_find_shows_only_what_was_asked_for(hosts: Hosts, inbox: Path, song: Path) -> None:
+    quiet = ("--host", "10.77.1.1", "--open", "--no-announce")
+    with (
+        Server(inbox, *quiet, wrapper=hosts.at(hosts.between)),
+        Process(
+            *("server.py", "audio", "--host", "10.77.1.1", "--port", "0", "--open"),
+            *("--input", str(song)),
+            wrapper=hosts.at(hosts.between),
+        ) as singer,
+    ):
+        port = singer.wait_for_output(r"Broadcasting .*:(\d+) - Ctrl\+C to stop\n")[1]
+        listed = rf"\S+ +audio  10\.77\.1\.1:{port} +open\n"
+        number = find_until_listed(hosts, listed, host=hosts.near)
+        assert number == "1"  # the server of files keeps quiet
+        result = find(hosts, "file", answers=b"1\n", host=hosts.near)
+        assert result.status == 1
+        assert "no server in file mode announces itself" in result.stderr
+        heard = song.with_name("heard.wav")
+        arguments = ("--open", "--output", str(heard), "--seconds", "1")
+        result = find(hosts, *arguments, answers=b"1\n", host=hosts.near)
+        assert result.status == 0, result
+        assert frames_in(heard) == SONG_RATE
+        # Its network ends at its own cable: the other one hears nothing of it.
+        assert find(hosts, answers=b"1\n", host=hosts.far).status == 1
 
 
 # --- sound ----------------------------------------------------------------------------------

@@ -93,7 +93,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
     from zeroconf import ServiceInfo
 
-MAX_BATCH_ENTRIES = 1000
 # Half of what a frame may hold, as JSON may need two characters for one.
 MAX_BATCH_CHARS = common.MAX_FRAME_BYTES // 2
 ENTRY_CHARS = 100  # of an offered entry, beside its path
@@ -272,6 +271,10 @@ class NoServer(ConnectionLost):
     """Nobody answers at the server's address."""
 
 
+class WrongCode(SocketPairError):
+    """The server has another pairing code than we."""
+
+
 class Address:
     """Where the server is, and what lets us in there.
 
@@ -300,33 +303,40 @@ def connect(
     mode: str,
     *,
     timeout_s: float = HANDSHAKE_TIMEOUT_S,
-    ask: Callable[[], str] | None = None,
+    ask: Callable[[str], str] | None = None,
 ) -> tuple[Connection, dict[str, Any]]:
     """Return a connection past its handshake, and the server's welcome.
 
     Asks for the pairing code, with `ask` or `ask_for_code`, where the server wants one that we do
-    not have, and there is a terminal to ask at. Otherwise blocks for `timeout_s` for connecting
-    and for 10 s for the handshake at most.
+    not have, and there is a terminal to ask at; again, if the answer was wrong. Otherwise blocks
+    for `timeout_s` for connecting and for 10 s for the handshake at most.
 
-    Raises NoServer, ConnectionLost, ProtocolError where it is no Socket Pair server, NotPaired
-    where the code is wrong or not wanted, and PeerRefused.
+    Raises NoServer, ConnectionLost, ProtocolError where it is no Socket Pair server, WrongCode,
+    PeerRefused, and SocketPairError where no code is wanted.
     """
     try:
         return connect_once(address, mode, timeout_s)
     except CodeWanted:
         if address.open or not sys.stdin.isatty():
             raise
-    address.set_code((ask or ask_for_code)())
-    return connect_once(address, mode, timeout_s)
-
-
-def ask_for_code() -> str:
-    """Ask for the pairing code until it can be one."""
+    problem = ""
     while True:
+        address.set_code((ask or ask_for_code)(problem))
+        try:
+            return connect_once(address, mode, timeout_s)
+        except WrongCode as error:
+            problem = str(error)
+
+
+def ask_for_code(problem: str = "") -> str:
+    """Ask for the pairing code until it can be one, after telling the `problem` with the last."""
+    while True:
+        if problem:
+            complain(problem)
         try:
             return common.normalize_code(common.ask("Pairing code: "))
         except ValueError as error:
-            complain(str(error))
+            problem = str(error)
 
 
 def connect_once(
@@ -383,7 +393,8 @@ def shake_hands(connection: Connection, tls: ssl.SSLContext | None, mode: str) -
             connection.send("hello", protocol=common.PROTOCOL, mode=mode)
             return connection.receive("welcome")
     except NotPaired as error:
-        raise SocketPairError(f"{connection.peer} {describe_mismatch(error)}") from error
+        failure = WrongCode if error.wrong_code else SocketPairError
+        raise failure(f"{connection.peer} {describe_mismatch(error)}") from error
     except ProtocolError as error:
         raise ProtocolError(f"{connection.peer} is not a Socket Pair server: {error}") from None
     except ConnectionLost as error:
@@ -572,7 +583,7 @@ def in_batches(sources: Iterable[Source]) -> Iterator[list[Source]]:
         # What can be printed in ASCII takes one or two characters of JSON, anything else up to 12.
         plain = source.name.isascii() and source.name.isprintable()
         needed = ENTRY_CHARS + len(source.name) * (1 if plain else 12)
-        if batch and (len(batch) == MAX_BATCH_ENTRIES or chars + needed > MAX_BATCH_CHARS):
+        if batch and (len(batch) == common.MAX_BATCH_ENTRIES or chars + needed > MAX_BATCH_CHARS):
             yield batch
             batch, chars = [], 0
         batch.append(source)
@@ -1826,9 +1837,9 @@ class Listening:
         timeout_s = HANDSHAKE_TIMEOUT_S if self._audio is None else RECONNECT_TIMEOUT_S
         return connect(self._address, "audio", timeout_s=timeout_s, ask=self._ask_for_code)
 
-    def _ask_for_code(self) -> str:
+    def _ask_for_code(self, problem: str) -> str:
         with self._console.without_status():
-            return ask_for_code()
+            return ask_for_code(problem)
 
     def _wait_for_server(self, error: ConnectionLost) -> None:
         """Say once that there is no server, and leave it a little time to come back."""
@@ -1960,6 +1971,12 @@ EXAMPLES = """examples:
 """
 
 
+MODE_OPTIONS = {
+    "file": ["name"],
+    "audio": ["output", "record", "latency", "seconds", "list_devices"],
+}
+
+
 def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of audio mode."""
     sound = parser.add_argument_group("audio mode")
@@ -1993,6 +2010,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     files.add_argument("--name", help="what standard input is to be called at the server")
     add_audio_arguments(parser)
     args = parser.parse_intermixed_args(argv)
+    common.refuse_other_mode(parser, args, MODE_OPTIONS)
     from_stdin = args.paths.count(STDIN)
     if args.paths and args.mode == "audio":
         parser.error("audio mode takes no PATH")

@@ -5,8 +5,8 @@ From the bottom up:
 ===================  ==============================================================
 errors               ``SocketPairError`` and its kin: every failure a user may meet
 text for people      ``escape``, ``format_bytes``, ``say``, ``complain``, ``ask``
-pairing code         ``make_code``, ``normalize_code``, and ``make_tls_context``: the key
-                     and certificate that both sides derive from a code
+pairing code         ``normalize_code``, and ``make_tls_context``: the key and certificate
+                     that both sides derive from a code
 ``Deadline``         how long a wait may still take
 ``TLS``              what encrypts and decrypts for a connection
 ``Connection``       a socket with its reads, its writes and its time limits:
@@ -73,6 +73,7 @@ SERVICE_TYPE = "_socket-pair._tcp.local."
 
 LENGTH = struct.Struct("!I")
 MAX_HELLO_BYTES = 4 * 1024
+MAX_BATCH_ENTRIES = 1000  # of files and folders in an offer
 MAX_FRAME_BYTES = 1024 * 1024
 RECEIVE_BYTES = 256 * 1024
 SEND_BYTES = 256 * 1024
@@ -303,14 +304,6 @@ def ask_mode() -> str:
 
 
 # --- pairing code ---------------------------------------------------------------------------
-
-
-def make_code() -> str:
-    """Return a new pairing code of 60 random bits, as ``KQ7M-2XFD-9WPA``."""
-    import secrets  # noqa: PLC0415  (see load_identity)
-
-    code = "".join(secrets.choice(CODE_ALPHABET) for _ in range(CODE_LENGTH))
-    return "-".join(code[at : at + 4] for at in range(0, CODE_LENGTH, 4))
 
 
 def normalize_code(text: str) -> str:
@@ -1049,7 +1042,7 @@ class AudioFormat(NamedTuple):
         """Return the format that a welcome tells; raises ProtocolError where it is none."""
         rate, channels = require(welcome, "rate", int), require(welcome, "channels", int)
         if rate not in SAMPLE_RATES or channels not in CHANNEL_COUNTS:
-            raise ProtocolError(f"the server's sound has a bad format ({rate} Hz, {channels} ch)")
+            raise ProtocolError("the server's sound has a rate or channels that no sound has")
         return cls(rate, channels)
 
 
@@ -1607,33 +1600,23 @@ def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> No
     pairing.add_argument("--open", action="store_true", help="do without a pairing code")
 
 
+def refuse_other_mode(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, options: Mapping[str, Sequence[str]]
+) -> None:
+    """Exit with status 2 where `options` of the mode that was not chosen have been given."""
+    for mode, names in options.items():
+        for name in names:
+            given = getattr(args, name) != parser.get_default(name)
+            if given and args.mode not in (None, mode):
+                parser.error(f"--{name.replace('_', '-')} is for {mode} mode")
+
+
 def pairing_code(text: str) -> str:
     """Return what counts of a pairing code, for argparse."""
     try:
         return normalize_code(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def positive_number(text: str) -> int:
-    """Return `text` as a whole number above 0, for argparse."""
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def sample_rate(text: str) -> int:
-    """Return `text` as a sample rate in Hz, for argparse."""
-    if not (text.isascii() and text.isdigit() and int(text) in SAMPLE_RATES):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a sample rate (as 48000)")
-    return int(text)
-
-
-def channel_count(text: str) -> int:
-    """Return `text` as a number of channels, for argparse."""
-    if text not in ("1", "2"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 1 (mono) nor 2 (stereo)")
-    return int(text)
 
 
 def port_number(text: str) -> int:

@@ -122,7 +122,6 @@ else:
 log = logging.getLogger("socket-pair")
 
 MAX_CLIENTS = 64
-MAX_ENTRIES = 1000
 # Far beyond what any system takes, to bound what a client can make us work through.
 MAX_PATH_CHARS = 16 * 1024
 MAX_NAME_BYTES = 255
@@ -755,8 +754,8 @@ class Reception:
         except PeerClosed:
             return None
         entries = require(message, "entries", list)
-        if len(entries) > MAX_ENTRIES:
-            raise ProtocolError(f"received an offer of more than {MAX_ENTRIES} files")
+        if len(entries) > common.MAX_BATCH_ENTRIES:
+            raise ProtocolError(f"received an offer of more than {common.MAX_BATCH_ENTRIES} files")
         return [Incoming(index, Entry.from_message(entry)) for index, entry in enumerate(entries)]
 
     def receive_batch(self, batch: list[Incoming]) -> None:
@@ -1546,6 +1545,12 @@ def find_own_address(families: Iterable[socket.AddressFamily]) -> str | None:
     return None
 
 
+def make_code() -> str:
+    """Return a new pairing code of 60 random bits, as ``KQ7M-2XFD-9WPA``."""
+    code = "".join(secrets.choice(common.CODE_ALPHABET) for _ in range(common.CODE_LENGTH))
+    return "-".join(code[at : at + 4] for at in range(0, common.CODE_LENGTH, 4))
+
+
 @dataclass
 class Entrance:
     """Where a server listens, and what its clients have to know."""
@@ -1561,7 +1566,7 @@ class Entrance:
         listeners = open_listeners(args.host, args.port)
         entrance = cls(mode, listeners, None, None)
         if not (args.code or args.open or entrance.is_local()):
-            entrance.new_code = common.make_code()
+            entrance.new_code = make_code()
         if code := args.code or entrance.new_code:
             entrance.tls = common.make_tls_context(common.normalize_code(code), server_side=True)
         return entrance
@@ -1837,6 +1842,12 @@ EXAMPLES = """examples:
 """
 
 
+MODE_OPTIONS = {
+    "file": ["folder", "overwrite"],
+    "audio": ["input", "rate", "channels", "list_devices"],
+}
+
+
 def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of audio mode."""
     sound = parser.add_argument_group("audio mode")
@@ -1847,13 +1858,13 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sound.add_argument(
         "--rate",
-        type=common.sample_rate,
+        type=sample_rate,
         metavar="HZ",
         help=f"samples a second ({DEFAULT_RATE}, or the .wav file's)",
     )
     sound.add_argument(
         "--channels",
-        type=common.channel_count,
+        type=channel_count,
         metavar="N",
         help="1 for mono, 2 for stereo (1, or the .wav file's)",
     )
@@ -1871,7 +1882,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max-clients",
-        type=common.positive_number,
+        type=positive_number,
         metavar="N",
         help=f"clients served at once ({MAX_CLIENTS}; in audio mode {MAX_LISTENERS})",
     )
@@ -1884,9 +1895,31 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add_audio_arguments(parser)
     args = parser.parse_args(argv)
+    common.refuse_other_mode(parser, args, MODE_OPTIONS)
     if args.open:
         args.code = None  # the environment's
     return args
+
+
+def positive_number(text: str) -> int:
+    """Return `text` as a whole number above 0, for argparse."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def sample_rate(text: str) -> int:
+    """Return `text` as a sample rate in Hz, for argparse."""
+    if not (text.isascii() and text.isdigit() and int(text) in common.SAMPLE_RATES):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a sample rate (as 48000)")
+    return int(text)
+
+
+def channel_count(text: str) -> int:
+    """Return `text` as a number of channels, for argparse."""
+    if text not in ("1", "2"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 1 (mono) nor 2 (stereo)")
+    return int(text)
 
 
 def set_up_log(args: argparse.Namespace) -> None:

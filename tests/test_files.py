@@ -249,21 +249,26 @@ def test_a_bad_number_of_clients_is_a_wrong_argument(count: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "args",
+    "command",
     [
-        ("file", "-"),
-        ("file", "-", "-", "--name", "x"),
-        ("file", "some", "--name", "x"),
-        ("audio", "some"),
-        ("video",),
-        ("file", "-q", "-v", "some"),
-        ("file", "--unknown"),
+        "client.py file -",
+        "client.py file - - --name x",
+        "client.py file some --name x",
+        "client.py file some --latency 20",
+        "client.py file some --find --host 192.0.2.1",
+        "client.py audio some",
+        "client.py video",
+        "client.py file -q -v some",
+        "client.py file --unknown",
+        "server.py file --rate 48000",
+        "server.py audio --overwrite",
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(args: tuple[str, ...]) -> None:
-    result = run_script("client.py", *args)
+def test_arguments_that_make_no_sense_are_refused(command: str) -> None:
+    script, *args = command.split()
+    result = run_script(script, *args)
     assert result.status == 2
-    assert result.error_lines[-1].startswith("client.py: error: ")
+    assert result.error_lines[-1].startswith(f"{script}: error: ")
 
 
 @pytest.mark.parametrize("script", ["server.py", "client.py"])

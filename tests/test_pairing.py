@@ -87,7 +87,7 @@ def check_paired(running: Server, tls: ssl.SSLContext, tmp_path: Path) -> None:
 
 
 def test_new_codes_have_sixty_bits_and_nothing_that_looks_alike() -> None:
-    codes = {common.make_code() for _ in range(1000)}
+    codes = {server.make_code() for _ in range(1000)}
     assert len(codes) == 1000
     for code in codes:
         assert re.fullmatch(r"([A-HJ-NP-Z2-9]{4}-){2}[A-HJ-NP-Z2-9]{4}", code)
@@ -243,6 +243,8 @@ def test_on_a_terminal_the_client_asks_for_the_code(paired: Server, source: Path
         child.sendline("too short")
         child.expect_exact("a pairing code has at least 12 letters and digits")
         child.expect_exact("Pairing code: ")
+        child.sendline("kq7m 2xfd 9wpb")
+        child.expect_exact("has another pairing code\r\nPairing code: ")
         child.sendline("kq7m 2xfd 9wpa")
         child.expect_exact(f"Saved as {NAME}")
         child.expect(pexpect.EOF)

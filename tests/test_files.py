@@ -988,6 +988,38 @@ def test_the_server_logs_a_line_for_each_file(server: Server, tmp_path: Path) ->
     assert server.stderr() == ""
 
 
+@posix
+def test_lines_for_the_journal_have_no_time_of_their_own(inbox: Path, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file.bin", 1000)
+    port = free_port()
+    # systemd gives a service a socket to its journal as both, and tells which one it is.
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    with ours, theirs:
+        status = os.fstat(theirs.fileno())
+        server = subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "server.py"),
+                "file",
+                f"--port={port}",
+                f"--folder={inbox}",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=theirs.fileno(),
+            stderr=theirs.fileno(),
+            env=environment({"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}),
+        )
+        try:
+            wait_for(lambda: send(port, source).status == 0)
+        finally:
+            server.terminate()
+            assert server.wait(LIMIT_S) == 143
+        theirs.close()
+        lines = b"".join(iter(lambda: ours.recv(65536), b"")).decode().splitlines()
+    assert lines[0].startswith("Receiving into")
+    assert re.fullmatch(r"127\.0\.0\.1:\d+ sent 1\.0 kB in .*, saved as .*/file\.bin", lines[1])
+
+
 def test_a_quiet_client_says_only_what_went_wrong(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file.bin", 1000)
     result = server.send("-q", source, tmp_path / "missing")

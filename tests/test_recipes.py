@@ -6,6 +6,7 @@ network of their own, so that the ports that they name are free.
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import gzip
 import os
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import pytest
 
+import common
+import server
 from support import LIMIT_S, ROOT, environment, make_file, sha256, wait_for
 
 README = (ROOT / "README.md").read_text()
@@ -190,3 +193,18 @@ def is_complete(archive: Path) -> bool:
     with contextlib.suppress(EOFError, OSError):
         return bool(gzip.decompress(archive.read_bytes()))
     return False
+
+
+# --- services ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["socket-pair.service", "socket-pair-sound.service"])
+def test_the_services_commands_are_understood(unit: str) -> None:
+    found = re.search(rf"<!-- unit: {unit} -->\n```ini\n(.*?)```\n", README, re.DOTALL)
+    assert found
+    parser = configparser.ConfigParser(delimiters="=", interpolation=None)
+    parser.read_string(found[1])
+    python, script, *arguments = parser["Service"]["ExecStart"].split()
+    assert python.removesuffix("bin/python") == script.removesuffix("server.py") + ".venv/"
+    assert server.parse_arguments(arguments).mode == ("audio" if "sound" in unit else "file")
+    assert str(common.EXIT_TERMINATED) in parser["Service"]["SuccessExitStatus"].split()

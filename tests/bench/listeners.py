@@ -45,6 +45,7 @@ SETTLE_S = 2.0
 CONNECT_LIMIT_S = 60.0
 RECEIVE_BYTES = 1 << 16
 
+MAX_CLIENTS = 20_000  # no limit of ours before the machine's
 # snapcast's binary protocol: type, id, refers to, received s, us, sent s, us, size.
 SNAP_HEADER = struct.Struct("<HHHiiiiI")
 SNAP_CHUNK = struct.Struct("<iiI")
@@ -234,7 +235,7 @@ def feed_in_real_time(descriptor: int, frame_bytes: int, stopped: threading.Even
 def our_server(_folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """Run this project's server; give it and its port."""
     command = [sys.executable, str(ROOT / "server.py"), "audio", "--input", "-", "--port", "0"]
-    command += arguments
+    command += ["--max-clients", str(MAX_CLIENTS), *arguments]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )

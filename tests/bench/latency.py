@@ -237,7 +237,7 @@ WAYS = [
     Way("parec | pacat", ["parec", "pacat"], direct_pipe),
     Way("snapcast (default)", ["snapserver", "snapclient"], snapcast(None)),
     Way("snapcast (400 ms)", ["snapserver", "snapclient"], snapcast(400)),
-    Way("snapcast (150 ms)", ["snapserver", "snapclient"], snapcast(150)),
+    Way("snapcast (100 ms)", ["snapserver", "snapclient"], snapcast(100)),
     Way("trx", ["trx-tx", "trx-rx"], trx),
 ]
 

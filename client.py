@@ -131,7 +131,8 @@ MAX_LATENCY_MS = 900
 
 # Servers answer within some tenths of a second, and a lost question is asked again after one.
 FIND_S = 2.0
-FIND_DETAILS_MS = 1_000
+MAX_SHOWN = 50
+MAX_SHOWN_CHARS = 40
 
 FOREVER_S = 1e9
 RECONNECT_WAIT_S = 0.5
@@ -163,11 +164,11 @@ class FoundServer(NamedTuple):
     port: int
 
     def describe(self) -> str:
-        """Return a line of a table."""
+        """Return a line of a table; the name, which may be of any width, is last."""
         name, mode, has_code = self.announced
-        access = "pairing code" if has_code else "open"
+        access = "pairing code" if has_code else "needs --open"
         address = escape(common.format_address(self.host, self.port))
-        return f"{escape(name, 30):<30}  {mode:<5}  {address:<21}  {access}"
+        return f"{mode:<5}  {address:<21}  {access}  {escape(name)[:MAX_SHOWN_CHARS]}"
 
 
 def find_servers(mode: str | None) -> list[FoundServer]:
@@ -176,13 +177,13 @@ def find_servers(mode: str | None) -> list[FoundServer]:
     Blocks for ``FIND_S``, for their answers. Raises SocketPairError if there is no way to ask.
     """
     modes = [mode] if mode else common.MODES
-    found = []
+    found = {}  # by address: a server may be told of twice
     for service in browse():
         announced = common.Announced.from_txt(service.properties)
-        addresses = service.parsed_scoped_addresses()
-        if announced.mode in modes and addresses and service.port:
-            found.append(FoundServer(announced, nearest(addresses), service.port))
-    return sorted(found)
+        host = nearest(service.parsed_scoped_addresses())
+        if announced.name and announced.mode in modes and host and service.port:
+            found[host, service.port] = FoundServer(announced, host, service.port)
+    return sorted(found.values(), key=lambda server: (server.announced.name, server.host, server))
 
 
 def browse() -> list[ServiceInfo]:
@@ -201,36 +202,42 @@ def browse() -> list[ServiceInfo]:
         names.put(name)
 
     try:
-        network = zeroconf.Zeroconf(zeroconf.InterfaceChoice.All)
-        with contextlib.closing(network):
+        with contextlib.closing(common.open_network()) as network:
             zeroconf.ServiceBrowser(network, common.SERVICE_TYPE, handlers=[note])
             time.sleep(FIND_S)
-            services = [
-                network.get_service_info(common.SERVICE_TYPE, name, FIND_DETAILS_MS)
-                for name in {names.get() for _ in range(names.qsize())}
-            ]
+            told = {names.get() for _ in range(names.qsize())}
+            services = [zeroconf.ServiceInfo(common.SERVICE_TYPE, name) for name in told]
+            # Servers tell all of themselves at once. What has not come with the name is not
+            # asked for: anyone can announce names that nobody answers for.
+            return [service for service in services if service.load_from_cache(network)]
     except (OSError, zeroconf.Error) as error:
         raise SocketPairError(f"cannot ask the local network: {describe_error(error)}") from error
-    return [service for service in services if service]
 
 
-def nearest(addresses: Iterable[str]) -> str:
-    """Return the one of a server's addresses that most likely leads to it from here.
+def nearest(addresses: Iterable[str]) -> str | None:
+    """Return the one of a server's addresses that most likely leads to it from here, if any.
 
     One on a network of ours does, unless it is also our own: there are addresses that every
     machine has for its own virtual networks.
     """
-    import ipaddress  # noqa: PLC0415  (see find_servers)
+    import ipaddress  # noqa: PLC0415  (see browse)
 
     own = common.own_interfaces()
 
-    def distance(address: str) -> tuple[int, int]:
+    def is_one_machines(address: str) -> bool:
         ip = ipaddress.ip_address(address)
-        if any(str(ip) == str(interface.ip) for interface in own):
+        ip = getattr(ip, "ipv4_mapped", None) or ip
+        is_special = ip.is_multicast or ip.is_unspecified or ip.is_loopback or ip.is_reserved
+        is_unclear = ip.is_link_local and ip.version == 6 and "%" not in address
+        return not (is_special or is_unclear)
+
+    def distance(address: str) -> tuple[int, int]:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        if any(ip == interface.ip for interface in own):
             return 2, ip.version
         return (0 if any(ip in interface.network for interface in own) else 1), ip.version
 
-    return min(addresses, key=distance)
+    return min(filter(is_one_machines, addresses), key=distance, default=None)
 
 
 def pick_server(mode: str | None, data_on_stdout: bool = False) -> FoundServer:
@@ -244,17 +251,20 @@ def pick_server(mode: str | None, data_on_stdout: bool = False) -> FoundServer:
         servers = find_servers(mode)
         if not servers:
             raise SocketPairError(
-                f"no server {f'in {mode} mode ' if mode else ''}announces itself on the local "
-                "network: start one with python server.py --host 0.0.0.0, or use --host"
+                f"no server {f'in {mode} mode ' if mode else ''}announces itself here: start one "
+                f"with python server.py {mode or 'file'} --host 0.0.0.0, or use --host"
             )
-        for number, server in enumerate(servers, 1):
+        choices = {str(number): server for number, server in enumerate(servers[:MAX_SHOWN], 1)}
+        for number, server in choices.items():
             console.say(f"{number:>3}  {server.describe()}")
-        answer = common.ask("Number (Enter looks again): ", data_on_stdout).strip()
-        while answer and not (answer.isdecimal() and 0 < int(answer) <= len(servers)):
-            console.say(f"please type a number from 1 to {len(servers)}")
-            answer = common.ask("Number (Enter looks again): ", data_on_stdout).strip()
+        if len(servers) > MAX_SHOWN:
+            console.say(f"     and {len(servers) - MAX_SHOWN} more")
+        answer = "?"
+        while answer and answer not in choices:
+            console.say(f"Type a number from 1 to {len(choices)}, or only Enter to look again.")
+            answer = common.ask("Number: ", data_on_stdout).strip()
         if answer:
-            return servers[int(answer) - 1]
+            return choices[answer]
 
 
 # --- connection -----------------------------------------------------------------------------
@@ -2020,8 +2030,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("standard input can be sent once only")
     if args.name is not None and not from_stdin:
         parser.error("--name is for standard input: give - as the PATH in file mode")
-    if args.find and args.host != common.DEFAULT_HOST:
-        parser.error("--find looks for the server: leave out --host")
+    if args.find and (args.host, args.port) != (common.DEFAULT_HOST, common.DEFAULT_PORT):
+        parser.error("--find looks for the server: leave out --host and --port")
+    if args.find and (from_stdin or args.list_devices):
+        parser.error("--find asks for a number: that goes neither with - nor with --list-devices")
     if args.port == 0:
         parser.error("argument --port: 0 is not a port to connect to")
     if args.open:
@@ -2105,7 +2117,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the client with the command line's arguments; return its exit status."""
     args = parse_arguments(argv)
     common.take_signals()
-    if args.find and not args.list_devices:
+    if args.find:
         found = pick_server(args.mode, data_on_stdout=args.output == STDOUT)
         args.mode, args.host, args.port = found.announced.mode, found.host, found.port
     mode = "audio" if args.list_devices else args.mode or common.ask_mode()

@@ -12,7 +12,7 @@ pairing code         ``normalize_code``, and ``make_tls_context``: the key and c
 ``Connection``       a socket with its reads, its writes and its time limits:
                      exact bytes, perhaps encrypted, then frames, then messages
 ``require``          a field of a peer's message, checked for its type
-local network        ``Announced``: what a server tells it; ``own_interfaces``
+local network        ``Announced``: what a server tells it; ``open_network``
 blocks               ``Blocks``; ``BlockPipeline``, where a second thread consumes them while the
                      next is filled; ``blocks_for`` chooses
 checksum             ``calculate_checksum``: SHA-256 of a file or of its beginning;
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from ipaddress import IPv4Interface, IPv6Interface
 
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from zeroconf import Zeroconf
 
 __version__ = "1.0.0"
 
@@ -850,21 +851,44 @@ class Announced(NamedTuple):
         name, mode, pairing = (
             (txt.get(key) or b"").decode(errors="replace") for key in (b"name", b"mode", b"pairing")
         )
-        return cls(name, mode, pairing == "yes")
+        return cls(name, mode, pairing != "no")
 
 
 def own_interfaces() -> list[IPv4Interface | IPv6Interface]:
-    """Return this machine's addresses, each with its network; ImportError without zeroconf."""
-    # Here, as it takes a while and few need it; zeroconf brings ifaddr.
+    """Return this machine's addresses beyond loopback, each with its network.
+
+    Raises ImportError without zeroconf, which brings ifaddr.
+    """
+    # Here, as it takes a while and few need it.
     from ipaddress import ip_interface  # noqa: PLC0415
 
     import ifaddr  # noqa: PLC0415
 
-    return [
+    found = [
         ip_interface(f"{address.ip if address.is_IPv4 else address.ip[0]}/{address.network_prefix}")
         for adapter in ifaddr.get_adapters()
         for address in adapter.ips
     ]
+    return [interface for interface in found if not interface.is_loopback]
+
+
+def open_network(addresses: Sequence[str] = ()) -> Zeroconf:
+    """Return what speaks multicast DNS on the networks of these own addresses, or on all.
+
+    Close it. Raises OSError, and ImportError without zeroconf.
+    """
+    import logging  # noqa: PLC0415  (see own_interfaces)
+
+    import zeroconf  # noqa: PLC0415
+
+    for library in ("zeroconf", "asyncio"):  # what matters of theirs we say ourselves
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    if addresses:
+        return zeroconf.Zeroconf(list(addresses))
+    try:
+        return zeroconf.Zeroconf(zeroconf.InterfaceChoice.All, ip_version=zeroconf.IPVersion.All)
+    except OSError:  # there is no IPv6
+        return zeroconf.Zeroconf(zeroconf.InterfaceChoice.All)
 
 
 # --- blocks and checksum --------------------------------------------------------------------

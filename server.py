@@ -111,7 +111,7 @@ from common import (
 )
 
 if TYPE_CHECKING:
-    from zeroconf import ServiceInfo, Zeroconf
+    from zeroconf import ServiceInfo
 
 if sys.platform == "win32":
     import msvcrt
@@ -175,8 +175,9 @@ OPEN_WARNING = {
 ELSEWHERE = {socket.AF_INET: ("192.0.2.1", 9), socket.AF_INET6: ("2001:db8::1", 9)}
 THIS_MACHINE = "ADDRESS-OF-THIS-MACHINE"
 ALL_ADDRESSES = {"0.0.0.0": (4,), "::": (4, 6)}  # of which versions of IP
-MAX_SERVICE_NAME_CHARS = 40  # the mode and a number are to fit behind it, in 63 bytes
+MAX_MACHINE_BYTES = 45  # the mode and a token are to fit behind it, in 63 bytes
 ANNOUNCEMENT_TIMEOUT_S = 2.0
+ADDRESS_CHECK_S = 5.0
 NO_SUCH_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
 NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
@@ -961,8 +962,22 @@ class Reception:
         log.info(
             f"{self._connection.peer} sent {format_bytes(count)}{rest} in {seconds:.2f} s "
             f"({format_bytes(count / max(seconds, 1e-6))}/s), "
-            f"SHA-256 {incoming.digest.hexdigest()[:8]}, saved as {escape(path, sys.maxsize)}"
+            f"SHA-256 {incoming.digest.hexdigest()[:8]}, saved as {spell_path(path)}"
         )
+
+
+def spell_path(path: str) -> str:
+    """Return `path` in a line of the log, in a way that the shell's ``printf %b`` undoes.
+
+    Control codes become the octal numbers of their bytes, as do backslashes, but where they
+    separate folders.
+    """
+    return "".join(
+        char
+        if char.isprintable() and (char != "\\" or os.sep == "\\")
+        else "".join(f"\\0{byte:03o}" for byte in char.encode("utf-8", "surrogateescape"))
+        for char in path
+    )
 
 
 def is_strings(value: Any) -> bool:
@@ -1538,7 +1553,7 @@ def find_own_address(families: Iterable[socket.AddressFamily]) -> str | None:
             # Sends nothing, but has the system choose the address that it would send from.
             sock.connect(ELSEWHERE[family])
             return str(sock.getsockname()[0])
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeError):  # UnicodeError: a name that none should be
         for family, _, _, _, address in socket.getaddrinfo(socket.gethostname(), None):
             if family in families and not common.is_loopback(str(address[0])):
                 return str(address[0])
@@ -1586,20 +1601,16 @@ class Entrance:
 
     def addresses(self) -> list[str]:
         """Return each address that other machines may reach it at."""
-        found = []
-        for bound in self.bound_addresses():
-            if versions := ALL_ADDRESSES.get(bound):
-                own = common.own_interfaces()
-                found += [str(each.ip) for each in own if each.version in versions]
-            else:
-                found.append(bound)
+        bound, own = self.bound_addresses(), common.own_interfaces()
+        versions = [version for each in bound for version in ALL_ADDRESSES.get(each, ())]
+        found = [str(interface.ip) for interface in own if interface.version in versions]
+        found += [each for each in bound if each not in ALL_ADDRESSES]
         return [address for address in found if not common.is_loopback(address)]
 
-    def own_networks(self) -> list[str]:
-        """Return the IPv4 addresses on whose networks it can be reached; none where on all."""
-        if ALL_ADDRESSES.keys() & set(self.bound_addresses()):
-            return []
-        return [address for address in self.addresses() if ":" not in address]
+    def networks(self) -> list[str]:
+        """Return the addresses whose networks it can be reached from; none if from all."""
+        is_everywhere = ALL_ADDRESSES.keys() & set(self.bound_addresses())
+        return [] if is_everywhere else self.addresses()
 
     def describe(self, doing: str, quiet: bool) -> None:
         """Say where the server is and how a client gets in; a quiet one, what nobody could know."""
@@ -1641,13 +1652,16 @@ class Entrance:
 class Announcement:
     """Tells the local network of a server by DNS-SD (RFC 6763), until it is closed.
 
-    A thread of its own does it: to make sure that nobody has the same name takes most of a
-    second. What fails is logged; a server that is not announced can be reached all the same.
+    A thread of its own does all of it, as it takes most of a second; and again when this machine
+    gets other addresses. What fails is logged: the server can be reached all the same.
     """
 
     def __init__(self, entrance: Entrance) -> None:
         self._entrance = entrance
-        self._network: Zeroconf | None = None
+        # A name that nobody else has, so that there is nothing to be found out or argued about.
+        self._token = secrets.token_hex(4)
+        self._closed = threading.Event()
+        self._problem = ""
         self._thread = threading.Thread(target=self._run, name="announcement", daemon=True)
         self._thread.start()
 
@@ -1656,35 +1670,53 @@ class Announcement:
             # Here, as most servers do without, and it takes long to import.
             import zeroconf  # noqa: PLC0415
         except ImportError:
-            log.info("not announced on the local network: that needs pip install zeroconf")
+            self._complain("that needs pip install zeroconf (or --no-announce)")
             return
-        try:
-            networks = self._entrance.own_networks() or zeroconf.InterfaceChoice.All
-            self._network = zeroconf.Zeroconf(networks)
-            self._network.register_service(self._service(), allow_name_change=True)
-        except (OSError, zeroconf.Error) as error:
-            log.warning("not announced on the local network: %s", describe_error(error))
+        while not self._closed.is_set():
+            try:
+                self._announce()
+            except (OSError, ValueError, SocketPairError, zeroconf.Error) as error:
+                self._complain(describe_error(error))
+                self._closed.wait(ADDRESS_CHECK_S)
 
-    def _service(self) -> ServiceInfo:
-        """Return what is announced; the name that users see is in the TXT record, whole."""
+    def _announce(self) -> None:
+        """Be announced until it is closed, or this machine's addresses are others."""
+        addresses = self._entrance.addresses()
+        if not addresses:
+            raise SocketPairError("this machine is in none")
+        with contextlib.closing(common.open_network(self._entrance.networks())) as network:
+            network.register_service(self._service(addresses), cooperating_responders=True)
+            self._problem = ""
+            while not self._closed.wait(ADDRESS_CHECK_S):
+                if self._entrance.addresses() != addresses:
+                    break
+
+    def _complain(self, problem: str) -> None:
+        """Log why there is no announcement, once in a row."""
+        if problem != self._problem:
+            log.warning("not announced on the local network: %s", problem)
+        self._problem = problem
+
+    def _service(self, addresses: list[str]) -> ServiceInfo:
+        """Return what is announced; the name that users see is in the TXT record."""
         import zeroconf  # noqa: PLC0415  (see _run)
 
-        machine, mode = socket.gethostname(), self._entrance.mode
+        machine = socket.gethostname().encode(errors="replace")[:MAX_MACHINE_BYTES]
+        name, mode = machine.decode(errors="ignore"), self._entrance.mode
         return zeroconf.ServiceInfo(
             common.SERVICE_TYPE,
-            f"{machine.partition('.')[0][:MAX_SERVICE_NAME_CHARS]} {mode}.{common.SERVICE_TYPE}",
-            # A name of our own: the machine's may be another program's to announce.
-            server=f"socket-pair-{secrets.token_hex(8)}.local.",
-            parsed_addresses=self._entrance.addresses(),
+            f"{name.replace('.', ' ')} {mode} {self._token}.{common.SERVICE_TYPE}",
+            # Not the machine's own name, which may be another program's to announce.
+            server=f"socket-pair-{self._token}.local.",
+            parsed_addresses=addresses,
             port=self._entrance.port,
-            properties=common.Announced(machine, mode, self._entrance.tls is not None).to_txt(),
+            properties=common.Announced(name, mode, self._entrance.tls is not None).to_txt(),
         )
 
     def close(self) -> None:
-        """Take it back; blocks for a second or two."""
+        """Take it back; blocks for a second or two. May be called twice."""
+        self._closed.set()
         self._thread.join(ANNOUNCEMENT_TIMEOUT_S)
-        if self._network:
-            self._network.close()
 
 
 class Server:
@@ -1709,11 +1741,14 @@ class Server:
         self._threads: set[threading.Thread] = set()
         self._served: set[threading.Thread] = set()  # those past the handshake
         self._lock = threading.Lock()
-        is_found = announced and not entrance.is_local()
-        self._announcement = Announcement(entrance) if is_found else None
+        self._entrance = entrance
+        self._is_announced = announced and not entrance.is_local()
+        self._announcement: Announcement | None = None
 
     def serve_forever(self) -> None:
         """Accept until the thread is interrupted; blocks."""
+        if self._is_announced:
+            self._announcement = Announcement(self._entrance)
         # On Windows, Ctrl+C does not wake who waits for a connection.
         timeout = 0.5 if sys.platform == "win32" else None
         with selectors.DefaultSelector() as selector:
@@ -1933,8 +1968,6 @@ def set_up_log(args: argparse.Namespace) -> None:
         stamp = "" if goes_to_journal(handler.stream) else "%(asctime)s "
         handler.setFormatter(logging.Formatter(f"{stamp}%(message)s", "%H:%M:%S"))
     logging.basicConfig(level=level, handlers=[done, wrong])
-    for library in ("zeroconf", "asyncio"):  # what matters of theirs we say ourselves
-        logging.getLogger(library).setLevel(logging.CRITICAL)
     # A log line a file is most of the work on a small file: leave out what no line shows, and
     # do not answer a log that cannot be written with a traceback.
     logging.raiseExceptions = logging.logThreads = logging.logProcesses = False
@@ -2002,9 +2035,9 @@ def broadcast(args: argparse.Namespace, source: Microphone | PacedInput) -> int:
         handler.addFilter(console.clear_for)
     source.start()
     broadcaster.start()
-    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     what = f"{source.name}, {source.captured.audio.describe()}"
     entrance.describe(f"Broadcasting {what},", args.quiet)
+    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     try:
         show_until_ended(broadcaster, console)
         return finish_audio(server, broadcaster, console)
@@ -2062,10 +2095,8 @@ def serve_until_stopped(server: Server) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
     under_way = server.clients()
-    if not under_way:
-        common.complain("\nstopped")
-        return EXIT_INTERRUPTED
-    common.complain(f"\nfinishing {len(under_way)} under way - Ctrl+C again to stop at once")
+    if under_way:
+        common.complain(f"\nfinishing {len(under_way)} under way - Ctrl+C again to stop at once")
     try:
         server.stop()
         for thread in under_way:
@@ -2073,6 +2104,9 @@ def serve_until_stopped(server: Server) -> int:
                 thread.join(0.5)  # Windows lets Ctrl+C through only in between
     except KeyboardInterrupt:
         common.complain("\nstopped at once: what is here of unfinished files is kept")
+        return EXIT_INTERRUPTED
+    if not under_way:
+        common.complain("\nstopped")
     return EXIT_INTERRUPTED
 
 

@@ -268,12 +268,12 @@ def test_a_server_is_found_and_picked_by_its_number(
     ):
         # Of the server's two addresses, each client is shown the one on its own network.
         for host, address in ((hosts.near, "10.77.1.1"), (hosts.far, "10.77.2.1")):
-            listed = rf"{machine} +file   {re.escape(address)}:{server.port} +pairing code\n"
+            listed = rf"file   {re.escape(address)}:{server.port} +pairing code  {machine}\n"
             number = find_until_listed(hosts, listed, host=host)
         answers = f"7\nx\n\n{number}\n{source}\n".encode()
         result = find(hosts, "--code", CODE, answers=answers, host=hosts.near)
         assert result.status == 0, result
-        assert result.stdout.count("please type a number from 1 to 1\n") == 2
+        assert result.stdout.count("Type a number from 1 to 1, or only Enter") == 4
         assert result.stdout.count("Looking for servers") == 2  # an empty answer looks again
         assert sha256(inbox / source.name) == sha256(source)
     heard = record.read_bytes()
@@ -282,7 +282,7 @@ def test_a_server_is_found_and_picked_by_its_number(
     assert not any(part in heard for part in (CODE.encode(), CODE.replace("-", "").encode()))
     result = find(hosts, answers=b"1\n", host=hosts.near)
     assert result.status == 1
-    assert "no server announces itself on the local network" in result.stderr
+    assert "no server announces itself here" in result.stderr
 
 
 def test_find_shows_only_what_was_asked_for(hosts: Hosts, inbox: Path, song: Path) -> None:
@@ -296,7 +296,7 @@ def test_find_shows_only_what_was_asked_for(hosts: Hosts, inbox: Path, song: Pat
         ) as singer,
     ):
         port = singer.wait_for_output(r"Broadcasting .*:(\d+) - Ctrl\+C to stop\n")[1]
-        listed = rf"\S+ +audio  10\.77\.1\.1:{port} +open\n"
+        listed = rf"audio  10\.77\.1\.1:{port} +needs --open  \S+\n"
         number = find_until_listed(hosts, listed, host=hosts.near)
         assert number == "1"  # the server of files keeps quiet
         result = find(hosts, "file", answers=b"1\n", host=hosts.near)

@@ -170,22 +170,24 @@ def test_the_files_that_find_finds_are_sent(workplace: Workplace) -> None:
 
 
 def test_each_saved_file_is_handed_on(workplace: Workplace, tmp_path: Path) -> None:
-    names = ["a.txt", "with  'quotes' and \\ spaces .txt", "x, SHA-256 00, saved as a.txt", "-v"]
-    sources = [make_file(tmp_path / name, 1000 + len(name)) for name in names]
-    # Shown with its line end spelled out, it is no file there: the next one is not to suffer.
-    unshown = make_file(tmp_path / "two\nlines", 5)
+    folder = tmp_path / "sent"
+    folder.mkdir()
+    names = ["a.txt", "with  'quotes' and spaces ", "x, SHA-256 00, saved as a.txt", "-v"]
+    names += ["two\nlines", "two\\nlines", "\\0101", "an escape \x1b[31m", "grün\u2028\n"]
+    for number, name in enumerate(names):
+        make_file(folder / name, 1000 + number)
+    last = make_file(tmp_path / "last", 1)
     with workplace.recipe("files-hand-on") as server:
         server.wait_for("Receiving into")
-        last = make_file(tmp_path / "last", 1)
-        paths = " ".join(f'"$SOURCES"/{part}' for part in ("two*", "*.txt", "-v", "last"))
-        with workplace.run(f"python client.py file {paths}", SOURCES=str(tmp_path)) as client:
+        with workplace.run(
+            'python client.py file "$SENT"/* "$SENT" "$LAST"', SENT=str(folder), LAST=str(last)
+        ) as client:
             assert client.wait() == 0, client.output
-        done = workplace.folder / "done"
-        wait_for((done / "last.gz").exists, LIMIT_S, "the last file is handed on")
-        wait_for(lambda: is_complete(done / "last.gz"), LIMIT_S, "all of it")
-    assert unshown.exists() and last.exists()
-    for source in sources:
-        assert gzip.decompress((done / f"{source.name}.gz").read_bytes()) == source.read_bytes()
+        done = workplace.folder / "done" / "received"
+        wait_for(lambda: is_complete(done / "last.gz"), LIMIT_S, "the last file is handed on")
+    for name in names:
+        for handed_on in (done / f"{name}.gz", done / "sent" / f"{name}.gz"):
+            assert gzip.decompress(handed_on.read_bytes()) == (folder / name).read_bytes()
 
 
 def is_complete(archive: Path) -> bool:

@@ -28,6 +28,7 @@ import pytest
 from support import MIB, Process, Result, Server, make_file, partial_size, sha256, wait_for
 
 FAR = "10.77.2.2"
+NEXT = "10.77.1.1"  # of the machine between, in the client's network
 CODE = "KQ7M-2XFD-9WPA"
 SONG_RATE = 48_000
 SONG_FRAMES = 120 * SONG_RATE
@@ -309,6 +310,38 @@ def test_find_shows_only_what_was_asked_for(hosts: Hosts, inbox: Path, song: Pat
         assert frames_in(heard) == SONG_RATE
         # Its network ends at its own cable: the other one hears nothing of it.
         assert find(hosts, answers=b"1\n", host=hosts.far).status == 1
+
+
+ANNOUNCE_GHOSTS = """
+import select, socket, struct, sys
+def pack(*parts): return b"".join(bytes([len(part)]) + part for part in parts) + bytes(1)
+service = b"_socket-pair", b"_tcp", b"local"
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(sys.argv[1]))
+    sock.bind(("", 5353))
+    number = 0
+    while True:
+        number += 1
+        name = pack(b"ghost %d" % (number % 3000), *service)
+        answer = pack(*service) + struct.pack("!HHIH", 12, 1, 120, len(name)) + name
+        sock.sendto(struct.pack("!6H", 0, 0x8400, 0, 1, 0, 0) + answer, ("224.0.0.251", 5353))
+        select.select([], [], [], 0.0005)
+"""
+
+
+def test_names_that_nobody_answers_for_hide_no_server(hosts: Hosts, inbox: Path) -> None:
+    command = [*hosts.at(hosts.between), sys.executable, "-c", ANNOUNCE_GHOSTS, NEXT]
+    with (
+        Server(inbox, "--host", NEXT, "--open", wrapper=hosts.at(hosts.between)) as server,
+        subprocess.Popen(command) as ghosts,
+    ):
+        try:
+            listed = rf"file   10\.77\.1\.1:{server.port} +needs --open  "
+            assert find_until_listed(hosts, listed, host=hosts.near) == "1"
+        finally:
+            ghosts.kill()
 
 
 # --- sound ----------------------------------------------------------------------------------

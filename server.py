@@ -1732,6 +1732,10 @@ class Server:
         welcome: dict[str, Any] | None = None,
     ) -> None:
         self._listeners = entrance.listeners
+        self._selector = selectors.DefaultSelector()
+        for listener in self._listeners:
+            listener.setblocking(False)
+            self._selector.register(listener, selectors.EVENT_READ, listener)
         self._mode = entrance.mode
         self._handle = handle
         self._max_clients = max_clients
@@ -1751,13 +1755,9 @@ class Server:
             self._announcement = Announcement(self._entrance)
         # On Windows, Ctrl+C does not wake who waits for a connection.
         timeout = 0.5 if sys.platform == "win32" else None
-        with selectors.DefaultSelector() as selector:
-            for listener in self._listeners:
-                listener.setblocking(False)
-                selector.register(listener, selectors.EVENT_READ, listener)
-            while True:
-                for key, _ in selector.select(timeout):
-                    self._accept(key.data)
+        while True:
+            for key, _ in self._selector.select(timeout):
+                self._accept(key.data)
 
     def _accept(self, listener: socket.socket) -> None:
         """Take one connection, and give it its thread."""

@@ -1731,12 +1731,11 @@ class Server:
         announced: bool,
         welcome: dict[str, Any] | None = None,
     ) -> None:
-        self._listeners = entrance.listeners
+        self._entrance = entrance
         self._selector = selectors.DefaultSelector()
-        for listener in self._listeners:
+        for listener in entrance.listeners:
             listener.setblocking(False)
             self._selector.register(listener, selectors.EVENT_READ, listener)
-        self._mode = entrance.mode
         self._handle = handle
         self._max_clients = max_clients
         self._welcome = welcome or {}
@@ -1745,7 +1744,6 @@ class Server:
         self._threads: set[threading.Thread] = set()
         self._served: set[threading.Thread] = set()  # those past the handshake
         self._lock = threading.Lock()
-        self._entrance = entrance
         self._is_announced = announced and not entrance.is_local()
         self._announcement: Announcement | None = None
 
@@ -1826,7 +1824,7 @@ class Server:
                     connection.finish()
                     raise Refused(f"turned away: {objection}")
                 connection.send(
-                    "welcome", protocol=common.PROTOCOL, mode=self._mode, **self._welcome
+                    "welcome", protocol=common.PROTOCOL, mode=self._entrance.mode, **self._welcome
                 )
                 return self._lobby.leave(connection)
         except SocketPairError as error:
@@ -1840,8 +1838,9 @@ class Server:
         protocol, mode = require(hello, "protocol", int), require(hello, "mode", str)
         if protocol != common.PROTOCOL:
             return f"this server speaks protocol {common.PROTOCOL}, not {protocol}: update one"
-        if mode != self._mode:
-            return f"this server is in {self._mode} mode: python client.py {self._mode}"
+        ours = self._entrance.mode
+        if mode != ours:
+            return f"this server is in {ours} mode: python client.py {ours}"
         with self._lock:
             if len(self._served) >= self._max_clients:
                 clients = common.count(self._max_clients, "client")
@@ -1851,7 +1850,7 @@ class Server:
 
     def stop(self) -> None:
         """Accept no more connections. May be called twice; blocks while that is announced."""
-        for listener in self._listeners:
+        for listener in self._entrance.listeners:
             listener.close()
         if self._announcement:
             self._announcement.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import icecast
+import icecast_server
 from melody import hear, is_melody, make_melody, write_melody
 from recipes import Shell, Workplace, network, read_recipe, workplace
 from sound_card import VirtualSoundCard, stop_process
@@ -20,7 +20,7 @@ from support import LIMIT_S, ROOT, wait_for
 
 __all__ = ["network", "workplace"]
 
-URL = f"http://127.0.0.1:{icecast.PORT}{icecast.MOUNT}"
+URL = f"http://127.0.0.1:{icecast_server.PORT}{icecast_server.MOUNT}"
 PCM = "-f s16le -ar 48000 -ac 1"
 CROWD = ROOT / "tests" / "http_crowd.py"
 THE_END = "The sound has ended: standard input is at its end"
@@ -100,10 +100,10 @@ def has_sound(path: Path) -> bool:
 def station(workplace: Workplace, network: tuple[str, ...]) -> Iterator[Workplace]:
     """Give a workplace where Icecast runs, and waits for a source."""
     need("icecast2", "ffmpeg", "curl")
-    need_ports(network, icecast.PORT)
-    command = icecast.configure(workplace.folder, clients=200, timeout_s=3600)
+    need_ports(network, icecast_server.PORT)
+    command = icecast_server.configure(workplace.folder, clients=200, timeout_s=3600)
     with workplace.run(f"exec {' '.join(command)} 2>&1") as running:
-        running.wait_for(icecast.STARTED)
+        running.wait_for(icecast_server.STARTED)
         yield workplace
 
 
@@ -124,8 +124,8 @@ def test_icecast_hands_it_on_to_a_player_and_to_another_server_of_ours(station: 
 
 def wait_until_on_air(station: Workplace) -> None:
     """Wait until Icecast has a source."""
-    status = f"http://127.0.0.1:{icecast.PORT}/status-json.xsl"
-    run_all(station, f"until curl -s {status} | grep -q {icecast.MOUNT}; do sleep 0.1; done")
+    status = f"http://127.0.0.1:{icecast_server.PORT}/status-json.xsl"
+    run_all(station, f"until curl -s {status} | grep -q {icecast_server.MOUNT}; do sleep 0.1; done")
 
 
 def test_one_microphone_has_200_listeners_through_icecast(station: Workplace) -> None:

@@ -109,16 +109,44 @@ class Workplace:
 @pytest.fixture(scope="module")
 def network() -> Iterator[tuple[str, ...]]:
     """Give what runs a command in a network of its own; nothing where there can be none."""
-    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
+    if sys.platform != "linux" or shutil.which("ip") is None:
         yield ()
-        return
-    name = f"sp{os.getpid()}-recipes"
+    elif os.geteuid() == 0:
+        with root_network(f"sp{os.getpid()}-recipes") as wrapper:
+            yield wrapper
+    else:
+        with user_network() as wrapper:
+            yield wrapper
+
+
+@contextlib.contextmanager
+def root_network(name: str) -> Iterator[tuple[str, ...]]:
+    """Have a network, as root."""
     subprocess.run(["ip", "netns", "add", name], check=True, timeout=60)
     try:
         subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True, timeout=60)
         yield ("ip", "netns", "exec", name)
     finally:
         subprocess.run(["ip", "netns", "delete", name], check=True, timeout=60)
+
+
+@contextlib.contextmanager
+def user_network() -> Iterator[tuple[str, ...]]:
+    """Have a network, as any user, where the system lets users have one; else give nothing."""
+    unshare = ["unshare", "--user", "--net", "--map-current-user", "--keep-caps"]
+    script = "ip link set lo up && echo up && exec cat"
+    with subprocess.Popen(
+        [*unshare, "sh", "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as holder:
+        assert holder.stdout is not None
+        up = holder.stdout.readline() == b"up\n"
+        target = str(holder.pid)
+        enter = ("nsenter", "--target", target, "--user", "--net", "--preserve-credentials")
+        yield enter if up else ()
+        # At the end of its input the holder ends, and the network with it.
 
 
 @pytest.fixture

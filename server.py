@@ -67,7 +67,7 @@ import threading
 import time
 import wave
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
@@ -1113,7 +1113,7 @@ class PacedInput:
     def _run(self) -> None:
         audio = self.captured.audio
         block_bytes = audio.frames_in(CAPTURE_BLOCK_MS) * audio.frame_bytes
-        due_s = time.monotonic()
+        start_s = due_s = time.monotonic()
         try:
             while samples := self._read(block_bytes):
                 due_s += audio.frames_of(samples) / audio.rate
@@ -1123,7 +1123,10 @@ class PacedInput:
                 elif late_s < 0:
                     time.sleep(-late_s)
                 self.captured.put(samples)
-            self.captured.end(f"{self.name} is at its end")
+            if due_s == start_s:  # whoever was to write there has failed, most likely
+                self.captured.end(f"there was no sound on {self.name}", failed=True)
+            else:
+                self.captured.end(f"{self.name} is at its end")
         except (OSError, EOFError, wave.Error) as error:
             self.captured.end(f"{self.name} cannot be read any further ({error})", failed=True)
 
@@ -1546,7 +1549,7 @@ def open_listener(family: int, address: tuple[Any, ...], port: int) -> socket.so
     )
 
 
-def find_own_address(families: Iterable[socket.AddressFamily]) -> str | None:
+def find_own_address(families: Sequence[socket.AddressFamily]) -> str | None:
     """Return the address that other machines most likely reach this one at, if it has one."""
     for family in families:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
@@ -1557,6 +1560,12 @@ def find_own_address(families: Iterable[socket.AddressFamily]) -> str | None:
         for family, _, _, _, address in socket.getaddrinfo(socket.gethostname(), None):
             if family in families and not common.is_loopback(str(address[0])):
                 return str(address[0])
+    with contextlib.suppress(ImportError, OSError):  # two machines on one cable, without a router
+        versions = [4 if family == socket.AF_INET else 6 for family in families]
+        for interface in common.own_interfaces():
+            needs_zone = interface.version == 6 and interface.is_link_local
+            if interface.version in versions and not needs_zone:
+                return str(interface.ip)
     return None
 
 
@@ -2078,8 +2087,10 @@ def finish_audio(server: Server, broadcaster: Broadcaster, console: Console) -> 
     deadline = Deadline(LISTENER_TIMEOUT_S)
     for thread in server.clients():
         thread.join(deadline.remaining())
-    console.say(f"{broadcaster.captured.end_reason} - {summarize(broadcaster)}")
-    return EXIT_FAILED if broadcaster.captured.failed else EXIT_OK
+    captured = broadcaster.captured
+    tell = console.complain if captured.failed else console.say
+    tell(f"{captured.end_reason} - {summarize(broadcaster)}")
+    return EXIT_FAILED if captured.failed else EXIT_OK
 
 
 def summarize(broadcaster: Broadcaster) -> str:

@@ -468,6 +468,13 @@ def test_a_pipe_arrives_sample_for_sample_and_ends(card: VirtualSoundCard, tmp_p
     assert (tmp_path / "heard.raw").read_bytes() == sent
 
 
+def test_a_pipe_without_sound_is_a_failure(silent_machine: dict[str, str]) -> None:
+    arguments = ("--input", "-", "--port", "0")
+    with Script("server.py", *arguments, environment=silent_machine) as sender:
+        assert sender.end() == common.EXIT_FAILED
+        assert any("there was no sound on standard input" in line for line in sender.lines)
+
+
 def test_a_recording_beside_playing_is_valid_after_kill_9(
     card: VirtualSoundCard, tmp_path: Path
 ) -> None:

@@ -183,7 +183,7 @@ def find_servers(mode: str | None) -> list[FoundServer]:
         host = nearest(service.parsed_scoped_addresses())
         if announced.name and announced.mode in modes and host and service.port:
             found[host, service.port] = FoundServer(announced, host, service.port)
-    return sorted(found.values(), key=lambda server: (server.announced.name, server.host, server))
+    return sorted(found.values(), key=lambda server: (server.announced.name, *server[1:]))
 
 
 def browse() -> list[ServiceInfo]:
@@ -217,14 +217,14 @@ def browse() -> list[ServiceInfo]:
 def nearest(addresses: Iterable[str]) -> str | None:
     """Return the one of a server's addresses that most likely leads to it from here, if any.
 
-    One on a network of ours does, unless it is also our own: there are addresses that every
-    machine has for its own virtual networks.
+    One on a network of ours does, unless it is also our own, which comes last: there are
+    addresses that every machine has for its own virtual networks.
     """
     import ipaddress  # noqa: PLC0415  (see browse)
 
     own = common.own_interfaces()
 
-    def is_one_machines(address: str) -> bool:
+    def can_be_reached(address: str) -> bool:
         ip = ipaddress.ip_address(address)
         ip = getattr(ip, "ipv4_mapped", None) or ip
         is_special = ip.is_multicast or ip.is_unspecified or ip.is_loopback or ip.is_reserved
@@ -237,7 +237,7 @@ def nearest(addresses: Iterable[str]) -> str | None:
             return 2, ip.version
         return (0 if any(ip in interface.network for interface in own) else 1), ip.version
 
-    return min(filter(is_one_machines, addresses), key=distance, default=None)
+    return min(filter(can_be_reached, addresses), key=distance, default=None)
 
 
 def pick_server(mode: str | None, data_on_stdout: bool = False) -> FoundServer:

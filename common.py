@@ -1066,7 +1066,8 @@ class AudioFormat(NamedTuple):
         """Return the format that a welcome tells; raises ProtocolError where it is none."""
         rate, channels = require(welcome, "rate", int), require(welcome, "channels", int)
         if rate not in SAMPLE_RATES or channels not in CHANNEL_COUNTS:
-            raise ProtocolError("the server's sound has a rate or channels that no sound has")
+            shown = f"{rate!s:.20} Hz, {channels!s:.20} channels"
+            raise ProtocolError(f"the server's sound has a bad format ({shown})")
         return cls(rate, channels)
 
 

@@ -1756,10 +1756,13 @@ class Server:
         self._is_announced = announced and not entrance.is_local()
         self._announcement: Announcement | None = None
 
-    def serve_forever(self) -> None:
-        """Accept until the thread is interrupted; blocks."""
+    def announce(self) -> None:
+        """Tell the local network of this server, where that is wanted and of use."""
         if self._is_announced:
             self._announcement = Announcement(self._entrance)
+
+    def serve_forever(self) -> None:
+        """Accept until the thread is interrupted; blocks."""
         # On Windows, Ctrl+C does not wake who waits for a connection.
         timeout = 0.5 if sys.platform == "win32" else None
         while True:
@@ -2020,6 +2023,7 @@ def serve_files(args: argparse.Namespace) -> int:
     shown = escape(os.path.join(store.folder, ""))
     entrance.describe(f"Receiving into {shown}", args.quiet)
     try:
+        server.announce()
         return serve_until_stopped(server)
     finally:
         server.stop()
@@ -2047,6 +2051,7 @@ def broadcast(args: argparse.Namespace, source: Microphone | PacedInput) -> int:
     entrance.describe(f"Broadcasting {what},", args.quiet)
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     try:
+        server.announce()
         show_until_ended(broadcaster, console)
         return finish_audio(server, broadcaster, console)
     except KeyboardInterrupt:

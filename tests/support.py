@@ -478,7 +478,11 @@ class Link:
 
     def wait_until_passed(self, count: int, client: Process) -> None:
         """Wait until `count` bytes have passed, or `client` has ended."""
-        wait_for(lambda: self.passed >= count or not client.running())
+        try:
+            wait_for(lambda: self.passed >= count or not client.running(), LIMIT_S)
+        except AssertionError:
+            said = client.stdout() + client.stderr()
+            raise AssertionError(f"{self.passed} of {count} bytes have passed: {said}") from None
 
     def _accept(self) -> None:
         while not self._closed:

@@ -90,6 +90,8 @@ from common import (
 )
 
 if TYPE_CHECKING:
+    from ipaddress import IPv4Interface, IPv6Interface
+
     from tqdm import tqdm
     from zeroconf import ServiceInfo
 
@@ -178,9 +180,10 @@ def find_servers(mode: str | None) -> list[FoundServer]:
     """
     modes = [mode] if mode else common.MODES
     found = {}  # by address: a server may be told of twice
-    for service in browse():
+    services, own = browse(), common.own_interfaces()
+    for service in services:
         announced = common.Announced.from_txt(service.properties)
-        host = nearest(service.parsed_scoped_addresses())
+        host = nearest(service.parsed_scoped_addresses(), own)
         if announced.name and announced.mode in modes and host and service.port:
             found[host, service.port] = FoundServer(announced, host, service.port)
     return sorted(found.values(), key=lambda server: (server.announced.name, *server[1:]))
@@ -214,15 +217,13 @@ def browse() -> list[ServiceInfo]:
         raise SocketPairError(f"cannot ask the local network: {describe_error(error)}") from error
 
 
-def nearest(addresses: Iterable[str]) -> str | None:
+def nearest(addresses: Iterable[str], own: Sequence[IPv4Interface | IPv6Interface]) -> str | None:
     """Return the one of a server's addresses that most likely leads to it from here, if any.
 
-    One on a network of ours does, unless it is also our own, which comes last: there are
+    One on a network of our `own` does, unless it is also our own, which comes last: there are
     addresses that every machine has for its own virtual networks.
     """
     import ipaddress  # noqa: PLC0415  (see browse)
-
-    own = common.own_interfaces()
 
     def can_be_reached(address: str) -> bool:
         ip = ipaddress.ip_address(address)

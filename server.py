@@ -174,7 +174,8 @@ OPEN_WARNING = {
 # Addresses of no machine (RFC 5737, RFC 3849).
 ELSEWHERE = {socket.AF_INET: ("192.0.2.1", 9), socket.AF_INET6: ("2001:db8::1", 9)}
 THIS_MACHINE = "ADDRESS-OF-THIS-MACHINE"
-ALL_ADDRESSES = {"0.0.0.0": (4,), "::": (4, 6)}  # of which versions of IP
+ALL_ADDRESSES = {"0.0.0.0": (socket.AF_INET,), "::": (socket.AF_INET, socket.AF_INET6)}
+FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}  # by the version of IP
 MAX_MACHINE_BYTES = 45  # the mode and a token are to fit behind it, in 63 bytes
 ANNOUNCEMENT_TIMEOUT_S = 2.0
 ADDRESS_CHECK_S = 5.0
@@ -1561,10 +1562,9 @@ def find_own_address(families: Sequence[socket.AddressFamily]) -> str | None:
             if family in families and not common.is_loopback(str(address[0])):
                 return str(address[0])
     with contextlib.suppress(ImportError, OSError):  # two machines on one cable, without a router
-        versions = [4 if family == socket.AF_INET else 6 for family in families]
         for interface in common.own_interfaces():
             needs_zone = interface.version == 6 and interface.is_link_local
-            if interface.version in versions and not needs_zone:
+            if FAMILIES[interface.version] in families and not needs_zone:
                 return str(interface.ip)
     return None
 
@@ -1611,8 +1611,8 @@ class Entrance:
     def addresses(self) -> list[str]:
         """Return each address that other machines may reach it at."""
         bound, own = self.bound_addresses(), common.own_interfaces()
-        versions = [version for each in bound for version in ALL_ADDRESSES.get(each, ())]
-        found = [str(interface.ip) for interface in own if interface.version in versions]
+        families = [family for each in bound for family in ALL_ADDRESSES.get(each, ())]
+        found = [str(each.ip) for each in own if FAMILIES[each.version] in families]
         found += [each for each in bound if each not in ALL_ADDRESSES]
         return [address for address in found if not common.is_loopback(address)]
 
@@ -1651,10 +1651,8 @@ class Entrance:
         """Return the address that another machine reaches the server at."""
         names = self.bound_addresses()
         address = next((name for name in names if not common.is_loopback(name)), names[0])
-        if address == "0.0.0.0":
-            address = find_own_address([socket.AF_INET]) or THIS_MACHINE
-        elif address == "::":
-            address = find_own_address([socket.AF_INET, socket.AF_INET6]) or THIS_MACHINE
+        if families := ALL_ADDRESSES.get(address):
+            address = find_own_address(families) or THIS_MACHINE
         return address
 
 
@@ -1737,7 +1735,6 @@ class Server:
         handle: Callable[[Connection], None],
         *,
         max_clients: int,
-        announced: bool,
         welcome: dict[str, Any] | None = None,
     ) -> None:
         self._entrance = entrance
@@ -1753,12 +1750,11 @@ class Server:
         self._threads: set[threading.Thread] = set()
         self._served: set[threading.Thread] = set()  # those past the handshake
         self._lock = threading.Lock()
-        self._is_announced = announced and not entrance.is_local()
         self._announcement: Announcement | None = None
 
     def announce(self) -> None:
-        """Tell the local network of this server, where that is wanted and of use."""
-        if self._is_announced:
+        """Tell the local network of this server, where that can reach it."""
+        if not self._entrance.is_local():
             self._announcement = Announcement(self._entrance)
 
     def serve_forever(self) -> None:
@@ -2018,12 +2014,12 @@ def serve_files(args: argparse.Namespace) -> int:
         entrance,
         lambda connection: handle_file_client(connection, store),
         max_clients=args.max_clients or MAX_CLIENTS,
-        announced=not args.no_announce,
     )
     shown = escape(os.path.join(store.folder, ""))
     entrance.describe(f"Receiving into {shown}", args.quiet)
     try:
-        server.announce()
+        if not args.no_announce:
+            server.announce()
         return serve_until_stopped(server)
     finally:
         server.stop()
@@ -2051,7 +2047,8 @@ def broadcast(args: argparse.Namespace, source: Microphone | PacedInput) -> int:
     entrance.describe(f"Broadcasting {what},", args.quiet)
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     try:
-        server.announce()
+        if not args.no_announce:
+            server.announce()
         show_until_ended(broadcaster, console)
         return finish_audio(server, broadcaster, console)
     except KeyboardInterrupt:
@@ -2074,7 +2071,6 @@ def make_audio_server(
         entrance,
         lambda connection: handle_audio_client(connection, broadcaster),
         max_clients=args.max_clients or MAX_LISTENERS,
-        announced=not args.no_announce,
         welcome={**audio.fields(), "stream": secrets.token_hex(8)},
     )
 

@@ -26,11 +26,16 @@ README = (ROOT / "README.md").read_text()
 MODULES = ("common.py", "server.py", "client.py")
 
 
+def read_block(mark: str, language: str) -> str:
+    """Return the block of text in `language` that stands in the README under `mark`."""
+    found = re.search(rf"<!-- {mark} -->\n+```{language}\n(.*?)```\n", README, re.DOTALL)
+    assert found, f"the README has no {mark!r}"
+    return found[1]
+
+
 def read_recipe(name: str) -> str:
     """Return the shell commands that stand in the README under `name`."""
-    found = re.search(rf"<!-- recipe: {name} -->\n+```sh\n(.*?)```\n", README, re.DOTALL)
-    assert found, f"the README has no recipe {name!r}"
-    return found[1]
+    return read_block(f"recipe: {name}", "sh")
 
 
 class Shell:

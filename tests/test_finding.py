@@ -12,7 +12,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import client
-import common
 import server
 from client import FoundServer
 from common import Announced
@@ -20,14 +19,13 @@ from common import Announced
 posix = pytest.mark.skipif(os.name != "posix", reason="has no such shell")
 
 
-@pytest.fixture
-def own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have this machine be in a network, and have a virtual one as many machines do."""
-    interfaces = ["192.168.1.7/24", "172.17.0.1/16", "fd00::7/64", "fe80::7/64"]
-    monkeypatch.setattr(common, "own_interfaces", lambda: [ip_interface(i) for i in interfaces])
+# This machine is in a network, and has a virtual one as many machines do.
+OWN = [
+    ip_interface(address)
+    for address in ("192.168.1.7/24", "172.17.0.1/16", "fd00::7/64", "fe80::7/64")
+]
 
 
-@pytest.mark.usefixtures("own")
 @pytest.mark.parametrize(
     ("addresses", "best"),
     [
@@ -43,7 +41,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_address_that_leads_to_a_server(addresses: Sequence[str], best: str | None) -> None:
-    assert client.nearest(addresses) == best
+    assert client.nearest(addresses, OWN) == best
 
 
 def test_what_is_announced_comes_back() -> None:

@@ -6,7 +6,6 @@ import configparser
 import contextlib
 import gzip
 import os
-import re
 import tarfile
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 
 import common
 import server
-from recipes import README, Workplace, network, workplace
+from recipes import Workplace, network, read_block, workplace
 from support import LIMIT_S, make_file, sha256, wait_for
 
 __all__ = ["network", "workplace"]
@@ -90,10 +89,8 @@ def is_complete(archive: Path) -> bool:
 
 @pytest.mark.parametrize("unit", ["socket-pair.service", "socket-pair-sound.service"])
 def test_the_services_commands_are_understood(unit: str) -> None:
-    found = re.search(rf"<!-- unit: {unit} -->\n```ini\n(.*?)```\n", README, re.DOTALL)
-    assert found
     parser = configparser.ConfigParser(delimiters="=", interpolation=None)
-    parser.read_string(found[1])
+    parser.read_string(read_block(f"unit: {unit}", "ini"))
     python, script, *arguments = parser["Service"]["ExecStart"].split()
     assert python.removesuffix("bin/python") == script.removesuffix("server.py") + ".venv/"
     assert server.parse_arguments(arguments).mode == ("audio" if "sound" in unit else "file")

@@ -151,7 +151,7 @@ def fuzz_framing(data: bytes) -> None:
 def fuzz_handshake(data: bytes) -> None:
     """Let in a client, of a server without a code."""
     entrance = server.Entrance("file", [], None, None)
-    doorman = server.Server(entrance, lambda connection: None, max_clients=2, announced=False)
+    doorman = server.Server(entrance, lambda connection: None, max_clients=2)
     connection = connection_from(data)
     doorman._lobby.enter(connection, "127.0.0.1")
     doorman._shake_hands(connection, "127.0.0.1")

@@ -95,67 +95,13 @@ if TYPE_CHECKING:
     from tqdm import tqdm
     from zeroconf import ServiceInfo
 
-# Half of what a frame may hold, as JSON may need two characters for one.
-MAX_BATCH_CHARS = common.MAX_FRAME_BYTES // 2
-ENTRY_CHARS = 100  # of an offered entry, beside its path
-RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
-LARGE_FILE_BYTES = 64 * 1024 * 1024
-STILL_HERE_INTERVAL_S = common.PROGRESS_TIMEOUT_S / 4
-MAX_HELD = 100  # lengths of one file that a server may ask about
-STDIN = "-"
-STDOUT = "-"
 
-# Beside the sound card's own buffers: measured with tests/bench/latency.py.
-DEAD_ZONE_MS = 1.0
-# Wherever in the dead zone the spare is, a block may come a whole read later than usual, as it
-# does every few minutes on an idle machine.
-MIN_TARGET_MS = common.PLAYBACK_BLOCK_MS + DEAD_ZONE_MS
-MAX_TARGET_MS = 250.0
-MAX_RAISE_MS = 10.0
-RAISE_SPACING_MS = 500
-START_PHASE_MS = 3_000
-# Of the spare that nothing has used.
-LOWERING_SHARE = 0.5
-# The spare that has to remain unused all the time before the target is lowered.
-RESERVE_MS = 2.5
-ADAPTING_WINDOW_MS = 60_000
-STEERING_WINDOW_MS = 500
-# A frame in 1,000 more or less changes the pitch by a fifth of what can be heard (about 10
-# cents, of 1,200 in an octave), and makes up for two clocks that differ by 1,000 ppm.
-STEERING_SPACING_FRAMES = 1_000
-STEP_SEARCH_FRAMES = 256
-# A mean spare so far above the target, or a burst of so much, is not left to single frames.
-JUMP_MS = 10.0
-BURST_LIMIT_MS = 60.0
-BUFFER_LIMIT_MS = 1_000
-FADE_MS = 2.5
-MAX_LATENCY_MS = 900
+# --- finding a server -----------------------------------------------------------------------
 
 # Servers answer within some tenths of a second, and a lost question is asked again after one.
 FIND_S = 2.0
 MAX_SHOWN = 50
 MAX_SHOWN_CHARS = 40
-
-FOREVER_S = 1e9
-RECONNECT_WAIT_S = 0.5
-# While a cable is out an attempt goes nowhere: let there soon be another.
-RECONNECT_TIMEOUT_S = 1.5
-DRAIN_LIMIT_S = 2.0
-CARD_BUFFER_S = 0.15
-# Of the sound card's own buffer, how much may go by before a dropout is accepted as one.
-LATE_PATIENCE_S = 0.0025
-MAX_GAP_MS = 3_600_000
-RECORDING_QUEUE_BYTES = 32 * 1024 * 1024  # five minutes of 48 kHz mono
-RECORDING_CLOSE_S = 10.0
-WAV_LIMIT_BYTES = 2**32 - 1
-ALREADY = "Already there"
-OPEN_SERVER = (
-    "this server takes no pairing code: anyone on the network could be it, or read along; "
-    "add --open if you trust them all"
-)
-
-
-# --- finding a server -----------------------------------------------------------------------
 
 
 class FoundServer(NamedTuple):
@@ -269,6 +215,11 @@ def pick_server(mode: str | None, data_on_stdout: bool = False) -> FoundServer:
 
 
 # --- connection -----------------------------------------------------------------------------
+
+OPEN_SERVER = (
+    "this server takes no pairing code: anyone on the network could be it, or read along; "
+    "add --open if you trust them all"
+)
 
 
 class FileChanged(SocketPairError):
@@ -424,6 +375,11 @@ def describe_mismatch(error: NotPaired) -> str:
 
 
 # --- sources --------------------------------------------------------------------------------
+
+# Half of what a frame may hold, as JSON may need two characters for one.
+MAX_BATCH_CHARS = common.MAX_FRAME_BYTES // 2
+ENTRY_CHARS = 100  # of an offered entry, beside its path
+STDIN = "-"
 
 
 class Source:
@@ -605,6 +561,8 @@ def in_batches(sources: Iterable[Source]) -> Iterator[list[Source]]:
 
 # --- progress -------------------------------------------------------------------------------
 
+LARGE_FILE_BYTES = 64 * 1024 * 1024
+
 
 class Progress:
     """Bars with speed and time left: one for each large file, and one for all of many files.
@@ -688,6 +646,8 @@ def find_tqdm() -> type[tqdm[Any]] | None:
 
 
 # --- results --------------------------------------------------------------------------------
+
+ALREADY = "Already there"
 
 
 class FolderTally:
@@ -831,6 +791,10 @@ def settle(source: Source, outcome: dict[str, Any], report: Report) -> None:
 
 
 # --- file mode ------------------------------------------------------------------------------
+
+RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+STILL_HERE_INTERVAL_S = common.PROGRESS_TIMEOUT_S / 4
+MAX_HELD = 100  # lengths of one file that a server may ask about
 
 
 def start_file_client(
@@ -1140,6 +1104,32 @@ def wait_for_input(connection: Connection) -> None:
 
 # --- sound: jitter buffer -------------------------------------------------------------------
 
+# Beside the sound card's own buffers: measured with tests/bench/latency.py.
+DEAD_ZONE_MS = 1.0
+# Wherever in the dead zone the spare is, a block may come a whole read later than usual, as it
+# does every few minutes on an idle machine.
+MIN_TARGET_MS = common.PLAYBACK_BLOCK_MS + DEAD_ZONE_MS
+MAX_TARGET_MS = 250.0
+MAX_RAISE_MS = 10.0
+RAISE_SPACING_MS = 500
+START_PHASE_MS = 3_000
+# Of the spare that nothing has used.
+LOWERING_SHARE = 0.5
+# The spare that has to remain unused all the time before the target is lowered.
+RESERVE_MS = 2.5
+ADAPTING_WINDOW_MS = 60_000
+STEERING_WINDOW_MS = 500
+# A frame in 1,000 more or less changes the pitch by a fifth of what can be heard (about 10
+# cents, of 1,200 in an octave), and makes up for two clocks that differ by 1,000 ppm.
+STEERING_SPACING_FRAMES = 1_000
+STEP_SEARCH_FRAMES = 256
+# A mean spare so far above the target, or a burst of so much, is not left to single frames.
+JUMP_MS = 10.0
+BURST_LIMIT_MS = 60.0
+BUFFER_LIMIT_MS = 1_000
+FADE_MS = 2.5
+MAX_LATENCY_MS = 900
+
 
 class PlayStatistics:
     """What has happened to the sound on its way through a jitter buffer."""
@@ -1435,6 +1425,15 @@ def quietest_step(audio: AudioFormat, samples: bytes) -> int:
 
 
 # --- sound: outputs -------------------------------------------------------------------------
+
+STDOUT = "-"
+DRAIN_LIMIT_S = 2.0
+CARD_BUFFER_S = 0.15
+# Of the sound card's own buffer, how much may go by before a dropout is accepted as one.
+LATE_PATIENCE_S = 0.0025
+RECORDING_QUEUE_BYTES = 32 * 1024 * 1024  # five minutes of 48 kHz mono
+RECORDING_CLOSE_S = 10.0
+WAV_LIMIT_BYTES = 2**32 - 1
 
 
 class ReaderGone(SocketPairError):
@@ -1781,6 +1780,12 @@ def open_outputs(
 
 
 # --- sound: listening -----------------------------------------------------------------------
+
+FOREVER_S = 1e9
+RECONNECT_WAIT_S = 0.5
+# While a cable is out an attempt goes nowhere: let there soon be another.
+RECONNECT_TIMEOUT_S = 1.5
+MAX_GAP_MS = 3_600_000
 
 
 class Timeline:

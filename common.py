@@ -64,34 +64,9 @@ MODES = ("file", "audio")
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 50007
 
-HANDSHAKE_TIMEOUT_S = 10.0
-PROGRESS_TIMEOUT_S = 60.0
-LINGER_TIMEOUT_S = 1.0
-KEEPALIVE_INTERVAL_S = 1.0
 
-# Of DNS-SD (RFC 6763): what servers announce on the local network.
-SERVICE_TYPE = "_socket-pair._tcp.local."
+# --- errors ---------------------------------------------------------------------------------
 
-LENGTH = struct.Struct("!I")
-MAX_HELLO_BYTES = 4 * 1024
-MAX_BATCH_ENTRIES = 1000  # of files and folders in an offer
-MAX_FRAME_BYTES = 1024 * 1024
-RECEIVE_BYTES = 256 * 1024
-SEND_BYTES = 256 * 1024
-
-# Base32 without 0, 1, I and O: nothing in a code looks like anything else in it.
-CODE_ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
-CODE_LENGTH = 12  # 60 bits, if they are random
-CODE_SALT = b"Socket Pair pairing code, version 1"
-CODE_VARIABLE = "SOCKET_PAIR_CODE"
-# 64 MiB and a quarter of a second: once for us, once a guess for who tries codes.
-SCRYPT_COST = 2**16
-SCRYPT_BLOCK_SIZE = 8
-# Lets the server tell a client with a wrong code from a browser.
-TLS_APPLICATION = "socket-pair"
-TLS_HANDSHAKE = 0x16  # the first byte that a TLS client sends
-TLS_ALERT = 0x15
-TLS_RECORD_BYTES = 16 * 1024
 # What OpenSSL makes of the alerts with which a client turns down a certificate.
 CERTIFICATE_ALERTS = {
     "SSLV3_ALERT_BAD_CERTIFICATE",
@@ -99,53 +74,6 @@ CERTIFICATE_ALERTS = {
     "TLSV1_ALERT_DECRYPT_ERROR",
     "TLSV1_ALERT_UNKNOWN_CA",
 }
-# What a server says before there is TLS to a client that speaks nothing else.
-ALERT_WAIT = 49  # access_denied: too many wrong codes came from its address
-ALERT_OPEN = 120  # no_application_protocol: there is no code here
-
-# Measured with tests/bench/files.py: 1 MiB stays in a core's cache while it is received, hashed
-# and written; smaller blocks cost more hand-overs, larger ones more trips to memory.
-SEGMENT_BYTES = 1024 * 1024
-PIPELINE_BLOCKS = 4
-# Lengths of segments that are none.
-END_OF_FILE = 0
-GIVEN_UP = 0xFFFFFFFF
-STILL_HERE = 0xFFFFFFFE
-
-SAMPLE_BYTES = 2
-SAMPLE_RATES = range(1_000, 384_001)
-CHANNEL_COUNTS = range(1, 33)
-# PulseAudio takes 5 ms at once: with blocks of another length, two and then none are asked for
-# at a time, and the buffers have to be longer for it. Captured sound comes 3 ms earlier in
-# blocks of half that (measured with tests/bench/latency.py).
-CAPTURE_BLOCK_MS = 2.5
-PLAYBACK_BLOCK_MS = 5.0
-# A server that cannot keep up joins blocks, up to this.
-MAX_BLOCK_MS = 1_000
-BLOCK_HEADER = struct.Struct("!QQ")
-END_OF_STREAM = 2**64 - 1
-# Something comes every KEEPALIVE_INTERVAL_S: after so long the server is gone.
-AUDIO_TIMEOUT_S = 4.0
-
-CARD_CHECK_S = 0.25
-CARD_TIMEOUT_S = 4.0
-CARD_RETRY_S = 0.5
-USUAL_RATES = (8_000, 16_000, 22_050, 32_000, 44_100, 48_000, 88_200, 96_000, 192_000)
-
-STATUS_INTERVAL_S = 0.1
-CTRL_C_ECHO = "^C"  # what a terminal shows of it
-METER_COLUMNS = 24
-METER_FLOOR_DB = -60.0
-METER_SINK_DB_PER_S = 12.0
-
-EXIT_OK = 0
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
-
-
-# --- errors ---------------------------------------------------------------------------------
 
 
 class SocketPairError(Exception):
@@ -306,6 +234,20 @@ def ask_mode() -> str:
 
 # --- pairing code ---------------------------------------------------------------------------
 
+CODE_LENGTH = 12  # 60 bits, if they are random
+CODE_SALT = b"Socket Pair pairing code, version 1"
+CODE_VARIABLE = "SOCKET_PAIR_CODE"
+# 64 MiB and a quarter of a second: once for us, once a guess for who tries codes.
+SCRYPT_COST = 2**16
+SCRYPT_BLOCK_SIZE = 8
+# Lets the server tell a client with a wrong code from a browser.
+TLS_APPLICATION = "socket-pair"
+TLS_HANDSHAKE = 0x16  # the first byte that a TLS client sends
+TLS_ALERT = 0x15
+# What a server says before there is TLS to a client that speaks nothing else.
+ALERT_WAIT = 49  # access_denied: too many wrong codes came from its address
+ALERT_OPEN = 120  # no_application_protocol: there is no code here
+
 
 def normalize_code(text: str) -> str:
     """Return what counts of a pairing code: neither case nor spaces nor dashes do.
@@ -411,6 +353,25 @@ def load_identity(context: ssl.SSLContext, key: Ed25519PrivateKey) -> None:
 
 
 # --- connection -----------------------------------------------------------------------------
+
+HANDSHAKE_TIMEOUT_S = 10.0
+PROGRESS_TIMEOUT_S = 60.0
+LINGER_TIMEOUT_S = 1.0
+KEEPALIVE_INTERVAL_S = 1.0
+LENGTH = struct.Struct("!I")
+MAX_HELLO_BYTES = 4 * 1024
+MAX_BATCH_ENTRIES = 1000  # of files and folders in an offer
+MAX_FRAME_BYTES = 1024 * 1024
+RECEIVE_BYTES = 256 * 1024
+SEND_BYTES = 256 * 1024
+TLS_RECORD_BYTES = 16 * 1024
+# Measured with tests/bench/files.py: 1 MiB stays in a core's cache while it is received, hashed
+# and written; smaller blocks cost more hand-overs, larger ones more trips to memory.
+SEGMENT_BYTES = 1024 * 1024
+# Lengths of segments that are none.
+END_OF_FILE = 0
+GIVEN_UP = 0xFFFFFFFF
+STILL_HERE = 0xFFFFFFFE
 
 
 class Deadline:
@@ -830,6 +791,9 @@ def require_size(message: dict[str, Any], field: str) -> int:
 
 # --- local network --------------------------------------------------------------------------
 
+# Of DNS-SD (RFC 6763): what servers announce on the local network.
+SERVICE_TYPE = "_socket-pair._tcp.local."
+
 
 class Announced(NamedTuple):
     """What a server tells the local network of itself, never its pairing code.
@@ -892,6 +856,8 @@ def open_network(addresses: Sequence[str] = ()) -> Zeroconf:
 
 
 # --- blocks and checksum --------------------------------------------------------------------
+
+PIPELINE_BLOCKS = 4
 
 
 class Blocks:
@@ -1022,6 +988,21 @@ class Keepalive:
 
 # --- sound on the wire ----------------------------------------------------------------------
 
+SAMPLE_BYTES = 2
+SAMPLE_RATES = range(1_000, 384_001)
+CHANNEL_COUNTS = range(1, 33)
+# PulseAudio takes 5 ms at once: with blocks of another length, two and then none are asked for
+# at a time, and the buffers have to be longer for it. Captured sound comes 3 ms earlier in
+# blocks of half that (measured with tests/bench/latency.py).
+CAPTURE_BLOCK_MS = 2.5
+PLAYBACK_BLOCK_MS = 5.0
+# A server that cannot keep up joins blocks, up to this.
+MAX_BLOCK_MS = 1_000
+BLOCK_HEADER = struct.Struct("!QQ")
+END_OF_STREAM = 2**64 - 1
+# Something comes every KEEPALIVE_INTERVAL_S: after so long the server is gone.
+AUDIO_TIMEOUT_S = 4.0
+
 
 class AudioFormat(NamedTuple):
     """How the server's sound is sampled: 16-bit little-endian, channels interleaved.
@@ -1129,6 +1110,11 @@ def receive_block(connection: Connection, audio: AudioFormat) -> AudioBlock:
 
 
 # --- sound card -----------------------------------------------------------------------------
+
+CARD_CHECK_S = 0.25
+CARD_TIMEOUT_S = 4.0
+CARD_RETRY_S = 0.5
+USUAL_RATES = (8_000, 16_000, 22_050, 32_000, 44_100, 48_000, 88_200, 96_000, 192_000)
 
 
 class AudioUnavailable(SocketPairError):
@@ -1479,6 +1465,12 @@ def _is_descriptor_2(stream: TextIO) -> bool:
 
 # --- console --------------------------------------------------------------------------------
 
+STATUS_INTERVAL_S = 0.1
+CTRL_C_ECHO = "^C"  # what a terminal shows of it
+METER_COLUMNS = 24
+METER_FLOOR_DB = -60.0
+METER_SINK_DB_PER_S = 12.0
+
 
 def peak_level(samples: bytes) -> float:
     """Return the loudest of `samples` as a share of full scale, 0 to 1."""
@@ -1594,6 +1586,12 @@ def count(number: int, noun: str) -> str:
 
 
 # --- command line ---------------------------------------------------------------------------
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 def make_parser(description: str, examples: str) -> argparse.ArgumentParser:

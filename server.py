@@ -121,68 +121,6 @@ else:
 
 log = logging.getLogger("socket-pair")
 
-MAX_CLIENTS = 64
-# Far beyond what any system takes, to bound what a client can make us work through.
-MAX_PATH_CHARS = 16 * 1024
-MAX_NAME_BYTES = 255
-MAX_SUFFIX_BYTES = 50
-# More partial files than this of one batch are not looked at again: each is an open file.
-MAX_CLAIMS = 32
-# How long the connection that a client has just lost may take to notice, and let go its file.
-CLAIM_TIMEOUT_S = 2.0
-CLAIM_INTERVAL_S = 0.02
-MAX_KNOWN_FOLDERS = 10_000
-
-STDIN = "-"
-DEFAULT_RATE = 48_000
-MAX_LISTENERS = 2_000
-# A listener's thread only waits; its stack holds the handshake.
-LISTENER_STACK_BYTES = 512 * 1024
-LISTENER_TIMEOUT_S = 5.0
-# Small writes take a multiple of their size in the system's buffers.
-SEND_BUFFER_MS = 200
-MIN_SEND_BUFFER_BYTES = 16 * 1024
-# What may wait between capture and broadcaster; more has gathered only on a machine that stood.
-CAPTURE_LIMIT_MS = 2_000
-PACING_SLACK_S = 0.2
-LONGEST_REST_S = 0.02
-
-PARTIAL_SUFFIX = ".socketpair-part"
-WINDOWS_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
-    f"{port}{number}" for port in ("COM", "LPT") for number in "123456789\u00b9\u00b2\u00b3"
-}
-# Connections that have not finished their handshake: a quarter of a second of a flood.
-MAX_UNFINISHED = 256
-# Wrong codes from an address before it is refused for a while, a longer one each time.
-FREE_TRIES = 5
-MAX_REFUSAL_S = 60.0
-MAX_REFUSAL_DOUBLINGS = 6
-MAX_KNOWN_HOSTS = 4096
-HTTP_METHODS = {b"GET ", b"HEAD", b"POST", b"PUT ", b"OPTI", b"CONN", b"PRI "}
-NOT_A_WEB_SERVER = (
-    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
-    b"This is a Socket Pair server, not a web server: python client.py\n"
-)
-CODE_WANTED = (
-    f"this server wants its pairing code: give it with --code CODE or {common.CODE_VARIABLE}"
-)
-OPEN_WARNING = {
-    "file": "--open: anyone who can reach this port may send files here, and others on the "
-    "network may read what is sent",
-    "audio": "--open: anyone who can reach this port may listen, and others on the network too",
-}
-# Addresses of no machine (RFC 5737, RFC 3849).
-ELSEWHERE = {socket.AF_INET: ("192.0.2.1", 9), socket.AF_INET6: ("2001:db8::1", 9)}
-THIS_MACHINE = "ADDRESS-OF-THIS-MACHINE"
-ALL_ADDRESSES = {"0.0.0.0": (socket.AF_INET,), "::": (socket.AF_INET, socket.AF_INET6)}
-FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}  # by the version of IP
-MAX_MACHINE_BYTES = 45  # the mode and a token are to fit behind it, in 63 bytes
-ANNOUNCEMENT_TIMEOUT_S = 2.0
-ADDRESS_CHECK_S = 5.0
-NO_SUCH_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
-
-NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
-
 
 class Refused(SocketPairError):
     """A file that is not taken, and why; the others of its client are."""
@@ -193,6 +131,16 @@ class GivenUp(SocketPairError):
 
 
 # --- names ----------------------------------------------------------------------------------
+
+# Far beyond what any system takes, to bound what a client can make us work through.
+MAX_PATH_CHARS = 16 * 1024
+MAX_NAME_BYTES = 255
+MAX_SUFFIX_BYTES = 50
+MAX_KNOWN_FOLDERS = 10_000
+PARTIAL_SUFFIX = ".socketpair-part"
+WINDOWS_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
+    f"{port}{number}" for port in ("COM", "LPT") for number in "123456789\u00b9\u00b2\u00b3"
+}
 
 
 def safe_parts(path: str, windows: bool = sys.platform == "win32") -> list[str]:
@@ -336,6 +284,8 @@ def make_folder(path: str) -> None:
 
 
 # --- on disk --------------------------------------------------------------------------------
+
+NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
 def partial_stem(name: str) -> str:
@@ -701,6 +651,12 @@ def find_twins(folder: Folder, entry: Entry, overwrite: bool) -> dict[str, str]:
 
 # --- file conversation ----------------------------------------------------------------------
 
+# More partial files than this of one batch are not looked at again: each is an open file.
+MAX_CLAIMS = 32
+# How long the connection that a client has just lost may take to notice, and let go its file.
+CLAIM_TIMEOUT_S = 2.0
+CLAIM_INTERVAL_S = 0.02
+
 
 @dataclass
 class Store:
@@ -1004,6 +960,12 @@ def claim_patiently(path: str, patience: Deadline) -> PartialFile | None:
 
 # --- sound: inputs --------------------------------------------------------------------------
 
+STDIN = "-"
+DEFAULT_RATE = 48_000
+# What may wait between capture and broadcaster; more has gathered only on a machine that stood.
+CAPTURE_LIMIT_MS = 2_000
+PACING_SLACK_S = 0.2
+
 
 class CaptureQueue:
     """Hands captured sound from whichever input there is to the broadcaster, and numbers it.
@@ -1193,6 +1155,12 @@ def open_wav(path: str, rate: int | None, channels: int | None) -> PacedInput:
 
 # --- sound: broadcaster ---------------------------------------------------------------------
 
+LISTENER_TIMEOUT_S = 5.0
+# Small writes take a multiple of their size in the system's buffers.
+SEND_BUFFER_MS = 200
+MIN_SEND_BUFFER_BYTES = 16 * 1024
+LONGEST_REST_S = 0.02
+
 
 class Listener:
     """One client's end of the broadcast: takes blocks as fast as its network does, or misses them.
@@ -1365,6 +1333,20 @@ def limit_send_buffer(sock: socket.socket, audio: AudioFormat) -> None:
 
 # --- who may connect ------------------------------------------------------------------------
 
+# Wrong codes from an address before it is refused for a while, a longer one each time.
+FREE_TRIES = 5
+MAX_REFUSAL_S = 60.0
+MAX_REFUSAL_DOUBLINGS = 6
+MAX_KNOWN_HOSTS = 4096
+HTTP_METHODS = {b"GET ", b"HEAD", b"POST", b"PUT ", b"OPTI", b"CONN", b"PRI "}
+NOT_A_WEB_SERVER = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+    b"This is a Socket Pair server, not a web server: python client.py\n"
+)
+CODE_WANTED = (
+    f"this server wants its pairing code: give it with --code CODE or {common.CODE_VARIABLE}"
+)
+
 
 class Lobby:
     """The connections that have not finished their handshake yet: so many of them at most.
@@ -1506,6 +1488,27 @@ class Door:
 
 # --- listener -------------------------------------------------------------------------------
 
+# Base32 without 0, 1, I and O: nothing in a code looks like anything else in it.
+CODE_ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
+MAX_CLIENTS = 64
+MAX_LISTENERS = 2_000
+# Connections that have not finished their handshake: a quarter of a second of a flood.
+MAX_UNFINISHED = 256
+OPEN_WARNING = {
+    "file": "--open: anyone who can reach this port may send files here, and others on the "
+    "network may read what is sent",
+    "audio": "--open: anyone who can reach this port may listen, and others on the network too",
+}
+# Addresses of no machine (RFC 5737, RFC 3849).
+ELSEWHERE = {socket.AF_INET: ("192.0.2.1", 9), socket.AF_INET6: ("2001:db8::1", 9)}
+THIS_MACHINE = "ADDRESS-OF-THIS-MACHINE"
+ALL_ADDRESSES = {"0.0.0.0": (socket.AF_INET,), "::": (socket.AF_INET, socket.AF_INET6)}
+FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}  # by the version of IP
+MAX_MACHINE_BYTES = 45  # the mode and a token are to fit behind it, in 63 bytes
+ANNOUNCEMENT_TIMEOUT_S = 2.0
+ADDRESS_CHECK_S = 5.0
+NO_SUCH_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
+
 
 def open_listeners(host: str, port: int) -> list[socket.socket]:
     """Return sockets that listen on all addresses of `host`; raises SocketPairError.
@@ -1571,7 +1574,7 @@ def find_own_address(families: Sequence[socket.AddressFamily]) -> str | None:
 
 def make_code() -> str:
     """Return a new pairing code of 60 random bits, as ``KQ7M-2XFD-9WPA``."""
-    code = "".join(secrets.choice(common.CODE_ALPHABET) for _ in range(common.CODE_LENGTH))
+    code = "".join(secrets.choice(CODE_ALPHABET) for _ in range(common.CODE_LENGTH))
     return "-".join(code[at : at + 4] for at in range(0, common.CODE_LENGTH, 4))
 
 
@@ -1870,6 +1873,9 @@ class Server:
 
 
 # --- command line ---------------------------------------------------------------------------
+
+# A listener's thread only waits; its stack holds the handshake.
+LISTENER_STACK_BYTES = 512 * 1024
 
 
 EXAMPLES = """examples:

@@ -91,7 +91,7 @@ def test_new_codes_have_sixty_bits_and_nothing_that_looks_alike() -> None:
     assert len(codes) == 1000
     for code in codes:
         assert re.fullmatch(r"([A-HJ-NP-Z2-9]{4}-){2}[A-HJ-NP-Z2-9]{4}", code)
-    assert len(set(common.CODE_ALPHABET)) == 32
+    assert len(set(server.CODE_ALPHABET)) == 32
 
 
 @pytest.mark.parametrize(

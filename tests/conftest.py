@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from support import Server
+import client
+import common
+from common import make_tls_context, normalize_code
+from pairing import CODE, CONTENT, NAME
+from sound_card import VirtualSoundCard
+from support import (
+    Server,
+    small_disk,
+)
 
 settings.register_profile("socket-pair", deadline=None)
 settings.load_profile("socket-pair")
@@ -31,3 +41,52 @@ def server(inbox: Path) -> Iterator[Server]:
     """Give a running server."""
     with Server(inbox) as running:
         yield running
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """Give a disk of 16 MiB."""
+    with small_disk(tmp_path / "disk", 16) as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def tls() -> ssl.SSLContext:
+    return make_tls_context(normalize_code(CODE), server_side=False)
+
+
+@pytest.fixture
+def paired(inbox: Path) -> Iterator[Server]:
+    with Server(inbox, "--code", CODE) as running:
+        yield running
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / NAME
+    path.write_bytes(CONTENT)
+    return path
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a client in this process soon tired of waiting, and never come back."""
+    monkeypatch.setattr(client, "RETRY_WAITS_S", ())
+    monkeypatch.setattr(client, "HANDSHAKE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(common, "PROGRESS_TIMEOUT_S", 1.0)
+
+
+@pytest.fixture(scope="module")
+def card() -> Iterator[VirtualSoundCard]:
+    with VirtualSoundCard() as virtual:
+        yield virtual
+
+
+@pytest.fixture
+def silent_machine(tmp_path: Path) -> dict[str, str]:
+    """Return an environment in which there is no sound card at all."""
+    return {
+        **os.environ,
+        "PULSE_SERVER": f"unix:{tmp_path}/nowhere",
+        "XDG_RUNTIME_DIR": str(tmp_path),
+    }

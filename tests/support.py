@@ -32,6 +32,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
 # For whatever ends by itself, on a loaded machine of two cores.
@@ -41,11 +43,22 @@ MIB = 1024 * 1024
 
 T = TypeVar("T")
 
+posix = pytest.mark.skipif(os.name != "posix", reason="has no such links and times")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
 # Root may read and write everything, so for the tests of permissions it does without that right.
 WITHOUT_PRIVILEGE: tuple[str, ...] = ()
 if hasattr(os, "geteuid") and os.geteuid() == 0 and sys.platform == "linux":
     _RIGHTS = "-dac_override,-dac_read_search"
     WITHOUT_PRIVILEGE = ("setpriv", f"--bounding-set={_RIGHTS}", f"--inh-caps={_RIGHTS}", "--")
+
+with_permissions = pytest.mark.skipif(
+    sys.platform == "win32" or (not WITHOUT_PRIVILEGE and os.geteuid() == 0),
+    reason="nothing is forbidden here",
+)
+as_root = pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="needs root, to make a small disk"
+)
 
 
 # --- waiting --------------------------------------------------------------------------------
@@ -537,6 +550,14 @@ class Link:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
+
+
+def hold_and(server: Server, link: Link, client: Process, change: object) -> None:
+    """Wait until a transfer is half way, have something happen, and let it go on."""
+    wait_for(lambda: partial_size(server.folder) > 8 * MIB)
+    assert callable(change)
+    change()
+    link.release()
 
 
 # --- files ----------------------------------------------------------------------------------

@@ -1,0 +1,55 @@
+"""A pairing code, and clients in this process; conftest.py has the fixtures that go with it."""
+
+from __future__ import annotations
+
+import os
+import random
+import ssl
+import time
+from pathlib import Path
+
+import client
+from support import HOST, Server
+
+CODE = "KQ7M-2XFD-9WPA"
+OTHER_CODE = "KQ7M-2XFD-9WPB"
+NAME = "quarterly figures.txt"
+CONTENT = b"nobody but the two of us shall read this\n" * 5000
+
+JUNK = {
+    "nothing": b"",
+    "zeros": bytes(100_000),
+    "ones": b"\xff" * 100_000,
+    "noise": random.Random(1).randbytes(1_000_000),
+    "a huge frame": b"\x7f\xff\xff\xff" + b"x" * 100_000,
+    "the beginning of TLS": b"\x16\x03\x01\x40\x00" + b"\x01" * 100,
+    "broken TLS": b"\x16\x03\x01\x00\x10" + b"\x01" * 100_000,
+    "an alert": b"\x15\x03\x03\x00\x02\x02\x28",
+    "ssh": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "text": "h\u00e9llo\n".encode() * 1000,
+    "deep": b"\x00\x00\x0f\xff" + b"[" * 0xFFF,
+    "a long number": b"\x00\x00\x0f\xff" + b"9" * 0xFFF,
+}
+
+
+def send_here(port: int, path: Path, tls: ssl.SSLContext | None = None) -> int:
+    """Send a file from this process, for what is to be done many times; return the exit status."""
+    address = client.Address(HOST, port)
+    if tls:
+        address.__dict__["tls"] = tls
+    return client.start_file_client(address, [str(path)], quiet=True)
+
+
+def check_paired(running: Server, tls: ssl.SSLContext, tmp_path: Path) -> None:
+    """Fail unless a server with the pairing code serves a real client at once."""
+    probe = tmp_path / f"probe {random.getrandbits(64):x}"
+    probe.write_bytes(os.urandom(1000))
+    started = time.monotonic()
+    assert send_here(running.port, probe, tls) == 0
+    assert time.monotonic() - started < 5
+    assert (running.folder / probe.name).read_bytes() == probe.read_bytes()
+    (running.folder / probe.name).unlink()
+
+
+def visible_files(folder: Path) -> set[str]:
+    return {name for name in os.listdir(folder) if not name.startswith(".")}

@@ -1,0 +1,170 @@
+"""Whatever anyone sends to a server, with a code or without, it serves on and keeps nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import common
+import server
+from common import Connection, SocketPairError, make_tls_context, normalize_code
+from pairing import CODE, JUNK, OTHER_CODE, check_paired, send_here, visible_files
+from support import HOST, RawClient, Server, wait_for
+
+
+def run_tool(*command: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
+    """Run a program that talks to the server; skip where it is not installed."""
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(params=["paired", "open"])
+def either(request: pytest.FixtureRequest, inbox: Path) -> Iterator[Server]:
+    """Give a server with a code, then one without."""
+    with Server(inbox, *(["--code", CODE] if request.param == "paired" else [])) as running:
+        yield running
+
+
+@pytest.fixture
+def still_well(
+    either: Server, tls: ssl.SSLContext, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[None]:
+    """Check that afterwards a real client is served at once, and that nothing is left behind."""
+    code = tls if "paired" in request.node.name else None
+
+    held = either.held()
+
+    def check() -> None:
+        probe = tmp_path / f"probe {random.getrandbits(64):x}"
+        probe.write_bytes(b"x" * 1000)
+        assert send_here(either.port, probe, code) == 0
+        (either.folder / probe.name).unlink()
+        either.wait_until_idle(held)
+
+    check()
+    memory = either.status_field("VmRSS")
+    yield
+    check()
+    assert either.status_field("VmRSS") < memory + 10_000  # kB
+    assert visible_files(either.folder) == set()
+
+
+@pytest.mark.usefixtures("still_well")
+def test_openssl_s_client(either: Server, request: pytest.FixtureRequest) -> None:
+    for arguments in ([], ["-tls1_2"], ["-alpn", "socket-pair"]):
+        run_tool("openssl", "s_client", "-connect", f"{HOST}:{either.port}", *arguments)
+    logged = "speaks TLS as a browser" if "paired" in request.node.name else "asked for TLS"
+    either.wait_for_output(logged)
+
+
+@pytest.mark.usefixtures("still_well")
+def test_a_browser(either: Server) -> None:
+    page = run_tool("curl", "-s", "--http0.9", "-m", "20", f"http://{HOST}:{either.port}/")
+    assert page.stdout.startswith("This is a Socket Pair server, not a web server")
+    either.wait_for_output("not a Socket Pair client: it speaks HTTP, as a browser does")
+    for _ in range(10):
+        assert run_tool("curl", "-sk", "-m", "20", f"https://{HOST}:{either.port}/").returncode
+
+
+@pytest.mark.usefixtures("still_well")
+def test_a_port_scanner(either: Server) -> None:
+    run_tool("nmap", "-Pn", "-sV", "--version-all", "-p", str(either.port), HOST)
+
+
+@pytest.mark.usefixtures("still_well")
+def test_junk(either: Server) -> None:
+    for junk in JUNK.values():
+        for hang_up in (True, False):
+            with RawClient(either.port) as raw:
+                raw.send(junk)
+                if hang_up:
+                    raw.hang_up()
+                    raw.read_all()
+
+
+@pytest.mark.usefixtures("still_well")
+def test_silence_and_a_byte_a_second_take_ten_seconds(either: Server) -> None:
+    hello = b"\x16\x03\x01\x02\x00" + bytes(512)
+    with RawClient(either.port) as silent, RawClient(either.port) as slow:
+        started = time.monotonic()
+        slow.socket.settimeout(1.0)
+        for byte in hello:
+            slow.send(bytes([byte]))
+            with contextlib.suppress(TimeoutError, ConnectionResetError):
+                if not slow.socket.recv(100):
+                    break
+                continue
+            if time.monotonic() - started > 30:
+                break
+        assert time.monotonic() - started < 12
+        silent.socket.settimeout(12)
+        silent.read_all()
+        assert time.monotonic() - started < 13
+
+
+@pytest.mark.usefixtures("still_well")
+def test_a_thousand_silent_connections_keep_nobody_out(
+    either: Server, tls: ssl.SSLContext, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    code = tls if "paired" in request.node.name else None
+    path = tmp_path / "in the crowd"
+    path.write_bytes(b"x")
+    with contextlib.ExitStack() as stack:
+        for number in range(700):
+            raw = stack.enter_context(RawClient(either.port))
+            raw.send(b"\x16\x03" if number % 2 else b"")
+        assert either.threads() < 2 * server.MAX_UNFINISHED
+        started = time.monotonic()
+        assert send_here(either.port, path, code) == 0
+        assert time.monotonic() - started < 3
+        either.wait_for_output("dropped: too many have not finished their handshake")
+    (either.folder / path.name).unlink()
+
+
+def test_a_certificate_of_another_code_is_refused_by_the_server_itself(
+    paired: Server, tls: ssl.SSLContext, tmp_path: Path
+) -> None:
+    # One that does not check the server's certificate, as a real client does first.
+    other = make_tls_context(normalize_code(OTHER_CODE), server_side=False)
+    other.verify_mode = ssl.CERT_NONE
+    with Connection(socket.create_connection((HOST, paired.port)), "server") as connection:
+        connection.start_tls(other, server_side=False)
+        with pytest.raises(SocketPairError):
+            connection.send("hello", protocol=common.PROTOCOL, mode="file")
+            connection.receive("welcome")
+    paired.wait_for_output("turned away: wrong pairing code")
+    check_paired(paired, tls, tmp_path)
+
+
+def test_many_wrong_codes_are_slowed_down_and_a_right_one_served_after_a_wait(
+    paired: Server, tls: ssl.SSLContext, source: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wrong = make_tls_context(normalize_code(OTHER_CODE), server_side=False)
+    for _ in range(server.FREE_TRIES):
+        assert send_here(paired.port, source, wrong) == 1
+    assert send_here(paired.port, source, tls) == 0  # who mistypes at times is not locked out
+    for _ in range(server.FREE_TRIES + 1):
+        assert send_here(paired.port, source, wrong) == 1
+    capfd.readouterr()
+    assert send_here(paired.port, source, tls) == 1
+    assert "too many wrong pairing codes" in capfd.readouterr().err
+    paired.wait_for_output("turned away: too many wrong pairing codes came from its address")
+    wait_for(lambda: send_here(paired.port, source, tls) == 0, 20)

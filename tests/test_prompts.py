@@ -1,0 +1,226 @@
+"""What both scripts ask for, at a terminal and through pipes, and the arguments that answer it."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from support import (
+    HOST,
+    MIB,
+    Process,
+    Server,
+    contents,
+    make_file,
+    run_script,
+    sha256,
+)
+from terminal import expect_end, in_terminal, matched
+
+# --- the prompts ----------------------------------------------------------------------------
+
+
+def test_the_classic_session_in_two_terminals(tmp_path: Path) -> None:
+    source = make_file(tmp_path / "report.pdf", 3 * MIB)
+    server = in_terminal("server.py", "--port", "0", cwd=tmp_path)
+    try:
+        server.expect_exact("Mode (file/audio): ")
+        server.sendline("file")
+        server.expect(r"Receiving into received/ on 127\.0\.0\.1:(\d+) - Ctrl\+C to stop\r\n")
+        port = matched(server)
+        client = in_terminal("client.py", "--port", port, cwd=tmp_path)
+        client.expect_exact("Mode (file/audio): ")
+        client.sendline("file")
+        client.expect_exact("File name: ")
+        client.sendline("report.pdf")
+        client.expect(r"report\.pdf: 100%.*3\.\d*M/3\.\d*M.*B/s")
+        client.expect(r"Saved as report\.pdf, SHA-256 matches \((\w{8})\.\.\.\)\r\n")
+        assert matched(client) == sha256(source)[:8]
+        assert expect_end(client) == (0, "")
+        server.expect_exact("saved as received/report.pdf")
+        server.sendintr()
+        assert expect_end(server)[0] == 130
+    finally:
+        server.close(force=True)
+    assert (tmp_path / "received" / "report.pdf").read_bytes() == source.read_bytes()
+
+
+def test_the_classic_session_through_pipes(tmp_path: Path) -> None:
+    source = make_file(tmp_path / "report.pdf", 1000)
+    with Process("server.py", "--port", "0", stdin=b"file\n", cwd=tmp_path) as server:
+        port = server.wait_for_output(r"on 127\.0\.0\.1:(\d+) - Ctrl\+C to stop\n")[1]
+        assert server.stdout().splitlines() == [
+            "Mode (file/audio): file",
+            f"Receiving into received/ on 127.0.0.1:{port} - Ctrl+C to stop",
+        ]
+        result = run_script("client.py", "--port", port, stdin=b"file\nreport.pdf\n", cwd=tmp_path)
+    assert result.status == 0
+    assert result.stderr == ""
+    assert result.stdout.splitlines() == [
+        "Mode (file/audio): file",
+        "File name: report.pdf",
+        f"Saved as report.pdf, SHA-256 matches ({sha256(source)[:8]}...)",
+    ]
+    assert (tmp_path / "received" / "report.pdf").read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("script", ["server.py", "client.py"])
+def test_an_unknown_mode_is_asked_for_again(script: str, tmp_path: Path) -> None:
+    result = run_script(script, stdin=b"files\n\nvideo\n", cwd=tmp_path)
+    assert result.status == 1
+    assert result.stdout.count("Mode (file/audio): ") == 4
+    assert result.stdout.count("please type file or audio") == 3
+
+
+@pytest.mark.parametrize("script", ["server.py", "client.py"])
+def test_the_mode_may_be_typed_in_capitals_and_with_blanks(script: str, tmp_path: Path) -> None:
+    with socket.create_server((HOST, 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = run_script(script, "--port", port, stdin=b" File \nx\n", cwd=tmp_path)
+    assert result.stdout.count("Mode (file/audio): ") == 1
+    assert "please type" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "args"),
+    [("server.py", ()), ("client.py", ()), ("client.py", ("file",))],
+)
+def test_end_of_input_at_a_prompt_ends_with_one_line(
+    script: str, args: tuple[str, ...], tmp_path: Path
+) -> None:
+    result = run_script(script, *args, cwd=tmp_path)
+    assert result.status == 1
+    assert [line for line in result.error_lines if line] == [
+        line for line in result.error_lines if "end of input" in line
+    ]
+    assert "end of input" in result.stderr
+
+
+def test_ctrl_c_at_a_prompt_is_no_error_message(tmp_path: Path) -> None:
+    for script in ("server.py", "client.py"):
+        terminal = in_terminal(script, cwd=tmp_path)
+        terminal.expect_exact("Mode (file/audio): ")
+        terminal.sendintr()
+        status, printed = expect_end(terminal)
+        assert status == 130
+        assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "typed"),
+    [
+        ("plain.txt", "  plain.txt  "),
+        ("a file.txt", "'a file.txt'"),
+        ("a file.txt", '"a file.txt"'),
+        ("a file.txt", "a file.txt"),
+        ("a file.txt", r"a\ file.txt"),
+        ("home.txt", "~/home.txt"),
+        ("home.txt", "'~/home.txt'"),
+        ("'quoted'", "'quoted'"),
+        ("back\\slash", "back\\slash"),
+        (" blank", " blank"),
+        ("café.txt", "café.txt"),
+    ],
+)
+def test_the_file_prompt_takes_names_as_people_write_them(
+    server: Server, tmp_path: Path, name: str, typed: str
+) -> None:
+    source = make_file(tmp_path / "home" / name, 100)
+    result = run_script(
+        "client.py",
+        "file",
+        "--port",
+        str(server.port),
+        stdin=f"\n{typed}\n".encode(),
+        cwd=source.parent,
+        env={"HOME": str(source.parent), "USERPROFILE": str(source.parent)},
+    )
+    assert result.status == 0, result
+    assert result.stdout.startswith("File name: \nFile name: "), "an empty answer is asked again"
+    assert contents(server.folder) == {name: source.read_bytes()}
+
+
+def test_tab_completes_names_in_a_terminal(server: Server, tmp_path: Path) -> None:
+    pytest.importorskip("readline", reason="this Python was built without readline")
+    make_file(tmp_path / "home" / "some folder" / "unmistakable name.txt", 100)
+    client = in_terminal("client.py", "--port", str(server.port), "file", cwd=tmp_path / "home")
+    client.expect_exact("File name: ")
+    client.send("so\t")
+    client.expect_exact("some folder/")
+    client.send("unm\t")
+    client.expect_exact("unmistakable name.txt")
+    client.send("\r")
+    client.expect_exact("Saved as unmistakable name.txt")
+    assert expect_end(client)[0] == 0
+
+
+def test_tab_completes_below_the_home_folder(server: Server, tmp_path: Path) -> None:
+    pytest.importorskip("readline", reason="this Python was built without readline")
+    make_file(tmp_path / "home" / "unmistakable.txt", 100)
+    client = in_terminal("client.py", "--port", str(server.port), "file", cwd=tmp_path / "home")
+    client.expect_exact("File name: ")
+    client.send("~/unm\t")
+    client.expect_exact("istakable.txt")
+    client.send("\r")
+    client.expect_exact("Saved as unmistakable.txt")
+    assert expect_end(client)[0] == 0
+
+
+# --- arguments ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["server.py", "client.py"])
+@pytest.mark.parametrize("port", ["-1", "65536", "x", "", "1.5", "٣", "99999999999999999999"])
+def test_a_bad_port_is_a_wrong_argument(script: str, port: str) -> None:
+    result = run_script(script, "file", f"--port={port}")
+    assert result.status == 2
+    assert "--port" in result.error_lines[-1]
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", "*", "..", "x" * 300])
+def test_an_address_that_is_not_this_machines_is_one_line(host: str, tmp_path: Path) -> None:
+    result = run_script("server.py", "file", "--port", "0", f"--host={host}", cwd=tmp_path)
+    assert result.status == 1
+    assert result.error_lines[-1].startswith(f"cannot listen on {host}"), result
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "many", ""])
+def test_a_bad_number_of_clients_is_a_wrong_argument(count: str) -> None:
+    result = run_script("server.py", "file", f"--max-clients={count}")
+    assert result.status == 2
+    assert "--max-clients" in result.error_lines[-1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "client.py file -",
+        "client.py file - - --name x",
+        "client.py file some --name x",
+        "client.py file some --latency 20",
+        "client.py file some --find --host 192.0.2.1",
+        "client.py audio some",
+        "client.py video",
+        "client.py file -q -v some",
+        "client.py file --unknown",
+        "server.py file --rate 48000",
+        "server.py audio --overwrite",
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(command: str) -> None:
+    script, *args = command.split()
+    result = run_script(script, *args)
+    assert result.status == 2
+    assert result.error_lines[-1].startswith(f"{script}: error: ")
+
+
+@pytest.mark.parametrize("script", ["server.py", "client.py"])
+def test_help_and_version_are_there(script: str) -> None:
+    assert re.fullmatch(r"Socket Pair \d+\.\d+\.\d+\n", run_script(script, "--version").stdout)
+    shown = run_script(script, "--help")
+    assert shown.status == 0
+    assert "examples:" in shown.stdout
+    assert script in shown.stdout

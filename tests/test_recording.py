@@ -1,0 +1,165 @@
+"""Into a file or a pipe every sample arrives as it was captured."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import client
+import common
+from common import AudioFormat
+from sound import (
+    LIMIT_S,
+    MONO,
+    OTHER_HZ,
+    Script,
+    Terminal,
+    ends_with_one_line,
+    is_heard,
+    make_tone,
+    numbered_frames,
+    port_of,
+    read_wav,
+    start_client,
+    start_server,
+    write_wav,
+)
+from sound_card import (
+    VirtualSoundCard,
+    wait_for,
+)
+
+
+@pytest.mark.parametrize("audio", [MONO, AudioFormat(44_100, 2)])
+def test_a_wav_file_arrives_sample_for_sample(
+    card: VirtualSoundCard, tmp_path: Path, audio: AudioFormat
+) -> None:
+    sent = numbered_frames(audio.rate, audio.channels)
+    write_wav(tmp_path / "sent.wav", sent, audio)
+    recording = tmp_path / "heard.wav"
+    with (
+        start_server(card, "--input", str(tmp_path / "sent.wav")) as sender,
+        start_client(
+            card, port_of(sender), "--output", str(recording), "--seconds", "1.5"
+        ) as writer,
+    ):
+        assert writer.end() == common.EXIT_OK
+    heard_format, heard = read_wav(recording)
+    assert heard_format == audio
+    assert len(heard) == audio.frames_in(1_500) * audio.frame_bytes
+    assert heard in sent * 3  # it is played over and over
+
+
+def test_a_pipe_arrives_sample_for_sample_and_ends(card: VirtualSoundCard, tmp_path: Path) -> None:
+    sent = numbered_frames(40_000, 2)
+    arguments = ("--input", "-", "--rate", "32000", "--channels", "2")
+    with (
+        (tmp_path / "heard.raw").open("wb") as heard,
+        start_server(card, *arguments, stdin=subprocess.PIPE) as sender,
+        start_client(card, port_of(sender), "--output", "-", stdout=heard) as reader,
+    ):
+        reader.wait_for("Listening")
+        sender.wait_for("listening")
+        assert sender.process.stdin is not None
+        sender.process.stdin.write(sent)
+        sender.process.stdin.close()
+        assert reader.end() == common.EXIT_OK
+        assert sender.end() == common.EXIT_OK
+        assert "standard input is at its end" in reader.text()
+    assert (tmp_path / "heard.raw").read_bytes() == sent
+
+
+def test_a_pipe_without_sound_is_a_failure(silent_machine: dict[str, str]) -> None:
+    arguments = ("--input", "-", "--port", "0")
+    with Script("server.py", *arguments, environment=silent_machine) as sender:
+        assert sender.end() == common.EXIT_FAILED
+        assert any("there was no sound on standard input" in line for line in sender.lines)
+
+
+def test_a_recording_beside_playing_is_valid_after_kill_9(
+    card: VirtualSoundCard, tmp_path: Path
+) -> None:
+    recording = tmp_path / "talk.wav"
+    with (
+        start_server(card) as sender,
+        start_client(card, port_of(sender), "--record", str(recording)) as player,
+    ):
+        wait_for(lambda: recording.exists() and recording.stat().st_size > 50_000, "a recording")
+        player.process.kill()
+        player.process.wait(LIMIT_S)
+    audio, samples = read_wav(recording)
+    assert audio == MONO
+    assert len(samples) == recording.stat().st_size - client.WavFile.HEADER.size
+
+
+def test_a_reader_that_goes_ends_the_client_quietly_and_what_is_recorded_stays(
+    card: VirtualSoundCard, tmp_path: Path
+) -> None:
+    write_wav(tmp_path / "sent.wav", numbered_frames(48_000), MONO)
+    recording = tmp_path / "heard.wav"
+    reading, writing = os.pipe()
+    with start_server(card, "--input", str(tmp_path / "sent.wav")) as sender:
+        arguments = ("--output", "-", "--record", str(recording))
+        with start_client(card, port_of(sender), *arguments, stdout=writing) as player:
+            os.close(writing)
+            wait_for(lambda: recording.exists() and recording.stat().st_size > 9_000, "sound")
+            os.close(reading)
+            assert player.end() == common.EXIT_OK
+            assert "heard" in player.lines[-1]
+            assert "pipe" not in player.text()
+    assert len(read_wav(recording)[1]) == recording.stat().st_size - client.WavFile.HEADER.size
+
+
+def test_raw_samples_are_not_written_to_a_terminal(card: VirtualSoundCard) -> None:
+    with Terminal("client.py", "--output", "-", environment=card.environment) as player:
+        assert player.end() == common.EXIT_FAILED
+        assert "terminal" in player.text()
+    with start_client(card, "1", "--record", "-") as player:
+        ends_with_one_line(player, "--output -")
+
+
+def test_what_comes_last_is_played_before_the_client_ends(card: VirtualSoundCard) -> None:
+    with (
+        start_server(card, "--input", "-", stdin=subprocess.PIPE) as sender,
+        start_client(card, port_of(sender)) as player,
+        card.record() as said,
+    ):
+        sender.wait_for("listening")
+        assert sender.process.stdin is not None
+        sender.process.stdin.write(make_tone(4) + make_tone(0.3, OTHER_HZ))
+        sender.process.stdin.close()
+        assert player.end() == common.EXIT_OK
+        assert sender.end() == common.EXIT_OK
+        wait_for(lambda: is_heard(OTHER_HZ, said.tail(3)), "the end of the sound", LIMIT_S)
+
+
+def test_a_wav_that_is_full_is_followed_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "WAV_LIMIT_BYTES", client.WavFile.HEADER.size + 2_001)
+    (tmp_path / "talk.wav").write_bytes(b"somebody else's")
+    writer = client.WavWriter(str(tmp_path / "talk.wav"), common.Console(quiet=True))
+    writer.begin(MONO)
+    sent = numbered_frames(2_500)
+    writer.write(sent[:3_000])
+    writer.write(sent[3_000:])
+    writer.close()
+    parts = [read_wav(tmp_path / f"talk ({number}).wav")[1] for number in (1, 2, 3)]
+    assert b"".join(parts) == sent
+    assert len(parts[0]) == 2_000
+    assert (tmp_path / "talk.wav").read_bytes() == b"somebody else's"
+
+
+def test_a_gap_becomes_silence_of_its_length(tmp_path: Path) -> None:
+    output = client.RecordingOutput(
+        client.WavWriter(str(tmp_path / "gap.wav"), common.Console(quiet=True))
+    )
+    output.begin(MONO)
+    output.write(b"\1\1" * 10, gap_frames=0)
+    output.write(b"\2\2" * 10, gap_frames=60_000)
+    output.close()
+    assert read_wav(tmp_path / "gap.wav")[1] == b"\1\1" * 10 + bytes(120_000) + b"\2\2" * 10
+    assert output.status() == "missed 1250 ms"

@@ -1,0 +1,206 @@
+"""A file that cannot be read or kept fails with its reason, and the others arrive."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from support import (
+    MIB,
+    WITHOUT_PRIVILEGE,
+    Link,
+    Server,
+    as_root,
+    contents,
+    hold_and,
+    make_file,
+    partials,
+    run_script,
+    visible,
+    with_permissions,
+)
+
+# --- sources that cannot be sent ------------------------------------------------------------
+
+
+def test_a_missing_file_fails_and_the_others_arrive(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file", 1000)
+    missing = tmp_path / "missing"
+    result = server.send(missing, source, "", "a\nb")
+    assert result.status == 1
+    assert result.error_lines[0] == f"{missing}: no such file"
+    assert len(result.error_lines) == 3
+    assert contents(server.folder) == {"file": source.read_bytes()}
+
+
+@with_permissions
+def test_an_unreadable_file_fails_and_the_others_arrive(server: Server, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    source = make_file(tree / "file", 1000)
+    for number, size in enumerate((0, 1000, 3 * MIB)):
+        make_file(tree / f"secret {number}", size).chmod(0)
+    (tree / "closed").mkdir(mode=0)
+    result = server.send(tree, wrapper=WITHOUT_PRIVILEGE)
+    (tree / "closed").chmod(0o700)
+    assert result.status == 1
+    expected = {f"{tree / name}: permission denied" for name in os.listdir(tree) if name != "file"}
+    assert set(result.error_lines) == expected
+    assert "without 4 that failed" in result.stdout
+    assert (server.folder / "tree" / "file").read_bytes() == source.read_bytes()
+    assert set(contents(server.folder)) <= {"tree/", "tree/closed/", "tree/file"}
+
+
+# --- a server that cannot take it -----------------------------------------------------------
+
+
+@with_permissions
+def test_a_folder_without_permission_fails_and_the_others_arrive(
+    inbox: Path, tmp_path: Path
+) -> None:
+    closed = make_file(tmp_path / "closed" / "x", 1000).parent
+    source = make_file(tmp_path / "file", 1000)
+    inbox.mkdir()
+    (inbox / "closed").mkdir(mode=0o500)
+    with Server(inbox, wrapper=WITHOUT_PRIVILEGE) as server:
+        result = server.send(closed, source)
+    assert result.status == 1
+    assert result.error_lines[0] == f"{closed / 'x'}: permission denied"
+    assert contents(inbox) == {"closed/": b"", "file": source.read_bytes()}
+
+
+@with_permissions
+def test_a_server_that_may_not_write_does_not_start(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    for folder in (closed, closed / "new"):
+        result = run_script(
+            "server.py", "file", "--port=0", f"--folder={folder}", wrapper=WITHOUT_PRIVILEGE
+        )
+        assert result.status == 1
+        assert len(result.error_lines) == 1
+        assert str(folder) in result.stderr
+        assert "permission" in result.stderr
+
+
+def test_a_server_whose_folder_is_a_file_does_not_start(tmp_path: Path) -> None:
+    taken = make_file(tmp_path / "taken", 10)
+    for folder in (taken, taken / "deeper"):
+        result = run_script("server.py", "file", "--port=0", f"--folder={folder}")
+        assert result.status == 1
+        assert len(result.error_lines) == 1
+        assert str(folder) in result.stderr
+
+
+def test_the_folder_is_made_again_if_it_goes_away(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file", 1000)
+    server.folder.rmdir()
+    result = server.send(source)
+    assert (result.status == 0) == (server.folder / "file").exists()
+    assert len(result.error_lines) <= 1
+    server.folder.mkdir(exist_ok=True)
+    server.check_serves(tmp_path)
+
+
+@as_root
+def test_a_file_too_large_for_the_disk_is_refused_before_it_is_sent(
+    disk: Path, tmp_path: Path
+) -> None:
+    large = make_file(tmp_path / "large", 17 * MIB)
+    small = make_file(tmp_path / "small", MIB)
+    with Server(disk) as server, Link(server.port) as link:
+        result = server.send(large, small, port=link.port)
+        assert link.passed < 2 * MIB
+    assert result.status == 1
+    (line,) = result.error_lines
+    assert line.startswith(f"{large}: the disk is too full (17.8 MB needed, ")
+    assert contents(disk) == {"small": small.read_bytes()}
+
+
+@as_root
+def test_files_that_are_too_large_together_are_refused_one_by_one(
+    disk: Path, tmp_path: Path
+) -> None:
+    sources = [make_file(tmp_path / f"file {number}", 6 * MIB, number) for number in range(4)]
+    with Server(disk) as server:
+        result = server.send(*sources)
+    assert result.status == 1
+    assert len(result.error_lines) == 2
+    assert visible(disk) == ["file 0", "file 1"]
+    assert partials(disk) == []
+
+
+@as_root
+def test_a_disk_that_fills_up_in_the_middle_is_survived(disk: Path, tmp_path: Path) -> None:
+    large = make_file(tmp_path / "large", 14 * MIB)
+    small = make_file(tmp_path / "small", 1000)
+    with (
+        Server(disk) as server,
+        Link(server.port, hold_at=10 * MIB) as link,
+        server.client(large, small, port=link.port) as client,
+    ):
+        hold_and(server, link, client, lambda: make_file(disk / "other", 4 * MIB))
+        result = client.wait()
+        assert result.status == 1
+        assert result.error_lines == [f"{large}: no space left on device"]
+        assert visible(disk) == ["other", "small"]
+        assert partials(disk) == []
+        assert "large: no space left on device" in server.stderr()
+        (disk / "other").unlink()
+        assert server.send(large).status == 0
+    assert (disk / "large").read_bytes() == large.read_bytes()
+
+
+@as_root
+def test_a_pipe_larger_than_the_disk_stops_soon(disk: Path, tmp_path: Path) -> None:
+    small = make_file(tmp_path / "small", 1000)
+    with Server(disk) as server, open("/dev/zero", "rb") as endless:
+        result = server.send("-", "--name", "endless", small, stdin=endless.fileno())
+        assert result.status == 1
+        assert result.error_lines == ["endless: no space left on device"]
+        assert contents(disk) == {"small": small.read_bytes()}
+
+
+def test_a_folder_where_a_file_should_go_stays(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "name", 1000)
+    other = make_file(tmp_path / "other", 1000)
+    make_file(server.folder / "name" / "inside", 10)
+    result = server.send(source, other)
+    assert result.status == 1
+    assert result.error_lines == [f"{source}: a folder of that name is there already"]
+    assert set(contents(server.folder)) == {"name/", "name/inside", "other"}
+
+
+def test_a_folder_is_not_overwritten(inbox: Path, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "name", 1000)
+    make_file(inbox / "name" / "inside", 10)
+    with Server(inbox, "--overwrite") as server:
+        assert server.send(source).status == 1
+        result = server.send("-", "--name", "name", stdin=b"x")
+        assert result.status == 1
+        assert "a folder of that name" in result.stderr
+    assert set(contents(inbox)) == {"name/", "name/inside"}
+
+
+def test_a_file_where_a_folder_should_go_stays(server: Server, tmp_path: Path) -> None:
+    tree = make_file(tmp_path / "name" / "deep" / "x", 1000).parent.parent
+    (tree / "empty").mkdir()
+    other = make_file(tmp_path / "other", 1000)
+    make_file(server.folder / "name", 10)
+    result = server.send(tree, other)
+    assert result.status == 1
+    assert f"{tree / 'deep' / 'x'}: a file stands where a folder should go" in result.error_lines
+    assert set(contents(server.folder)) == {"name", "other"}
+    assert (server.folder / "name").stat().st_size == 10
+
+
+def test_links_in_the_folder_lead_no_file_out(server: Server, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (server.folder / "tree").symlink_to(outside)
+    (server.folder / "up").symlink_to("..")
+    tree = make_file(tmp_path / "tree" / "x", 1000).parent
+    up = make_file(tmp_path / "up" / "outside" / "x", 1000).parent.parent
+    result = server.send(tree, up)
+    assert result.status == 1
+    assert f"{tree / 'x'}: a symbolic link there leads out of the folder" in result.error_lines
+    assert os.listdir(outside) == []

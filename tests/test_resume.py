@@ -1,0 +1,200 @@
+"""Broken off, a transfer goes on from where it stopped, and trusts nothing unchecked."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from support import (
+    MIB,
+    Link,
+    Server,
+    contents,
+    make_file,
+    make_partial,
+    partial_size,
+    sha256,
+    visible,
+    wait_for,
+)
+
+# --- resuming -------------------------------------------------------------------------------
+
+
+def test_a_partial_file_is_gone_on_with(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file.bin", 20 * MIB)
+    make_partial(server.folder, "file.bin", source.read_bytes()[: 15 * MIB + 3])
+    with Link(server.port) as link:
+        result = server.send(source, port=link.port)
+        assert 5 * MIB - 3 <= link.passed < 6 * MIB, "only the rest is sent"
+    assert result.status == 0, result
+    assert "file.bin: going on after the first 15.7 MB\n" in result.stdout
+    assert contents(server.folder) == {"file.bin": source.read_bytes()}
+    assert f"SHA-256 matches ({sha256(source)[:8]}...)" in result.stdout
+
+
+def test_a_partial_file_that_is_complete_needs_no_byte(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file.bin", 5 * MIB)
+    make_partial(server.folder, "file.bin", source.read_bytes())
+    with Link(server.port) as link:
+        assert server.send(source, port=link.port).status == 0
+        assert link.passed < 10_000
+    assert contents(server.folder) == {"file.bin": source.read_bytes()}
+
+
+@pytest.mark.parametrize("damage", ["first byte", "last byte", "too long", "another", "empty"])
+def test_a_damaged_partial_file_is_never_trusted(
+    server: Server, tmp_path: Path, damage: str
+) -> None:
+    source = make_file(tmp_path / "file.bin", 3 * MIB)
+    good = source.read_bytes()
+    half = good[: len(good) // 2]
+    damaged = {
+        "first byte": bytes([half[0] ^ 1]) + half[1:],
+        "last byte": half[:-1] + bytes([half[-1] ^ 1]),
+        "too long": good + b"more",
+        "another": os.urandom(MIB),
+        "empty": b"",
+    }
+    make_partial(server.folder, "file.bin", damaged[damage])
+    result = server.send(source)
+    assert result.status == 0, result
+    assert contents(server.folder) == {"file.bin": good}
+
+
+def test_the_longest_good_partial_file_of_several_is_used(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file.bin", 10 * MIB)
+    good = source.read_bytes()
+    for number, content in enumerate((good[:MIB], good[: 8 * MIB], os.urandom(9 * MIB))):
+        partial = make_partial(server.folder, "file.bin", content)
+        partial.rename(partial.with_name(f".file.bin.{number}.socketpair-part"))
+    with Link(server.port) as link:
+        assert server.send(source, port=link.port).status == 0
+        assert link.passed < 3 * MIB
+    assert contents(server.folder) == {"file.bin": good}
+
+
+def test_a_partial_file_of_another_name_is_left_alone(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file", 3 * MIB)
+    other = make_partial(server.folder, "file.bin", source.read_bytes()[:MIB])
+    assert server.send(source).status == 0
+    assert other.stat().st_size == MIB
+
+
+def test_a_file_under_way_is_hidden_and_kept_when_the_client_is_killed(
+    server: Server, tmp_path: Path
+) -> None:
+    source = make_file(tmp_path / "file.bin", 30 * MIB)
+    with Link(server.port, hold_at=20 * MIB) as link:
+        with server.client(source, port=link.port) as client:
+            wait_for(lambda: partial_size(server.folder) > 18 * MIB)
+            assert visible(server.folder) == []
+            client.kill()
+        link.cut()
+        server.wait_for_output(r"[\d.]+ MB of file\.bin are kept for the next run")
+        assert visible(server.folder) == []
+    with Link(server.port) as second:
+        assert server.send(source, port=second.port).status == 0
+        assert second.passed < 14 * MIB
+    assert contents(server.folder) == {"file.bin": source.read_bytes()}
+
+
+def test_a_changed_source_is_not_mixed_with_its_partial_file(
+    server: Server, tmp_path: Path
+) -> None:
+    source = make_file(tmp_path / "file.bin", 4 * MIB)
+    make_partial(server.folder, "file.bin", source.read_bytes()[: 2 * MIB])
+    make_file(source, 4 * MIB, seed=2)
+    assert server.send(source).status == 0
+    assert contents(server.folder) == {"file.bin": source.read_bytes()}
+
+
+# --- reconnecting ---------------------------------------------------------------------------
+
+
+def test_the_client_comes_back_by_itself_when_the_link_breaks(
+    server: Server, tmp_path: Path
+) -> None:
+    source = make_file(tmp_path / "file.bin", 40 * MIB)
+    small = make_file(tmp_path / "small", 10)
+    with Link(server.port, hold_at=30 * MIB) as link:
+        with server.client(small, source, port=link.port) as client:
+            wait_for(lambda: partial_size(server.folder) > 28 * MIB)
+            link.release()
+            link.cut()
+            result = client.wait()
+        assert link.connections == 2
+        assert link.passed < 44 * MIB, "goes on, and does not begin again"
+    assert result.status == 0, result
+    assert "trying again in 0.5 s" in result.stderr
+    assert contents(server.folder) == {
+        "file.bin": source.read_bytes(),
+        "small": small.read_bytes(),
+    }
+    assert result.stdout.count(" as small, SHA-256 matches") == 1
+
+
+def test_a_small_file_is_reported_while_a_large_one_is_under_way(
+    server: Server, tmp_path: Path
+) -> None:
+    small = make_file(tmp_path / "small", 10)
+    large = make_file(tmp_path / "large", 30 * MIB)
+    with (
+        Link(server.port, hold_at=20 * MIB) as link,
+        server.client(small, large, port=link.port) as client,
+    ):
+        client.wait_for_output("Saved as small", 20)
+        link.release()
+        assert client.wait().status == 0
+
+
+def test_the_client_comes_back_to_a_server_that_was_killed(inbox: Path, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file.bin", 40 * MIB)
+    with Server(inbox) as first:
+        link = Link(first.port, hold_at=30 * MIB)
+        with link, first.client(source, port=link.port) as client:
+            wait_for(lambda: partial_size(inbox) > 28 * MIB)
+            first.kill()
+            client.wait_for_output(r"trying again in")
+            link.release()
+            assert visible(inbox) == []
+            with Server(inbox, port=first.port):
+                result = client.wait()
+        assert link.passed < 44 * MIB
+    assert result.status == 0, result
+    assert contents(inbox) == {"file.bin": source.read_bytes()}
+
+
+def test_the_client_gives_up_in_the_end(inbox: Path, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file.bin", 30 * MIB)
+    with (
+        Server(inbox) as server,
+        Link(server.port, hold_at=16 * MIB) as link,
+        server.client(source, port=link.port) as client,
+    ):
+        link.wait_until_held()
+        server.kill()
+        result = client.wait()
+    assert result.status == 1
+    waits = re.findall(r"trying again in ([\d.]+) s", result.stderr)
+    assert waits == ["0.5", "1", "2", "4", "8"]
+    assert "trying again" not in result.error_lines[-1]
+    assert visible(inbox) == []
+
+
+def test_a_pipe_that_was_cut_off_is_not_sent_in_part(server: Server, tmp_path: Path) -> None:
+    after = make_file(tmp_path / "after", 10)
+    source = make_file(tmp_path / "source", 30 * MIB)
+    with Link(server.port, hold_at=16 * MIB) as link, open(source, "rb") as file:
+        args = ("-", after, "--name", "piped")
+        with server.client(*args, port=link.port, stdin=file.fileno()) as client:
+            wait_for(lambda: partial_size(server.folder) > 8 * MIB)
+            link.release()
+            link.cut()
+            result = client.wait()
+    assert result.status == 1
+    assert "standard input cannot be sent a second time" in result.stderr
+    assert contents(server.folder) == {"after": after.read_bytes()}

@@ -1,0 +1,181 @@
+"""Ctrl+C and SIGTERM at any moment: the right status, nothing lost, no traceback."""
+
+from __future__ import annotations
+
+import random
+import signal
+import socket
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from support import (
+    HOST,
+    MIB,
+    Link,
+    Process,
+    Server,
+    contents,
+    make_file,
+    partial_size,
+    partials,
+    visible,
+    wait_for,
+)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_client_that_is_stopped_half_way_goes_on_next_time(
+    server: Server, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    source = make_file(tmp_path / "file.bin", 40 * MIB)
+    with (
+        Link(server.port, hold_at=30 * MIB) as link,
+        server.client(source, port=link.port) as client,
+    ):
+        wait_for(lambda: partial_size(server.folder) > 28 * MIB)
+        client.signal(number)
+        result = client.wait()
+    assert result.status == status
+    assert "Traceback" not in result.stderr
+    if number == signal.SIGINT:
+        assert "the same command goes on from here" in result.stderr
+    server.wait_for_output("are kept for the next run")
+    assert visible(server.folder) == []
+    with Link(server.port) as second:
+        assert server.send(source, port=second.port).status == 0
+        assert second.passed < 14 * MIB
+    assert contents(server.folder) == {"file.bin": source.read_bytes()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_client_can_be_stopped_while_it_waits_to_come_back(
+    inbox: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    source = make_file(tmp_path / "file.bin", 40 * MIB)
+    with (
+        Server(inbox) as server,
+        Link(server.port, hold_at=16 * MIB) as link,
+        server.client(source, port=link.port) as client,
+    ):
+        link.wait_until_held()
+        server.kill()
+        client.wait_for_output("trying again in 4 s")
+        client.signal(number)
+        result = client.wait(8)
+    assert result.status == 128 + number
+    assert "Traceback" not in result.stderr
+
+
+def test_a_client_can_be_stopped_while_it_reads_a_silent_pipe(server: Server) -> None:
+    with server.client("-", "--name", "x", stdin=subprocess.PIPE) as client:
+        wait_for(lambda: partials(server.folder))
+        client.signal(signal.SIGINT)
+        result = client.wait()
+    assert result.status == 130
+    assert "Traceback" not in result.stderr
+    wait_for(lambda: not partials(server.folder), what="a pipe cannot be gone on with")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_idle_server_stops_at_once(inbox: Path, number: signal.Signals, status: int) -> None:
+    with Server(inbox) as server:
+        server.signal(number)
+        result = server.wait()
+    assert result.status == status
+    assert result.stderr == ("\nstopped\n" if number == signal.SIGINT else "")
+
+
+def test_ctrl_c_on_the_server_lets_transfers_finish_and_takes_no_more(
+    inbox: Path, tmp_path: Path
+) -> None:
+    source = make_file(tmp_path / "file.bin", 30 * MIB)
+    with (
+        Server(inbox) as server,
+        Link(server.port, hold_at=16 * MIB) as link,
+        server.client(source, port=link.port) as client,
+    ):
+        wait_for(lambda: partial_size(inbox) > 8 * MIB)
+        server.signal(signal.SIGINT)
+        server.wait_for_output(r"finishing 1 under way - Ctrl\+C again to stop at once")
+        assert "no server at" in server.send(source).stderr
+        assert server.running()
+        link.release()
+        assert client.wait().status == 0
+        assert server.wait().status == 130
+    assert contents(inbox) == {"file.bin": source.read_bytes()}
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_the_server_at_once(
+    inbox: Path, tmp_path: Path, second: signal.Signals
+) -> None:
+    source = make_file(tmp_path / "file.bin", 30 * MIB)
+    with (
+        Server(inbox) as server,
+        Link(server.port, hold_at=16 * MIB) as link,
+        server.client(source, port=link.port) as client,
+    ):
+        wait_for(lambda: partial_size(inbox) > 8 * MIB)
+        server.signal(signal.SIGINT)
+        server.wait_for_output("finishing 1 under way")
+        server.signal(second)
+        assert server.wait().status == 128 + second
+        assert partial_size(inbox) > 8 * MIB
+        assert visible(inbox) == []
+        client.wait_for_output("trying again")
+        link.release()
+        with Server(inbox, port=server.port):
+            assert client.wait().status == 0
+    assert contents(inbox) == {"file.bin": source.read_bytes()}
+
+
+def test_ctrl_c_while_clients_connect_is_no_traceback(inbox: Path) -> None:
+    for round_number in range(6):
+        with Server(inbox) as server:
+            gone = threading.Event()
+
+            def connect(port: int = server.port, gone: threading.Event = gone) -> None:
+                while not gone.is_set():
+                    try:
+                        socket.create_connection((HOST, port), timeout=60).close()
+                    except OSError:
+                        gone.set()
+
+            knocking = [threading.Thread(target=connect, daemon=True) for _ in range(3)]
+            for thread in knocking:
+                thread.start()
+            wait_for(lambda server=server: server.stderr())  # type: ignore[misc]
+            server.signal(signal.SIGINT)
+            try:
+                result = server.wait()
+            finally:
+                gone.set()
+            for thread in knocking:
+                thread.join(60)
+            assert "Traceback" not in result.stderr, f"round {round_number}"
+            assert result.status == 130
+
+
+@pytest.mark.parametrize("script", ["server.py", "client.py"])
+def test_a_signal_at_any_moment_of_the_start_is_no_traceback(
+    script: str, server: Server, tmp_path: Path
+) -> None:
+    """From 20 ms on; before that there is only Python itself."""
+    source = make_file(tmp_path / "file.bin", 20 * MIB)
+    args = {
+        "server.py": ("file", "--port=0", f"--folder={tmp_path / 'other'}"),
+        "client.py": ("file", f"--port={server.port}", str(source)),
+    }
+    delays = random.Random(3)
+    for _ in range(10):
+        with Process(script, *args[script]) as process:
+            wait_for(lambda process=process: process.threads() >= 1)  # type: ignore[misc]
+            signal.sigtimedwait([], delays.uniform(0.0, 0.3))
+            if process.running():
+                process.signal(signal.SIGTERM)
+            result = process.wait()
+            assert result.status in (0, 143, -signal.SIGTERM)
+            assert "Traceback" not in result.stderr

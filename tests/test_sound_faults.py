@@ -1,0 +1,135 @@
+"""What may go wrong with sound, and what a terminal shows of it: one clear line each."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+import common
+from common import AudioBlock, AudioFormat
+from pairing import CODE
+from sound import (
+    FakeServer,
+    Script,
+    Terminal,
+    ends_with_one_line,
+    pack_welcome,
+    port_of,
+    start_client,
+    start_server,
+    write_wav,
+)
+from sound_card import (
+    VirtualSoundCard,
+)
+
+# --- at a terminal --------------------------------------------------------------------------
+
+
+def test_the_pairing_code_is_asked_for_where_the_user_sees_it(card: VirtualSoundCard) -> None:
+    with (
+        start_server(card, "--code", CODE) as sender,
+        Terminal("client.py", "--port", port_of(sender), environment=card.environment) as player,
+    ):
+        player.wait_for("Pairing code: ")
+        shown = player.text()
+        time.sleep(3 * common.STATUS_INTERVAL_S)  # no status line comes over the question
+        assert player.text() == shown
+        player.type(CODE + "\n")
+        player.wait_for("Listening")
+        player.wait_for("0:01")
+        player.type("\x03")
+        assert player.end() == common.EXIT_OK
+
+
+def test_ctrl_c_before_anything_was_heard_is_status_130(card: VirtualSoundCard) -> None:
+    with (
+        start_server(card, "--code", CODE) as sender,
+        Terminal("client.py", "--port", port_of(sender), environment=card.environment) as player,
+    ):
+        player.wait_for("Pairing code: ")
+        player.type("\x03")
+        assert player.end() == common.EXIT_INTERRUPTED
+    with start_client(card, "1") as player:
+        player.wait_for("looking for it")
+        assert player.interrupt() == common.EXIT_INTERRUPTED
+
+
+# --- what may go wrong ----------------------------------------------------------------------
+
+
+def test_no_microphone_and_no_loudspeaker_are_a_line_each(silent_machine: dict[str, str]) -> None:
+    with Script("server.py", "--port", "0", environment=silent_machine) as sender:
+        ends_with_one_line(sender, "no microphone", "--input")
+    with Script("client.py", environment=silent_machine) as player:
+        ends_with_one_line(player, "no loudspeaker", "--output")
+
+
+@pytest.mark.parametrize("audio", [AudioFormat(100, 1), AudioFormat(48_000, 40)])
+def test_a_wav_file_of_an_odd_format_is_a_line(
+    silent_machine: dict[str, str], tmp_path: Path, audio: AudioFormat
+) -> None:
+    write_wav(tmp_path / "odd.wav", bytes(80), audio)
+    arguments = ("--port", "0", "--input", str(tmp_path / "odd.wav"))
+    with Script("server.py", *arguments, environment=silent_machine) as sender:
+        ends_with_one_line(sender, "odd.wav", "out of range")
+
+
+def test_no_pyaudio_is_a_line(card: VirtualSoundCard, tmp_path: Path) -> None:
+    (tmp_path / "pyaudio.py").write_text("raise ImportError('not here')\n")
+    environment = {**card.environment, "PYTHONPATH": str(tmp_path)}
+    with Script("server.py", "--port", "0", environment=environment) as sender:
+        ends_with_one_line(sender, "PyAudio", "pip install")
+
+
+def test_a_name_that_no_device_has_is_a_line(card: VirtualSoundCard) -> None:
+    with start_client(card, "1", "--output", "gramophone") as player:
+        ends_with_one_line(player, "gramophone", "pulse")
+
+
+def test_devices_are_listed(card: VirtualSoundCard) -> None:
+    for name in ("server.py", "client.py"):
+        with Script(name, "--list-devices", environment=card.environment) as script:
+            assert script.end() == common.EXIT_OK
+            assert "channels" in script.lines[0]
+            assert any(line.startswith("*") and "ALSA" in line for line in script.lines)
+            assert "ALSA lib" not in script.text()
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        (pack_welcome(rate=0),),
+        (pack_welcome(channels=1_000_000),),
+        (pack_welcome(), b"\xff\xff\xff\xff"),
+        (pack_welcome(), common.LENGTH.pack(3) + b"abc"),
+        (pack_welcome(), AudioBlock(0, 0, b"odd").pack()),
+        (pack_welcome(), AudioBlock(9, 0, b"ok").pack(), AudioBlock(0, 0, b"no").pack()),
+    ],
+)
+def test_a_bad_server_is_a_line(
+    card: VirtualSoundCard, tmp_path: Path, frames: tuple[bytes, ...]
+) -> None:
+    output = str(tmp_path / "x.wav")
+    with (
+        FakeServer(*frames) as fake,
+        start_client(card, fake.port, "-q", "--output", output) as reader,
+    ):
+        ends_with_one_line(reader)
+
+
+def test_seconds_end_a_client_that_finds_no_server(card: VirtualSoundCard, tmp_path: Path) -> None:
+    output = str(tmp_path / "x.wav")
+    with start_client(card, "1", "--output", output, "--seconds", "1") as reader:
+        assert reader.end() == common.EXIT_FAILED
+        assert "no server" in reader.lines[-1]
+
+
+@pytest.mark.parametrize("arguments", [("--rate", "0"), ("--rate", "x"), ("--channels", "9")])
+def test_wrong_arguments_are_status_2(
+    silent_machine: dict[str, str], arguments: tuple[str, str]
+) -> None:
+    with Script("server.py", *arguments, environment=silent_machine) as sender:
+        assert sender.end() == common.EXIT_USAGE

@@ -1,0 +1,122 @@
+"""What is counted and kept between capture and loudspeaker: queues, gaps, seconds."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import client
+import common
+import server
+from common import AudioBlock, AudioFormat
+from sound import (
+    LIMIT_S,
+    MONO,
+)
+
+
+def test_ctrl_c_at_any_moment_of_recording_leaves_it_able_to_end(tmp_path: Path) -> None:
+    def press_ctrl_c_after(steps: int) -> Any:
+        def trace(frame: Any, event: str, _argument: Any) -> Any:
+            nonlocal steps
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                steps -= 1
+                if steps < 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        return trace
+
+    moment, finished = 0, False
+    while not finished:
+        console = common.Console(quiet=True)
+        output = client.RecordingOutput(client.WavWriter(str(tmp_path / f"{moment}.wav"), console))
+        output.begin(MONO)
+        sys.settrace(press_ctrl_c_after(moment))
+        try:
+            output.write(bytes(480), 0)
+            output.write(bytes(480), 0)
+            finished = True
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        closing = threading.Thread(target=output.close, daemon=True)
+        closing.start()
+        closing.join(LIMIT_S)
+        assert not closing.is_alive(), f"Ctrl+C after {moment} steps"
+        moment += 1
+
+
+def test_the_timeline_tells_gaps_also_over_a_lost_connection() -> None:
+    timeline = client.Timeline()
+    timeline.begin("one")
+    assert timeline.advance(AudioBlock(5_000, 0, bytes(200)), MONO) == 0
+    assert timeline.advance(AudioBlock(5_150, 0, bytes(200)), MONO) == 50
+    timeline.begin("one")
+    assert timeline.advance(AudioBlock(6_250, 0, bytes(200)), MONO) == 1_000
+    timeline.begin("two")
+    assert timeline.advance(AudioBlock(7, 0, bytes(200)), MONO) == 0
+    with pytest.raises(common.ProtocolError):
+        timeline.advance(AudioBlock(7, 0, bytes(200)), MONO)
+
+
+def test_seconds_count_over_formats_and_cut_gaps() -> None:
+    listening = client.Listening(client.Address("", 0), [], 2.0, common.Console(quiet=True))
+    stereo = AudioFormat(8_000, 2)
+    listening._pass_on(AudioBlock(0, 0, bytes(96_000)), MONO)
+    assert listening.heard_s == 1.0
+    listening._timeline.begin("another")
+    listening._pass_on(AudioBlock(0, 0, bytes(16_000)), stereo)
+    assert listening.heard_s == 1.5
+    listening._pass_on(AudioBlock(600 * 8_000, 0, bytes(400)), stereo)
+    assert listening.heard_s == 2.0
+
+
+def test_captured_sound_is_joined_up_to_a_gap() -> None:
+    captured = server.CaptureQueue(MONO)
+    for _ in range(3):
+        captured.put(bytes(240))
+    captured.skip(1.0)
+    captured.put(bytes(240))
+    captured.end("over")
+    first, second = captured.take(0), captured.take(0)
+    assert first is not None
+    assert second is not None
+    assert (first.first_frame, len(first.samples)) == (0, 720)
+    assert (second.first_frame, len(second.samples)) == (48_360, 240)
+    assert captured.take(0) is None
+
+
+def test_captured_sound_that_nobody_takes_is_bounded() -> None:
+    captured = server.CaptureQueue(MONO)
+    for _ in range(10_000):
+        captured.put(bytes(240))
+    frames = 0
+    while block := captured.take(0):
+        if not block.samples:
+            break
+        frames += MONO.frames_of(block.samples)
+    assert frames <= MONO.frames_in(server.CAPTURE_LIMIT_MS)
+
+
+def test_a_slow_listener_gets_whole_blocks_and_misses_whole_blocks() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as acceptor:
+        far = socket.create_connection(acceptor.getsockname())
+        near, _ = acceptor.accept()
+    with common.Connection(near, "near") as sending, common.Connection(far, "far") as reading:
+        server.limit_send_buffer(near, MONO)
+        listener = server.Listener(sending)
+        data = {number: bytes([number % 256]) * 20_000 for number in range(2_000)}
+        for number, samples in data.items():
+            listener.offer(AudioBlock(number, 0, samples).pack(), 0.0)
+        assert 0 < listener.missed_blocks < len(data)
+        for _ in range(len(data) - listener.missed_blocks - 1):  # the last one is under way
+            block = common.receive_block(reading, MONO)
+            assert block.samples == data[block.first_frame]

@@ -1,0 +1,131 @@
+"""No server, or one that is none: one clear line each."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from support import (
+    HOST,
+    Process,
+    RawClient,
+    Server,
+    control_codes,
+    free_port,
+    make_file,
+    message,
+    run_script,
+    send,
+)
+
+
+def test_no_server_is_one_line(tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file", 10)
+    port = free_port()
+    result = send(port, source)
+    assert result.status == 1
+    (line,) = result.error_lines
+    assert line.startswith(f"no server at 127.0.0.1:{port} (connection refused)")
+    assert "python server.py file" in line
+
+
+@pytest.mark.parametrize(
+    "host", ["no.such.host.invalid", "a\x1b[2J", "", "..", "x" * 300, "ü" * 70]
+)
+def test_a_host_that_does_not_exist_is_one_line(tmp_path: Path, host: str) -> None:
+    source = make_file(tmp_path / "file", 10)
+    result = send(1, source, f"--host={host}")
+    assert result.status == 1
+    assert len(result.error_lines) == 1
+    assert control_codes(result.stderr) == set()
+
+
+def test_a_port_in_use_is_one_line(server: Server, tmp_path: Path) -> None:
+    result = run_script("server.py", "file", f"--port={server.port}", f"--folder={tmp_path / 'x'}")
+    assert result.status == 1
+    (line,) = result.error_lines
+    assert line.startswith(f"cannot listen on 127.0.0.1:{server.port}: address already in use")
+    assert "--port" in line
+
+
+def test_a_server_may_start_again_at_once_on_its_port(inbox: Path, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file", 10)
+    with Server(inbox) as first:
+        assert first.send(source).status == 0
+        first.signal(signal.SIGINT)
+        assert first.wait().status == 130
+    with Server(inbox, port=first.port) as second:
+        second.check_serves(tmp_path)
+
+
+def test_audio_on_a_file_server_is_told_so(server: Server) -> None:
+    with RawClient(server.port) as client:
+        client.send(message("hello", protocol=1, mode="audio"))
+        answer = client.receive()
+        assert answer["type"] == "error"
+        assert "this server is in file mode" in answer["error"]
+        assert client.read_all() == b""
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 10**30])
+def test_another_protocol_is_told_so(server: Server, protocol: int) -> None:
+    with RawClient(server.port) as client:
+        client.send(message("hello", protocol=protocol, mode="file"))
+        assert "protocol 1" in client.receive()["error"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (b"", "before it answered"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is not a Socket Pair server"),
+        (b"SSH-2.0-OpenSSH_9.2p1\r\n", "is not a Socket Pair server"),
+        (b"\0\0\0\x02{}", "is not a Socket Pair server"),
+        (b"\0\0", "connection lost"),
+        (message("error", error="no \x1b[2J thanks"), r"no \x1b[2J thanks"),
+        (message("welcome") + message("start", entries=[]), "start for another offer"),
+        (message("welcome") + message("start", entries=[1]), "received a start"),
+        (message("welcome") + message("start", entries=[{"offset": 5}]), "not asked about"),
+        (message("welcome") + message("start", entries=[{"offset": -1}]), "bad 'offset'"),
+        (message("welcome") + message("held", entries=[[7, [1]]]), "held that is not one"),
+        (message("welcome") + message("results", entries=[]), "unexpected message"),
+        (
+            message("welcome") + message("start", entries=[{"failed": "\x1b[2J"}]),
+            r"\x1b[2J",
+        ),
+        (
+            message("welcome")
+            + message("start", entries=[{"offset": 0}])
+            + message("results", entries=[[3, {"saved": "x"}]]),
+            "a result of a file that was not sent",
+        ),
+    ],
+    ids=str,
+)
+def test_a_server_that_talks_nonsense_is_one_line(tmp_path: Path, answer: bytes, told: str) -> None:
+    source = make_file(tmp_path / "file", 10)
+    with (
+        socket.create_server((HOST, 0)) as listener,
+        Process(
+            "client.py", "file", str(source), "--port", str(listener.getsockname()[1])
+        ) as client,
+    ):
+        listener.settimeout(60)
+        peer, _ = listener.accept()
+        with peer:
+            peer.settimeout(60)
+            assert peer.recv(65536), "the client speaks first"
+            if answer:
+                peer.sendall(answer)
+                peer.shutdown(socket.SHUT_WR)
+                while peer.recv(65536):
+                    pass
+        listener.close()
+        result = client.wait()
+    assert result.status == 1
+    assert "Traceback" not in result.stderr
+    assert told in result.stderr
+    assert control_codes(result.stderr) == set()

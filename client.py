@@ -1482,7 +1482,9 @@ class SpeakerOutput:
             self._card.open(audio, functools.partial(self._exchange, buffer))
             self._buffer = buffer
 
-    def _exchange(self, buffer: JitterBuffer, _samples: bytes | None, frames: int) -> bytes:
+    def _exchange(
+        self, buffer: JitterBuffer, _samples: bytes | None, frames: int, _ahead_s: float
+    ) -> bytes:
         """Return the next `frames` of `buffer`; PortAudio's thread calls this.
 
         Where they are not there, it waits a moment: what holds up all of the machine has the

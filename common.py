@@ -1132,6 +1132,16 @@ class Direction(NamedTuple):
     default_field: str
     advice: str
 
+    def seconds_away(self, times: Mapping[str, float]) -> float:
+        """Return how long before its first frame is heard, or after it was captured, a block is.
+
+        `times` are PortAudio's of one callback. Their clock is not Python's, so that only a
+        difference tells anything.
+        """
+        if self.kind == "input":
+            return times["current_time"] - times["input_buffer_adc_time"]
+        return times["output_buffer_dac_time"] - times["current_time"]
+
 
 MICROPHONE = Direction(
     kind="input",
@@ -1152,8 +1162,9 @@ SPEAKER = Direction(
     advice="plug one in, or use --output FILE.wav or --output -",
 )
 
-# Called with what was captured, or None, and the number of frames; returns what to play, or None.
-Exchange = Callable[[bytes | None, int], bytes | None]
+# Called with what was captured, or None; the number of frames; and in how many seconds the first
+# frame is heard, or how many ago it was captured. Returns what to play, or None.
+Exchange = Callable[[bytes | None, int, float], bytes | None]
 
 
 @contextlib.contextmanager
@@ -1247,9 +1258,9 @@ class SoundSystem:
         """
 
         def callback(
-            samples: bytes | None, frames: int, _times: Any, _status: int
+            samples: bytes | None, frames: int, times: Mapping[str, float], _status: int
         ) -> tuple[bytes | None, int]:
-            return exchange(samples, frames), self._continue
+            return exchange(samples, frames, direction.seconds_away(times)), self._continue
 
         try:
             return self._portaudio.open(
@@ -1325,6 +1336,12 @@ class SoundCard:
         """The device's name, fit for a terminal."""
         return escape(self._device["name"], 60)
 
+    @property
+    def own_format(self) -> AudioFormat:
+        """The device's default rate, and the most channels it has up to two."""
+        channels = min(2, self._device[self._direction.channels_field])
+        return AudioFormat(round(self._device["defaultSampleRate"]), channels)
+
     def open(
         self,
         audio: AudioFormat,
@@ -1355,12 +1372,12 @@ class SoundCard:
             self._direction, self._device, self._audio, self._exchange_noted
         )
 
-    def _exchange_noted(self, samples: bytes | None, frames: int) -> bytes | None:
+    def _exchange_noted(self, samples: bytes | None, frames: int, away_s: float) -> bytes | None:
         self._exchanged_s = time.monotonic()
         if self._lost_s is not None:
             self._on_return(self._exchanged_s - self._lost_s)
             self._lost_s = None
-        return self._exchange(samples, frames)
+        return self._exchange(samples, frames, away_s)
 
     def _is_active(self) -> bool:
         try:

@@ -1044,7 +1044,7 @@ class Microphone:
         """Begin to capture."""
         self._card.open(self.captured.audio, self._hand_over, self.captured.skip)
 
-    def _hand_over(self, samples: bytes | None, _frames: int) -> None:
+    def _hand_over(self, samples: bytes | None, _frames: int, _ago_s: float) -> None:
         """Take a block; PortAudio's thread calls this."""
         self.captured.put(samples or b"")
 

@@ -143,7 +143,7 @@ def browse() -> list[ServiceInfo]:
     except ImportError as error:
         raise SocketPairError(
             f"--find needs the package zeroconf, which cannot be loaded ({error}): "
-            "pip install zeroconf, or use --host"
+            f"{common.how_to_install('zeroconf')}, or use --host"
         ) from None
     names: queue.SimpleQueue[str] = queue.SimpleQueue()
 
@@ -640,7 +640,7 @@ def find_tqdm() -> type[tqdm[Any]] | None:
     try:
         from tqdm import tqdm  # noqa: PLC0415  (only a terminal needs it, and it takes a while)
     except ImportError:
-        complain("no progress bars: install tqdm for them (pip install tqdm)")
+        complain(f"no progress bars without tqdm: {common.how_to_install('tqdm')}")
         return None
     return tqdm
 
@@ -2006,11 +2006,16 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
     sound.add_argument("--record", metavar="FILE.wav", help="write what is played to a file, too")
     sound.add_argument(
         "--latency",
-        type=latency_ms,
+        type=common.number(float, 0, MAX_LATENCY_MS),
         metavar="MS",
         help="keep so much sound in reserve, rather than what the network turns out to need",
     )
-    sound.add_argument("--seconds", type=duration_s, metavar="S", help="stop after S seconds")
+    sound.add_argument(
+        "--seconds",
+        type=common.number(float, 0.001, FOREVER_S),
+        metavar="S",
+        help="stop after S seconds",
+    )
     sound.add_argument("--list-devices", action="store_true", help="show the loudspeakers and exit")
 
 
@@ -2047,22 +2052,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.open:
         args.code = None  # the environment's
     return args
-
-
-def duration_s(text: str) -> float:
-    """Return `text` as a number of seconds above 0, for argparse."""
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < FOREVER_S:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-
-
-def latency_ms(text: str) -> float:
-    """Return `text` as a latency in milliseconds, for argparse."""
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= MAX_LATENCY_MS:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a latency (0 to {MAX_LATENCY_MS} ms)")
 
 
 def ask_for_path() -> str:

@@ -143,6 +143,9 @@ class NotPaired(SocketPairError):
 
 # --- text for people ------------------------------------------------------------------------
 
+# Those of requirements.txt that Debian 12 has as python3-NAME.
+DEBIAN_PACKAGES = {"av", "cryptography", "ifaddr", "numpy", "pyaudio", "spake2", "tqdm", "zeroconf"}
+
 
 def escape(text: str, limit: int = 500) -> str:
     """Return `text` fit for a terminal: control codes spelled out, at most `limit` characters.
@@ -178,6 +181,45 @@ def describe_error(error: Exception) -> str:
     return str(error)
 
 
+def python_name() -> str:
+    """Return what starts this Python in a shell: its name where that is found, else its path."""
+    import shutil  # noqa: PLC0415  (it takes a while, and only advice needs it)
+
+    name = os.path.basename(sys.executable)
+    for short in ("python", "python3", name):
+        if shutil.which(short) == sys.executable:
+            return short
+    return sys.executable or "python3"
+
+
+def command_line(script: str, *args: str) -> str:
+    """Return the line that runs `script`, beside the one that runs, in a shell here."""
+    words = [python_name(), os.path.join(os.path.dirname(sys.argv[0]), script), *args]
+    if sys.platform == "win32":
+        import subprocess  # noqa: PLC0415  (see python_name)
+
+        return subprocess.list2cmdline(words)
+    import shlex  # noqa: PLC0415
+
+    return shlex.join(words)
+
+
+def how_to_install(package: str) -> str:
+    """Return the line that installs a Python package for this Python.
+
+    Debian and Ubuntu refuse pip outside of a virtual environment (PEP 668), and have their own.
+    """
+    import shutil  # noqa: PLC0415  (see python_name)
+    import sysconfig  # noqa: PLC0415
+
+    marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
+    if sys.prefix != sys.base_prefix or not os.path.exists(marker):
+        return f"{python_name()} -m pip install {package}"
+    if package in DEBIAN_PACKAGES and shutil.which("apt"):
+        return f"apt install python3-{package}"
+    return f"{python_name()} -m venv .venv && .venv/bin/pip install -r requirements.txt"
+
+
 def format_address(host: str, port: int) -> str:
     """Return an address as it is written: ``127.0.0.1:50007``, ``[::1]:50007``."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -188,9 +230,21 @@ def is_loopback(address: str) -> bool:
     return address == "::1" or address.removeprefix("::ffff:").startswith("127.")
 
 
+class CannotPrint(SocketPairError):
+    """Standard output takes nothing: it is a file on a full disk, perhaps."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"cannot write to standard output: {describe_error(error)}")
+
+
 def say(text: str) -> None:
-    """Print a line for people on standard output, at once."""
-    print(text, flush=True)
+    """Print a line for people on standard output, at once. Raises CannotPrint, BrokenPipeError."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CannotPrint(error) from error
 
 
 def complain(text: str) -> None:
@@ -287,7 +341,7 @@ def make_tls_context(code: str, *, server_side: bool) -> ssl.SSLContext:
         load_identity(context, derive_key(code))
     except ImportError:
         raise SocketPairError(
-            "pairing codes need the package cryptography: pip install cryptography"
+            f"pairing codes need the package cryptography: {how_to_install('cryptography')}"
         ) from None
     except OSError as error:
         raise SocketPairError(f"cannot use the pairing code: {describe_error(error)}") from error
@@ -1190,7 +1244,8 @@ class SoundSystem:
             import pyaudio  # noqa: PLC0415
         except ImportError as error:
             raise AudioUnavailable(
-                f"sound needs PyAudio, which cannot be loaded ({error}): pip install pyaudio"
+                f"sound needs PyAudio, which cannot be loaded ({error}): "
+                f"{how_to_install('pyaudio')}"
             ) from None
         self._continue: int = pyaudio.paContinue
         self._sample_format: int = pyaudio.paInt16
@@ -1539,16 +1594,16 @@ class Console:
     def say(self, text: str) -> None:
         """Print a line of information."""
         if not self._quiet:
-            self._print(text, sys.stderr if self._data_on_stdout else sys.stdout)
+            self._print(text, complain if self._data_on_stdout else say)
 
     def complain(self, text: str) -> None:
         """Print a line about a problem."""
-        self._print(text, sys.stderr)
+        self._print(text, complain)
 
-    def _print(self, text: str, stream: TextIO) -> None:
+    def _print(self, text: str, put: Callable[[str], object]) -> None:
         with self._lock:
             self._show("")
-            print(text, file=stream, flush=True)
+            put(text)
 
     def show_status(self, text: str) -> None:
         """Replace the status line; does nothing without a terminal."""
@@ -1629,7 +1684,9 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
 def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> None:
     """Add --host, --port, --code and --open."""
     parser.add_argument("--host", default=DEFAULT_HOST, help=f"{host_help} (%(default)s)")
-    parser.add_argument("--port", type=port_number, default=DEFAULT_PORT, help="(%(default)s)")
+    parser.add_argument(
+        "--port", type=number(int, 0, 65_535), default=DEFAULT_PORT, help="(%(default)s)"
+    )
     pairing = parser.add_mutually_exclusive_group()
     pairing.add_argument(
         "--code",
@@ -1659,11 +1716,21 @@ def pairing_code(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def port_number(text: str) -> int:
-    """Return `text` as a TCP port, for argparse."""
-    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port (1 to 65535)")
-    return int(text)
+Number = TypeVar("Number", int, float)
+
+
+def number(kind: type[Number], low: Number, high: Number) -> Callable[[str], Number]:
+    """Return what makes a number from `low` to `high` of an argument's text, for argparse."""
+    noun = "whole number" if kind is int else "number"
+
+    def parse(text: str) -> Number:
+        with contextlib.suppress(ValueError):
+            # Python's own numbers may have underscores and other scripts' digits.
+            if text.isascii() and "_" not in text and low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} from {low:.10g} to {high:.10g}")
+
+    return parse
 
 
 class Terminated(BaseException):
@@ -1705,9 +1772,10 @@ def find_status(main: Callable[[Sequence[str]], int]) -> int:
         return EXIT_TERMINATED
     except BrokenPipeError:  # nobody reads what we say: nothing more to say then
         return EXIT_FAILED
-    except OSError as error:  # all others are dealt with where they happen
+    except OSError as error:
+        where = f"{escape(str(error.filename))}: " if error.filename else ""
         with contextlib.suppress(OSError):
-            complain(f"cannot write to standard output: {describe_error(error)}")
+            complain(f"{where}{describe_error(error)}")
         return EXIT_FAILED
 
 

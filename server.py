@@ -1680,7 +1680,9 @@ class Announcement:
             # Here, as most servers do without, and it takes long to import.
             import zeroconf  # noqa: PLC0415
         except ImportError:
-            self._complain("that needs pip install zeroconf (or --no-announce)")
+            self._complain(
+                f"that needs zeroconf: {common.how_to_install('zeroconf')} (or --no-announce)"
+            )
             return
         while not self._closed.is_set():
             try:
@@ -1906,13 +1908,13 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sound.add_argument(
         "--rate",
-        type=sample_rate,
+        type=common.number(int, common.SAMPLE_RATES[0], common.SAMPLE_RATES[-1]),
         metavar="HZ",
         help=f"samples a second ({DEFAULT_RATE}, or the .wav file's)",
     )
     sound.add_argument(
         "--channels",
-        type=channel_count,
+        type=common.number(int, 1, 2),
         metavar="N",
         help="1 for mono, 2 for stereo (1, or the .wav file's)",
     )
@@ -1930,7 +1932,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max-clients",
-        type=positive_number,
+        type=common.number(int, 1, 1_000_000),
         metavar="N",
         help=f"clients served at once ({MAX_CLIENTS}; in audio mode {MAX_LISTENERS})",
     )
@@ -1947,27 +1949,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.open:
         args.code = None  # the environment's
     return args
-
-
-def positive_number(text: str) -> int:
-    """Return `text` as a whole number above 0, for argparse."""
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def sample_rate(text: str) -> int:
-    """Return `text` as a sample rate in Hz, for argparse."""
-    if not (text.isascii() and text.isdigit() and int(text) in common.SAMPLE_RATES):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a sample rate (as 48000)")
-    return int(text)
-
-
-def channel_count(text: str) -> int:
-    """Return `text` as a number of channels, for argparse."""
-    if text not in ("1", "2"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 1 (mono) nor 2 (stereo)")
-    return int(text)
 
 
 def set_up_log(args: argparse.Namespace) -> None:

@@ -112,9 +112,9 @@ def test_without_the_package_there_is_one_line(script: str, tmp_path: Path, sour
     with Process(script, *arguments, env={"PYTHONPATH": str(tmp_path)}) as process:
         result = process.wait()
     assert result.status == 1
-    assert result.error_lines == [
-        "pairing codes need the package cryptography: pip install cryptography"
-    ]
+    (line,) = result.error_lines
+    assert line.startswith("pairing codes need the package cryptography: ")
+    assert line.endswith("pip install cryptography")
 
 
 def test_without_a_code_the_package_is_not_loaded(

@@ -1,0 +1,57 @@
+"""What is said can be used: commands that run as they stand, numbers that are checked."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import common
+from support import ROOT, Server, linux, make_file
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "0", "11", "1.5", "1_0", "٣", "1e400", "nan", "9" * 5000]
+)
+def test_a_number_out_of_its_range_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number from 1 to 10"):
+        common.number(int, 1, 10)(text)
+
+
+def test_a_number_in_its_range_is_taken() -> None:
+    assert common.number(int, 1, 10)("10") == 10
+    assert common.number(float, 0, 900)("2.5") == 2.5
+
+
+def test_a_command_that_is_shown_runs() -> None:
+    command = common.command_line("client.py", "--version")
+    words = shlex.split(command)
+    words[1] = str(ROOT / words[1].rpartition("/")[2])
+    shown = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    assert shown.stdout.startswith("Socket Pair ")
+
+
+def test_a_command_that_is_shown_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/some place/client.py"])
+    words = shlex.split(common.command_line("server.py", "file", "--folder", "a b"))
+    assert words[1:] == ["/some place/server.py", "file", "--folder", "a b"]
+
+
+@linux
+def test_a_full_disk_under_standard_output_is_told(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file", 10)
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, ROOT / "client.py", "file", f"--port={server.port}", source],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert process.returncode == 1
+    assert process.stderr == "cannot write to standard output: no space left on device\n"

@@ -18,7 +18,7 @@ sound: listening        ``start_audio_client``, ``Listening``: receives, comes b
 command line            ``main`` asks for what the arguments leave open
 ======================  ===========================================================
 
-``server.py`` describes the conversation.
+``common.py`` describes the conversation.
 """
 
 from __future__ import annotations
@@ -67,16 +67,26 @@ from common import (
     ConnectionLost,
     Console,
     Deadline,
+    Entry,
     FileShrunk,
+    Hashing,
+    Held,
+    Hello,
     Keepalive,
     LevelMeter,
     NotPaired,
+    Offer,
+    Outcome,
     PeerRefused,
     PeerStalled,
+    Prefixes,
     ProtocolError,
+    Results,
     SocketPairError,
     SoundCard,
+    Start,
     StreamEnd,
+    Welcome,
     blocks_for,
     calculate_checksum,
     complain,
@@ -85,8 +95,6 @@ from common import (
     escape,
     format_bytes,
     format_duration,
-    require,
-    require_size,
 )
 
 if TYPE_CHECKING:
@@ -266,7 +274,7 @@ def connect(
     *,
     timeout_s: float = HANDSHAKE_TIMEOUT_S,
     ask: Callable[[str], str] | None = None,
-) -> tuple[Connection, dict[str, Any]]:
+) -> tuple[Connection, Welcome]:
     """Return a connection past its handshake, and the server's welcome.
 
     Asks for the pairing code, with `ask` or `ask_for_code`, where the server wants one that we do
@@ -301,9 +309,7 @@ def ask_for_code(problem: str = "") -> str:
             problem = str(error)
 
 
-def connect_once(
-    address: Address, mode: str, timeout_s: float
-) -> tuple[Connection, dict[str, Any]]:
+def connect_once(address: Address, mode: str, timeout_s: float) -> tuple[Connection, Welcome]:
     """Do what `connect` does, with the code that we have."""
     tls = address.tls  # before the server's patience begins
     peer = escape(common.format_address(address.host, address.port))
@@ -346,14 +352,14 @@ def describe_no_server(address: Address, mode: str, error: OSError | ValueError)
     return f"no server at {peer} ({describe_error(error)}): start one there with: {command}"
 
 
-def shake_hands(connection: Connection, tls: ssl.SSLContext | None, mode: str) -> dict[str, Any]:
+def shake_hands(connection: Connection, tls: ssl.SSLContext | None, mode: str) -> Welcome:
     """Return the server's welcome; blocks and raises as `connect` does."""
     try:
         with connection.limit(HANDSHAKE_TIMEOUT_S):
             if tls:
                 connection.start_tls(tls, server_side=False)
-            connection.send("hello", protocol=common.PROTOCOL, mode=mode)
-            return connection.receive("welcome")
+            connection.send(Hello(common.PROTOCOL, mode))
+            return connection.receive(Welcome)
     except NotPaired as error:
         failure = WrongCode if error.wrong_code else SocketPairError
         raise failure(f"{connection.peer} {describe_mismatch(error)}") from error
@@ -426,16 +432,9 @@ class Source:
         folder, slash, _ = self.name.rpartition("/")
         return folder + slash + name
 
-    def offer(self) -> dict[str, Any]:
+    def to_entry(self) -> Entry:
         """Return it as an entry of an offer."""
-        if self.is_folder:
-            return {"path": self.name, "mtime_ns": self.mtime_ns, "folder": True}
-        return {
-            "path": self.name,
-            "size": self.size,
-            "mtime_ns": self.mtime_ns,
-            "executable": self.executable,
-        }
+        return Entry(self.name, self.size, self.mtime_ns, self.executable, self.is_folder)
 
     def check_unchanged(self, file: BinaryIO) -> None:
         """Raise FileChanged unless the open `file` is still as it was when it was looked up."""
@@ -751,50 +750,42 @@ class ResultReader:
     def _run(self) -> None:
         try:
             while self._waiting:
-                message = self._receive()
-                for result in require(message, "entries", list):
-                    self._settle(result)
+                for index, outcome in self._receive().entries:
+                    if index not in self._waiting:
+                        raise ProtocolError("received a result of a file that was not sent")
+                    settle(self._waiting.pop(index), outcome, self._report)
         except Exception as error:  # noqa: BLE001  (raised again in the other thread)
             self._error = error
 
-    def _receive(self) -> dict[str, Any]:
+    def _receive(self) -> Results:
         """Return the next results; waits as long as the sending goes on."""
         while True:
             sent_bytes = self._connection.sent_bytes
             try:
-                return self._connection.receive("results")
+                return self._connection.receive(Results)
             except PeerStalled:
                 if self._connection.sent_bytes == sent_bytes:
                     raise
 
-    def _settle(self, result: Any) -> None:
-        match result:
-            case [int(index), dict(outcome)] if index in self._waiting:
-                settle(self._waiting.pop(index), outcome, self._report)
-            case _:
-                raise ProtocolError("received a result of a file that was not sent")
 
-
-def settle(source: Source, outcome: dict[str, Any], report: Report) -> None:
+def settle(source: Source, outcome: Outcome, report: Report) -> None:
     """Report what the server says has become of `source`. Raises ProtocolError."""
     source.decided = True
     if source.problem:
         report.problem(source.path, source.name, source.problem)
-    elif "failed" in outcome:
-        report.problem(source.path, source.name, escape(require(outcome, "failed", str)))
+    elif outcome.kind == "failed":
+        report.problem(source.path, source.name, escape(outcome.text))
     elif not (source.checksum or source.is_folder):
         raise ProtocolError("received a result of a file that was not read")
-    elif "already" in outcome:
-        report.saved(source, source.beside(require(outcome, "already", str)), ALREADY)
     else:
-        report.saved(source, source.beside(require(outcome, "saved", str)), "Saved")
+        how = ALREADY if outcome.kind == "already" else "Saved"
+        report.saved(source, source.beside(outcome.text), how)
 
 
 # --- file mode ------------------------------------------------------------------------------
 
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 STILL_HERE_INTERVAL_S = common.PROGRESS_TIMEOUT_S / 4
-MAX_HELD = 100  # lengths of one file that a server may ask about
 
 
 def start_file_client(
@@ -918,23 +909,23 @@ class Sender:
 
     def _offer(self, connection: Connection, batch: list[Source]) -> None:
         if batch and self._offered is not batch:
-            connection.send("offer", entries=[source.offer() for source in batch])
+            connection.send(Offer([source.to_entry() for source in batch]))
             self._offered = batch
         connection.flush()
 
-    def _settle_or_want(self, batch: list[Source], verdicts: list[Any]) -> dict[int, Source]:
+    def _settle_or_want(
+        self, batch: list[Source], verdicts: Sequence[int | Outcome]
+    ) -> dict[int, Source]:
         """Report those that the server has decided on already; return the others by index."""
         wanted: dict[int, Source] = {}
         for index, (source, verdict) in enumerate(zip(batch, verdicts, strict=True)):
-            if not isinstance(verdict, dict):
-                raise ProtocolError("received a start that is not one")
-            if "offset" not in verdict:
-                if "already" in verdict and source.size not in source.digests:
+            if isinstance(verdict, Outcome):
+                if verdict.kind == "already" and source.size not in source.digests:
                     raise ProtocolError("received a start of a file that was not compared")
                 settle(source, verdict, self._report)
                 self._progress.reach(source, source.size or 0)
                 continue
-            source.offset = require_size(verdict, "offset")
+            source.offset = verdict
             if source.offset and source.offset not in source.digests:
                 raise ProtocolError("received an offset that was not asked about")
             if source.offset:
@@ -942,27 +933,28 @@ class Sender:
             wanted[index] = source
         return wanted
 
-    def _receive_start(self, connection: Connection, batch: list[Source]) -> list[Any]:
+    def _receive_start(
+        self, connection: Connection, batch: list[Source]
+    ) -> Sequence[int | Outcome]:
         """Return the server's verdicts, after answering what it asks about what it holds."""
         while True:
-            message = connection.receive("start", "held", "hashing")
-            if message["type"] == "held":
-                self._answer_held(connection, batch, require(message, "entries", list))
-            elif message["type"] == "start":
-                verdicts = require(message, "entries", list)
-                if len(verdicts) != len(batch):
+            message = connection.receive(Start, Held, Hashing)
+            if isinstance(message, Held):
+                self._answer_held(connection, batch, message)
+            elif isinstance(message, Start):
+                if len(message.entries) != len(batch):
                     raise ProtocolError("received a start for another offer")
-                return verdicts
+                return message.entries
 
-    def _answer_held(self, connection: Connection, batch: list[Source], held: list[Any]) -> None:
-        keepalive = Keepalive(lambda: connection.send("hashing"))
+    def _answer_held(self, connection: Connection, batch: list[Source], held: Held) -> None:
+        keepalive = Keepalive(lambda: connection.send(Hashing()))
         answers = []
-        for index, lengths in parse_held(held, len(batch)):
-            if batch[index].size is None:
-                raise ProtocolError("received a held of what has no size")
+        for index, lengths in held.entries:
+            if index >= len(batch) or batch[index].size is None:
+                raise ProtocolError("received a held of what was not offered")
             hash_prefixes(batch[index], lengths, keepalive)
             answers.append([digest.hexdigest() for digest in batch[index].digests.values()])
-        connection.send("prefixes", entries=answers)
+        connection.send(Prefixes(answers))
 
     def _send_file(self, connection: Connection, source: Source) -> None:
         """Send a file from its offset on, then its SHA-256; or give it up."""
@@ -1002,25 +994,7 @@ class Sender:
         return digest
 
 
-def parse_held(held: list[Any], batch_size: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield the index and the lengths in each entry of a `held`. Raises ProtocolError."""
-    expected = 0
-    for entry in held:
-        match entry:
-            case [int(index), [*lengths]] if expected <= index < batch_size:
-                if len(lengths) <= MAX_HELD and all(map(is_length, lengths)):
-                    yield index, lengths
-                    expected = index + 1
-                    continue
-        raise ProtocolError("received a held that is not one")
-
-
-def is_length(value: Any) -> bool:
-    """Tell whether `value` is a number of bytes."""
-    return type(value) is int and value >= 0
-
-
-def hash_prefixes(source: Source, lengths: list[int], keepalive: Keepalive) -> None:
+def hash_prefixes(source: Source, lengths: Sequence[int], keepalive: Keepalive) -> None:
     """Set the digests of the first `lengths` bytes of a file, read once; blocks until done.
 
     Leaves out those for which it cannot be read so far, and all where it changes meanwhile.
@@ -1851,7 +1825,7 @@ class Listening:
         if self._audio is None:
             raise SocketPairError("no server was found in the time given")
 
-    def _connect(self) -> tuple[Connection, dict[str, Any]]:
+    def _connect(self) -> tuple[Connection, Welcome]:
         timeout_s = HANDSHAKE_TIMEOUT_S if self._audio is None else RECONNECT_TIMEOUT_S
         return connect(self._address, "audio", timeout_s=timeout_s, ask=self._ask_for_code)
 
@@ -1869,20 +1843,23 @@ class Listening:
             self._problem_told = True
         time.sleep(min(RECONNECT_WAIT_S, self._deadline.remaining()))
 
-    def _listen(self, connection: Connection, welcome: dict[str, Any]) -> None:
+    def _listen(self, connection: Connection, welcome: Welcome) -> None:
         """Pass on the sound of one connection; returns when it has ended, or is enough."""
-        audio = AudioFormat.from_welcome(welcome)
-        self._timeline.begin(require(welcome, "stream", str))
+        if welcome.sound is None:
+            raise ProtocolError(f"{connection.peer} has no sound")
+        audio, stream = welcome.sound
+        self._timeline.begin(stream)
         for output in self._outputs:
             output.begin(audio)
         self._audio = audio
         self._problem_told = False
         self._console.say(f"Listening to {connection.peer}, {audio.describe()} - Ctrl+C to stop")
-        try:
-            while not self._is_enough(audio):
-                self._pass_on(common.receive_block(connection, audio), audio)
-        except StreamEnd as end:
-            self._console.say(f"The sound has ended: {end}")
+        while not self._is_enough(audio):
+            received = connection.receive_sound(audio)
+            if isinstance(received, StreamEnd):
+                self._console.say(f"The sound has ended: {received.reason}")
+                return
+            self._pass_on(received, audio)
 
     def _is_enough(self, audio: AudioFormat) -> bool:
         """Return whether ``--seconds`` have been heard, or have gone by in silence."""

@@ -7,26 +7,20 @@ errors               ``SocketPairError`` and its kin: every failure a user may m
 text for people      ``escape``, ``format_bytes``, ``say``, ``complain``, ``ask``
 pairing code         ``normalize_code``, and ``make_tls_context``: the key and certificate
                      that both sides derive from a code
-``Deadline``         how long a wait may still take
-``TLS``              what encrypts and decrypts for a connection
-``Connection``       a socket with its reads, its writes and its time limits:
-                     exact bytes, perhaps encrypted, then frames, then messages
-``require``          a field of a peer's message, checked for its type
+the wire             every message as a value with ``encode`` and ``decode``, and the whole
+                     conversation of both modes; ``AudioFormat``, ``AudioBlock``: sound
+connection           ``Deadline``; ``ReceiveBuffer``, ``TLS``, ``ByteStream``, and on top of them
+                     ``Connection``: a socket that sends and receives messages
 local network        ``Announced``: what a server tells it; ``open_network``
 blocks               ``Blocks``; ``BlockPipeline``, where a second thread consumes them while the
                      next is filled; ``blocks_for`` chooses
 checksum             ``calculate_checksum``: SHA-256 of a file or of its beginning;
                      ``Keepalive``: the sign of life of whoever does that for long
-sound on the wire    ``AudioFormat``, ``AudioBlock``: what a listener receives
 sound card           ``SoundSystem`` and ``SoundCard``: PortAudio, and one device in use
 console              ``Console``: lines and the status line; ``LevelMeter``
 command line         arguments of both scripts, and ``run``, which turns every end
                      of a program into its exit status
 ===================  ==============================================================
-
-A **frame** is a 4-byte big-endian length and that many bytes. A **message** is a frame that
-holds a JSON object; its ``type`` says what it is. A file's bytes travel as **segments**, which
-are framed alike but never parsed (``server.py`` describes the conversation).
 
 Neither this module nor ``client.py`` uses dataclasses: importing them, and inspect with them,
 would be a tenth of all the time that a small file takes, Python's start included.
@@ -41,6 +35,7 @@ import json
 import math
 import os
 import queue
+import select
 import signal
 import socket
 import ssl
@@ -48,8 +43,8 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, overload
 
 if TYPE_CHECKING:
     from ipaddress import IPv4Interface, IPv6Interface
@@ -59,8 +54,6 @@ if TYPE_CHECKING:
 
 __version__ = "1.0.0"
 
-PROTOCOL = 1
-MODES = ("file", "audio")
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 50007
 
@@ -406,19 +399,43 @@ def load_identity(context: ssl.SSLContext, key: Ed25519PrivateKey) -> None:
         context.load_cert_chain(path, password=password)
 
 
-# --- connection -----------------------------------------------------------------------------
+# --- the wire -------------------------------------------------------------------------------
+#
+# All that travels, as values without a socket. A **frame** is a 4-byte big-endian length and that
+# many bytes. A **message** is a frame that holds a JSON object, whose "type" is the name of a class
+# below in lower case. Each class has its fields, its checks, `encode` and `decode` side by side;
+# whatever bytes come, `decode` raises ProtocolError alone.
+#
+# Either side may answer with an Error, which ends the conversation. It begins with:
+#
+#     client  Hello     which protocol it speaks, and the mode it wants
+#     server  Welcome   the same; in audio mode also the sound's format
+#
+# Files, any number of times until the client hangs up:
+#
+#     client  Offer     up to 1,000 files and folders
+#     server  Held      of which entries something is here already: how many bytes
+#     client  Prefixes  the SHA-256 of that many first bytes of its own files
+#     server  Start     for each entry: the offset to send from, or its outcome
+#     client            for each entry to send, in order: segments (a length and so many bytes),
+#                       then END_OF_FILE and the 32-byte SHA-256 of the whole, or GIVEN_UP;
+#                       STILL_HERE at times, when a pipe has nothing to send
+#     server  Results   the outcomes of entries, told as soon as there is nothing else to do
+#
+# Held and Prefixes are left out where nothing is held. Whoever hashes for long sends Hashing every
+# second meanwhile.
+#
+# Sound: the client sends nothing more. Each frame of the server's holds an AudioBlock, the last one
+# a StreamEnd.
 
-HANDSHAKE_TIMEOUT_S = 10.0
-PROGRESS_TIMEOUT_S = 60.0
-LINGER_TIMEOUT_S = 1.0
-KEEPALIVE_INTERVAL_S = 1.0
+PROTOCOL = 1
+MODES = ("file", "audio")
+
 LENGTH = struct.Struct("!I")
+MAX_FRAME_BYTES = 1024 * 1024
 MAX_HELLO_BYTES = 4 * 1024
 MAX_BATCH_ENTRIES = 1000  # of files and folders in an offer
-MAX_FRAME_BYTES = 1024 * 1024
-RECEIVE_BYTES = 256 * 1024
-SEND_BYTES = 256 * 1024
-TLS_RECORD_BYTES = 16 * 1024
+MAX_HELD_LENGTHS = 100  # of one file that a server may ask about
 # Measured with tests/bench/files.py: 1 MiB stays in a core's cache while it is received, hashed
 # and written; smaller blocks cost more hand-overs, larger ones more trips to memory.
 SEGMENT_BYTES = 1024 * 1024
@@ -426,6 +443,457 @@ SEGMENT_BYTES = 1024 * 1024
 END_OF_FILE = 0
 GIVEN_UP = 0xFFFFFFFF
 STILL_HERE = 0xFFFFFFFE
+
+SAMPLE_BYTES = 2
+SAMPLE_RATES = range(1_000, 384_001)
+CHANNEL_COUNTS = range(1, 33)
+# A server that cannot keep up joins blocks, up to this.
+MAX_BLOCK_MS = 1_000
+BLOCK_HEADER = struct.Struct("!QQ")
+END_OF_STREAM = 2**64 - 1
+
+Fields = dict[str, Any]
+T = TypeVar("T")
+M = TypeVar("M", bound="Message")
+A = TypeVar("A", bound="Message")
+B = TypeVar("B", bound="Message")
+C = TypeVar("C", bound="Message")
+
+
+class Message(Protocol):
+    """What both sides say to each other in JSON."""
+
+    def encode(self) -> Fields:
+        """Return the fields of the JSON object, without the type."""
+
+    @classmethod
+    def decode(cls: type[M], fields: Fields) -> M:
+        """Return the message that the fields of a JSON object make; raises ProtocolError."""
+
+
+def encode_frame(content: bytes) -> bytes:
+    """Return `content` as a frame."""
+    return LENGTH.pack(len(content)) + content
+
+
+def encode_message(message: Message) -> bytes:
+    """Return the frame that holds `message`."""
+    fields = {"type": type(message).__name__.lower(), **message.encode()}
+    return encode_frame(json.dumps(fields, separators=(",", ":")).encode())
+
+
+def decode_message(content: bytes, expected: Iterable[type[Message]]) -> Message:
+    """Return the message in a frame's `content`, of one of the types `expected`, or an Error.
+
+    Raises ProtocolError where it is no such message.
+    """
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError):
+        raise ProtocolError("received a message that is not JSON") from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("type"), str):
+        raise ProtocolError("received a message without a type")
+    kinds: list[type[Message]] = [*expected, Error]
+    for kind in kinds:
+        if fields["type"] == kind.__name__.lower():
+            return kind.decode(fields)
+    raise ProtocolError(f"unexpected message {escape(fields['type'], 40)!r}")
+
+
+def require(fields: Fields, field: str, kind: type[T]) -> T:
+    """Return `fields[field]`, which must be of type `kind`; raises ProtocolError if not."""
+    value = fields.get(field)
+    # bool is a kind of int to Python, but never to a peer.
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ProtocolError(f"received a message with a bad {field!r}")
+    return value
+
+
+def require_size(fields: Fields, field: str) -> int:
+    """Return `fields[field]`, a number of bytes that a file can have, as `require` does."""
+    value = require(fields, field, int)
+    if not 0 <= value < 2**63:
+        raise ProtocolError(f"received a message with a bad {field!r}")
+    return value
+
+
+# handshake
+
+
+class Hello(NamedTuple):
+    """The first message of a client."""
+
+    protocol: int
+    mode: str
+
+    def encode(self) -> Fields:
+        """See `Message`."""
+        return self._asdict()
+
+    @classmethod
+    def decode(cls, fields: Fields) -> Hello:
+        """See `Message`."""
+        return cls(require(fields, "protocol", int), require(fields, "mode", str))
+
+
+class Sound(NamedTuple):
+    """What a listener has to know of the server's sound.
+
+    `stream` names the numbering of its sample frames: a client that comes back to the same one
+    can tell how many it has missed.
+    """
+
+    audio: AudioFormat
+    stream: str
+
+
+class Welcome(NamedTuple):
+    """The answer to a Hello; `sound` is there in audio mode, and there alone."""
+
+    protocol: int
+    mode: str
+    sound: Sound | None = None
+
+    def encode(self) -> Fields:
+        """See `Message`."""
+        fields: Fields = {"protocol": self.protocol, "mode": self.mode}
+        if self.sound is not None:
+            fields.update(self.sound.audio._asdict(), stream=self.sound.stream)
+        return fields
+
+    @classmethod
+    def decode(cls, fields: Fields) -> Welcome:
+        """See `Message`."""
+        protocol, mode = require(fields, "protocol", int), require(fields, "mode", str)
+        if mode != "audio":
+            return cls(protocol, mode)
+        sound = Sound(AudioFormat.decode(fields), require(fields, "stream", str))
+        return cls(protocol, mode, sound)
+
+
+class Error(NamedTuple):
+    """Why a side ends the conversation; `code_wanted` if that is for want of a pairing code."""
+
+    error: str
+    code_wanted: bool = False
+
+    def encode(self) -> Fields:
+        """See `Message`."""
+        return self._asdict() if self.code_wanted else {"error": self.error}
+
+    @classmethod
+    def decode(cls, fields: Fields) -> Error:
+        """See `Message`."""
+        return cls(require(fields, "error", str), fields.get("code_wanted") is True)
+
+    def to_exception(self) -> PeerRefused:
+        """Return what the side that receives it raises, with its words made harmless."""
+        return (CodeWanted if self.code_wanted else PeerRefused)(escape(self.error))
+
+
+# files
+
+
+class Entry(NamedTuple):
+    """A file or folder in an offer. `path` has "/" between folders.
+
+    A `size` of None is unknown until the end, as that of a pipe.
+    """
+
+    path: str
+    size: int | None = None
+    mtime_ns: int | None = None
+    executable: bool = False
+    is_folder: bool = False
+
+    def encode(self) -> Fields:
+        """Return it as an item of an Offer."""
+        fields = self._asdict()
+        is_folder = fields.pop("is_folder")
+        return (
+            {"path": self.path, "mtime_ns": self.mtime_ns, "folder": True} if is_folder else fields
+        )
+
+    @classmethod
+    def decode(cls, item: Any) -> Entry:
+        """Return the entry in an item of an Offer; raises ProtocolError."""
+        if not isinstance(item, dict):
+            raise ProtocolError("received an offer that is not one")
+        path, mtime_ns = require(item, "path", str), item.get("mtime_ns")
+        if mtime_ns is not None and abs(require(item, "mtime_ns", int)) >= 2**63:
+            raise ProtocolError("received a message with a bad 'mtime_ns'")
+        size = None if item.get("size") is None else require_size(item, "size")
+        return cls(path, size, mtime_ns, bool(item.get("executable")), bool(item.get("folder")))
+
+
+class Outcome(NamedTuple):
+    """What has become of an entry.
+
+    `kind` is "saved" or "already" (the same content was there), and `text` the name that it has at
+    the server; or "failed", and `text` the reason.
+    """
+
+    kind: str
+    text: str
+
+    def encode(self) -> Fields:
+        """Return it as an item of a Start or a Results."""
+        return {self.kind: self.text}
+
+    @classmethod
+    def decode(cls, item: Any) -> Outcome:
+        """Return the outcome in an item of a Start or a Results; raises ProtocolError."""
+        if isinstance(item, dict):
+            for kind in ("failed", "already", "saved"):
+                if kind in item:
+                    return cls(kind, require(item, kind, str))
+        raise ProtocolError("received an outcome that is not one")
+
+
+class Offer(NamedTuple):
+    """A batch of files and folders that the client would send."""
+
+    entries: Sequence[Entry]
+
+    def encode(self) -> Fields:
+        """See `Message`."""
+        return {"entries": [entry.encode() for entry in self.entries]}
+
+    @classmethod
+    def decode(cls, fields: Fields) -> Offer:
+        """See `Message`."""
+        items = require(fields, "entries", list)
+        if len(items) > MAX_BATCH_ENTRIES:
+            raise ProtocolError(f"received an offer of more than {MAX_BATCH_ENTRIES} files")
+        return cls([Entry.decode(item) for item in items])
+
+
+class Held(NamedTuple):
+    """Of which entries something is at the server: their indexes, rising, and how many bytes."""
+
+    entries: Sequence[tuple[int, Sequence[int]]]
+
+    def encode(self) -> Fields:
+        """See `Message`."""
+        return {"entries": self.entries}
+
+    @classmethod
+    def decode(cls, fields: Fields) -> Held:
+        """See `Message`."""
+        entries: list[tuple[int, Sequence[int]]] = []
+        for item in require(fields, "entries", list):
+            match item:
+                case [int(index), [*lengths]] if (
+                    type(index) is int
+                    and index > (entries[-1][0] if entries else -1)
+                    and len(lengths) <= MAX_HELD_LENGTHS
+                    and all(type(length) is int and length >= 0 for length in lengths)
+                ):
+                    entries.append((index, lengths))
+                case _:
+                    raise ProtocolError("received a held that is not one")
+        return cls(entries)
+
+
+class Hashing(NamedTuple):
+    """A sign of life of whoever hashes for long."""
+
+    def encode(self) -> Fields:
+        """See `Message`."""
+        return {}
+
+    @classmethod
+    def decode(cls, _fields: Fields) -> Hashing:
+        """See `Message`."""
+        return cls()
+
+
+class Prefixes(NamedTuple):
+    """The answer to Held: for each of its entries the SHA-256 of each length, in hexadecimal.
+
+    There are fewer for a file that cannot be read so far.
+    """
+
+    entries: Sequence[Sequence[str]]
+
+    def encode(self) -> Fields:
+        """See `Message`."""
+        return {"entries": self.entries}
+
+    @classmethod
+    def decode(cls, fields: Fields) -> Prefixes:
+        """See `Message`."""
+        entries = require(fields, "entries", list)
+        for entry in entries:
+            if not isinstance(entry, list) or not all(isinstance(each, str) for each in entry):
+                raise ProtocolError("received a message with bad 'entries'")
+        return cls(entries)
+
+
+class Start(NamedTuple):
+    """The answer to an Offer: for each entry the offset to send from, or what has become of it."""
+
+    entries: Sequence[int | Outcome]
+
+    def encode(self) -> Fields:
+        """See `Message`."""
+        return {
+            "entries": [
+                {"offset": entry} if isinstance(entry, int) else entry.encode()
+                for entry in self.entries
+            ]
+        }
+
+    @classmethod
+    def decode(cls, fields: Fields) -> Start:
+        """See `Message`."""
+        return cls(
+            [
+                require_size(item, "offset")
+                if isinstance(item, dict) and "offset" in item
+                else Outcome.decode(item)
+                for item in require(fields, "entries", list)
+            ]
+        )
+
+
+class Results(NamedTuple):
+    """What has become of entries, by their indexes in the offer."""
+
+    entries: Sequence[tuple[int, Outcome]]
+
+    def encode(self) -> Fields:
+        """See `Message`."""
+        return {"entries": [(index, outcome.encode()) for index, outcome in self.entries]}
+
+    @classmethod
+    def decode(cls, fields: Fields) -> Results:
+        """See `Message`."""
+        entries = []
+        for item in require(fields, "entries", list):
+            match item:
+                case [int(index), outcome] if type(index) is int:
+                    entries.append((index, Outcome.decode(outcome)))
+                case _:
+                    raise ProtocolError("received a result that is not one")
+        return cls(entries)
+
+
+# sound
+
+
+class AudioFormat(NamedTuple):
+    """How the server's sound is sampled: 16-bit little-endian, channels interleaved.
+
+    A **sample** is one number; a **sample frame** is one sample of each channel.
+    """
+
+    rate: int
+    channels: int
+
+    @property
+    def frame_bytes(self) -> int:
+        """The size of a sample frame."""
+        return SAMPLE_BYTES * self.channels
+
+    def frames_of(self, samples: bytes | bytearray | memoryview) -> int:
+        """Return how many whole sample frames `samples` holds."""
+        return len(samples) // self.frame_bytes
+
+    def frames_in(self, milliseconds: float) -> int:
+        """Return how many sample frames last `milliseconds`."""
+        return round(self.rate * milliseconds / 1000)
+
+    def milliseconds(self, frames: float) -> float:
+        """Return how long `frames` last."""
+        return frames / self.rate * 1000
+
+    def silence(self, frames: int) -> bytes:
+        """Return `frames` of silence."""
+        return bytes(frames * self.frame_bytes)
+
+    def describe(self) -> str:
+        """Return the format in words, as ``48000 Hz mono``."""
+        return f"{self.rate} Hz {describe_channels(self.channels)}"
+
+    @classmethod
+    def decode(cls, fields: Fields) -> AudioFormat:
+        """Return the format that a Welcome tells; raises ProtocolError where it is none."""
+        rate, channels = require(fields, "rate", int), require(fields, "channels", int)
+        if rate not in SAMPLE_RATES or channels not in CHANNEL_COUNTS:
+            shown = f"{rate!s:.20} Hz, {channels!s:.20} channels"
+            raise ProtocolError(f"the server's sound has a bad format ({shown})")
+        return cls(rate, channels)
+
+    @property
+    def max_block_bytes(self) -> int:
+        """The size of the content of the largest frame that holds a block."""
+        return BLOCK_HEADER.size + self.frames_in(MAX_BLOCK_MS) * self.frame_bytes
+
+
+def describe_channels(channels: int) -> str:
+    """Return a number of channels in words."""
+    return {1: "mono", 2: "stereo"}.get(channels, f"{channels} channels")
+
+
+class AudioBlock(NamedTuple):
+    """Consecutive sample frames of the server's sound, at most ``MAX_BLOCK_MS`` of them.
+
+    `first_frame` counts from the start of the server: a listener that missed blocks sees by it
+    how many sample frames. `captured_ns` is the server's clock when the last one had come in, in
+    nanoseconds since 1970. A block without samples only says that the server is still there.
+    """
+
+    first_frame: int
+    captured_ns: int
+    samples: bytes
+
+    def encode(self) -> bytes:
+        """Return the block as a frame."""
+        return encode_frame(BLOCK_HEADER.pack(self.first_frame, self.captured_ns) + self.samples)
+
+
+class StreamEnd(NamedTuple):
+    """The last frame of the server's sound, and why it ends; what came before it is complete."""
+
+    reason: str
+
+    def encode(self) -> bytes:
+        """Return the end as a frame."""
+        return encode_frame(BLOCK_HEADER.pack(END_OF_STREAM, 0) + self.reason.encode())
+
+
+def decode_sound(content: bytes, audio: AudioFormat) -> AudioBlock | StreamEnd:
+    """Return what a frame's `content` holds of sound in the format `audio`.
+
+    Raises ProtocolError where it is neither a block nor the end.
+    """
+    if len(content) < BLOCK_HEADER.size:
+        raise ProtocolError("received a block of sound without a header")
+    first_frame, captured_ns = BLOCK_HEADER.unpack_from(content)
+    samples = content[BLOCK_HEADER.size :]
+    if first_frame == END_OF_STREAM:
+        return StreamEnd(escape(samples.decode(errors="replace"), 200))
+    if len(samples) % audio.frame_bytes:
+        raise ProtocolError("received a block of sound that ends inside a sample frame")
+    return AudioBlock(first_frame, captured_ns, samples)
+
+
+# --- connection -----------------------------------------------------------------------------
+#
+# In layers, each of which can be read without those above it: `ReceiveBuffer` (bytes that have
+# arrived), `TLS` (what encrypts them), `ByteStream` (a socket, its time limits, exact bytes),
+# `Connection` (frames and messages).
+
+HANDSHAKE_TIMEOUT_S = 10.0
+PROGRESS_TIMEOUT_S = 60.0
+LINGER_TIMEOUT_S = 1.0
+KEEPALIVE_INTERVAL_S = 1.0
+# Something comes every KEEPALIVE_INTERVAL_S: after so long without any sound the server is gone.
+AUDIO_TIMEOUT_S = 4.0
+RECEIVE_BYTES = 256 * 1024
+SEND_BYTES = 256 * 1024
+TLS_RECORD_BYTES = 16 * 1024
 
 
 class Deadline:
@@ -440,8 +908,35 @@ class Deadline:
         return max(0.0, self._end - time.monotonic())
 
 
+class ReceiveBuffer:
+    """Bytes that have arrived and that nobody has read yet."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self._start = 0
+
+    def __len__(self) -> int:
+        return len(self._bytes) - self._start
+
+    def add(self, data: bytes) -> None:
+        """Append what has arrived."""
+        del self._bytes[: self._start]
+        self._start = 0
+        self._bytes += data
+
+    def peek(self, size: int) -> bytes:
+        """Return up to `size` of the oldest bytes, which stay."""
+        return bytes(self._bytes[self._start : self._start + size])
+
+    def take(self, size: int) -> bytes:
+        """Return up to `size` of the oldest bytes, and drop them."""
+        data = self.peek(size)
+        self._start += len(data)
+        return data
+
+
 class TLS:
-    """Encrypts and decrypts for a `Connection`, which moves the bytes.
+    """Encrypts and decrypts for a `ByteStream`, which moves the bytes.
 
     Not an ssl.SSLSocket: OpenSSL's objects are not for two threads at once, and Python makes
     the one wait for the other only since 3.13. Here a lock is held while bytes are worked on, and
@@ -454,7 +949,7 @@ class TLS:
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side)
         self._lock = threading.Lock()
         self._first = b""  # bytes from the other side, as many as an alert has
-        self.ended = False  # by the other side, and not by the network
+        self.ended = False  # by the other side's close_notify
 
     def feed(self, data: bytes) -> None:
         """Take what has arrived."""
@@ -463,7 +958,7 @@ class TLS:
             self._first += data[: 7 - len(self._first)]
 
     def shake_hands(self) -> bool:
-        """Go on with the handshake; False if more must be fed first. Raises NotPaired."""
+        """Continue the handshake; return False if more must be fed first. Raises NotPaired."""
         with self._lock:
             try:
                 self._object.do_handshake()
@@ -494,57 +989,54 @@ class TLS:
                 have += count
         return have
 
-    def encrypt(self, data: bytes | memoryview) -> None:
-        """Encrypt `data` into what `output` returns."""
+    def encrypt(self, data: bytes | memoryview) -> bytes:
+        """Return `data` encrypted. Raises OSError."""
         with self._lock:
             self._object.write(data)
+            return self._outgoing.read()
 
     def output(self) -> bytes:
-        """Return what is to be sent."""
+        """Return what is to be sent for the handshake."""
         with self._lock:
             return self._outgoing.read()
 
-    def end(self) -> None:
-        """Have `output` say at its end that this was all."""
-        with self._lock, contextlib.suppress(ssl.SSLWantReadError):
+    def end(self) -> bytes:
+        """Return close_notify, encrypted, which says that this was all."""
+        with self._lock, contextlib.suppress(ssl.SSLError):
             self._object.unwrap()
+        return self.output()
 
 
-class Connection:
-    """A connected stream socket, read and written in frames, with a limit to every wait.
+class ByteStream:
+    """A connected stream socket, perhaps encrypted, with a limit to every wait.
 
     Reads are buffered: one system call brings many small frames. Writes are too, where the
-    caller asks for it with `queue`; `flush` or `send` lets them go. One thread may read while
-    another writes. The connection owns the socket: `close` it, or use it in a ``with`` block.
+    caller asks for it with `queue`; `flush` or `write` sends them. One thread may read while
+    another writes; `wake` is for any thread. The stream owns the socket: `close` it, or use it in
+    a ``with`` block.
 
-    No call waits longer than ``PROGRESS_TIMEOUT_S`` for the next byte to move, nor beyond the
-    end of the `limit` it stands in.
+    The socket is non-blocking; all waiting is done in one place. No call waits longer than
+    ``PROGRESS_TIMEOUT_S`` without any byte moving, nor beyond the end of the `limit` it stands in.
     """
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
-        self.socket = sock
         self.peer = peer
         self.sent_bytes = 0
-        self._received = bytearray()
-        self._position = 0
+        self._socket = sock
+        self._received = ReceiveBuffer()
         self._queued = bytearray()
+        self._unsent = memoryview(b"")  # of what `offer` has accepted
         self._deadline: Deadline | None = None
         self._tls: TLS | None = None
-        self._sending = False
-        sock.settimeout(PROGRESS_TIMEOUT_S)
+        self._is_cut_off = False  # inside something that was being sent
+        sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def __enter__(self) -> Connection:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Close the socket and wake whoever waits in it. Never blocks; may be called twice."""
+        """Close the socket and wake whoever waits in it. Never blocks. Idempotent."""
         self._end_tls()
         self.wake()
-        self.socket.close()
+        self._socket.close()
 
     def finish(self) -> None:
         """Give the other side a moment to read all that was sent, and to hang up.
@@ -552,53 +1044,63 @@ class Connection:
         Closing at once, with something of its unread here, could reset the connection, and the
         last words be lost. Takes no longer than a `limit` that it stands in.
         """
-        deadline = self._deadline or Deadline(LINGER_TIMEOUT_S)
         self._end_tls()
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
-            while left := deadline.remaining():
-                self.socket.settimeout(left)
-                if not self.socket.recv(RECEIVE_BYTES):
-                    return
+        seconds = self._deadline.remaining() if self._deadline else LINGER_TIMEOUT_S
+        with contextlib.suppress(OSError, ConnectionLost), self.limit(seconds):
+            self._socket.shutdown(socket.SHUT_WR)
+            while self._receive_raw(RECEIVE_BYTES):
+                pass
 
     def _end_tls(self) -> None:
-        """Say that this was all, unless something was cut off in its middle. Never blocks."""
-        if self._tls and not self._sending:
+        """Send close_notify, unless something was cut off. Never blocks."""
+        if self._tls and not self._is_cut_off:
             with contextlib.suppress(OSError):
-                self._tls.end()
-                self.socket.setblocking(False)
-                self.socket.send(self._tls.output())
+                self._socket.send(self._tls.end())
 
     def wake(self) -> None:
-        """Break the connection, from another thread, under whoever waits in it."""
+        """Break the connection under whoever waits in it. For any thread. Idempotent."""
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def limit_send_buffer(self, size: int) -> None:
+        """Have the system keep about `size` bytes at most that the other side has not taken."""
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+
+    # waiting
 
     @contextlib.contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
-        """Let everything inside the ``with`` block take `seconds` together, not each."""
-        self._deadline = Deadline(seconds)
+        """Let everything inside the ``with`` block take `seconds` together, not each.
+
+        An outer limit stays in force. For the only thread that uses the stream meanwhile.
+        """
+        outer = self._deadline
+        if outer is None or outer.remaining() > seconds:
+            self._deadline = Deadline(seconds)
         try:
             yield
         finally:
-            self._deadline = None
-            with contextlib.suppress(OSError):
-                self.socket.settimeout(PROGRESS_TIMEOUT_S)
+            self._deadline = outer
 
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Give the socket the time that is left, and name what goes wrong meanwhile."""
-        deadline = self._deadline
-        allowed = deadline.seconds if deadline else PROGRESS_TIMEOUT_S
-        try:
-            if deadline:
-                # 0 would make the socket non-blocking, so the last wait is a very short one.
-                self.socket.settimeout(max(0.001, deadline.remaining()))
-            yield
-        except TimeoutError:
-            raise PeerStalled(allowed) from None
-        except OSError as error:
-            raise ConnectionBroken(describe_error(error)) from error
+    def _retry(self, action: Callable[[], T], *, to_write: bool) -> T:
+        """Return what `action`, a call of the socket, returns once it does not have to wait.
+
+        Raises PeerStalled and ConnectionBroken.
+        """
+        while True:
+            try:
+                return action()
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                self._wait(to_write=to_write)
+            except OSError as error:
+                raise ConnectionBroken(describe_error(error)) from error
+
+    def _wait(self, *, to_write: bool) -> None:
+        """Block until the socket can be read, or written; raises PeerStalled."""
+        deadline = self._deadline or Deadline(PROGRESS_TIMEOUT_S)
+        if not wait_for_socket(self._socket, deadline.remaining(), to_write=to_write):
+            raise PeerStalled(deadline.seconds)
 
     # encryption
 
@@ -608,30 +1110,26 @@ class Connection:
         Raises NotPaired, and what `read` and `write` raise.
         """
         tls = TLS(context, server_side)
-        tls.feed(bytes(self._received[self._position :]))
-        self._received, self._position = bytearray(), 0
+        tls.feed(self._received.take(len(self._received)))
         try:
             while not tls.shake_hands():
-                self.send_sealed(tls.output())
-                data = self._receive_raw()
+                self._send_all(tls.output())
+                data = self._receive_raw(RECEIVE_BYTES)
                 if not data:
                     raise PeerClosed
                 tls.feed(data)
         except NotPaired:
             with contextlib.suppress(ConnectionLost):
-                self.send_sealed(tls.output())  # which says why
+                self._send_all(tls.output())  # which says why
             raise
-        self.send_sealed(tls.output())
+        self._send_all(tls.output())
         self._tls = tls
 
-    # exact bytes
+    # reading
 
     def buffered(self) -> int:
         """Return how many bytes have arrived that nobody has read yet, encrypted perhaps."""
-        return self._unread() + (self._tls.pending() if self._tls else 0)
-
-    def _unread(self) -> int:
-        return len(self._received) - self._position
+        return len(self._received) + (self._tls.pending() if self._tls else 0)
 
     def read(self, size: int, ahead: int = RECEIVE_BYTES) -> bytes:
         """Return exactly `size` bytes; blocks until they are there.
@@ -639,32 +1137,39 @@ class Connection:
         Receives up to `ahead` bytes at once while it waits, for the reads to come.
 
         Raises PeerClosed when the connection ended before the first of them, ConnectionBroken
-        when it ended later, PeerStalled when they did not come in time.
+        when it ended later, PeerStalled when they did not come in time. Whatever has arrived stays
+        buffered then, so that the caller may try again.
         """
         self._wait_for(size, ahead)
-        start = self._position
-        self._position += size
-        return bytes(self._received[start : self._position])
+        return self._received.take(size)
 
     def peek(self, size: int) -> bytes:
         """Return the next `size` bytes, which stay unread; blocks and raises as `read` does."""
         self._wait_for(size)
-        return bytes(self._received[self._position : self._position + size])
+        return self._received.peek(size)
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill all of `view`, straight from the socket; blocks and raises as `read` does."""
+        buffered = self._received.take(len(view))
+        have = len(buffered)
+        view[:have] = buffered
+        while have < len(view):
+            count = self._receive_into(view[have:])
+            if not count:
+                raise self._ended(inside=have > 0)
+            have += count
 
     def _wait_for(self, size: int, ahead: int = RECEIVE_BYTES) -> None:
-        """Block until at least `size` bytes are buffered; raises as `read` does.
+        """Block until at least `size` bytes are buffered; raises as `read` does."""
+        while (missing := size - len(self._received)) > 0:
+            data = self._receive(max(ahead, missing))
+            if not data:
+                raise self._ended(inside=len(self._received) > 0)
+            self._received.add(data)
 
-        Whatever has arrived stays buffered then, so that the caller may try again.
-        """
-        if self._unread() >= size:
-            return
-        del self._received[: self._position]
-        self._position = 0
-        while len(self._received) < size:
-            chunk = self._receive(max(ahead, size - len(self._received)))
-            if not chunk:
-                raise self._ended(inside=bool(self._received))
-            self._received += chunk
+    @staticmethod
+    def _ended(inside: bool) -> ConnectionLost:
+        return ConnectionBroken("it ended in the middle of a frame") if inside else PeerClosed()
 
     def _receive(self, size: int) -> bytes:
         """Return some bytes, decrypted, of `size` at most; none at a clean end."""
@@ -673,40 +1178,27 @@ class Connection:
         record = bytearray(min(size, TLS_RECORD_BYTES))
         return bytes(record[: self._receive_into(memoryview(record))])
 
-    def _receive_raw(self, size: int = RECEIVE_BYTES) -> bytes:
-        with self._waiting():
-            return self.socket.recv(size)
-
-    def read_into(self, view: memoryview) -> None:
-        """Fill all of `view`, straight from the socket; blocks and raises as `read` does."""
-        have = min(self._unread(), len(view))
-        view[:have] = self._received[self._position : self._position + have]
-        self._position += have
-        while have < len(view):
-            count = self._receive_into(view[have:])
-            if not count:
-                raise self._ended(inside=have > 0)
-            have += count
+    def _receive_raw(self, size: int) -> bytes:
+        return self._retry(lambda: self._socket.recv(size), to_write=False)
 
     def _receive_into(self, view: memoryview) -> int:
         """Receive into `view`, decrypted; return how many bytes: none at a clean end."""
         tls = self._tls
         if tls is None:
-            with self._waiting():
-                return self.socket.recv_into(view)
+            return self._retry(lambda: self._socket.recv_into(view), to_write=False)
         while True:
-            with self._waiting():
+            try:
                 count = tls.decrypt_into(view)
+            except OSError as error:
+                raise ConnectionBroken(describe_error(error)) from error
             if count or tls.ended:
                 return count
-            data = self._receive_raw()
+            data = self._receive_raw(RECEIVE_BYTES)
             if not data:
                 raise ConnectionBroken("it was cut off")
             tls.feed(data)
 
-    @staticmethod
-    def _ended(inside: bool) -> ConnectionLost:
-        return ConnectionBroken("it ended in the middle of a frame") if inside else PeerClosed()
+    # writing
 
     def write(self, data: bytes | memoryview) -> None:
         """Send `data` after all that is queued; blocks until the system has taken it.
@@ -714,7 +1206,7 @@ class Connection:
         Raises PeerStalled or ConnectionBroken.
         """
         self.flush()
-        self._send_all(memoryview(data))
+        self._seal_and_send(memoryview(data))
 
     def queue(self, data: bytes | memoryview) -> None:
         """Keep `data` for the next `flush`; sends by itself once a good deal has gathered."""
@@ -723,63 +1215,104 @@ class Connection:
             self.flush()
 
     def flush(self) -> None:
-        """Send what is queued; blocks and raises as `write` does."""
+        """Send what is queued or was offered; blocks and raises as `write` does."""
+        unsent, self._unsent = self._unsent, memoryview(b"")
+        self._send_all(unsent)
         if self._queued:
             data, self._queued = self._queued, bytearray()
-            self._send_all(memoryview(data))
+            self._seal_and_send(memoryview(data))
 
-    def _send_all(self, view: memoryview) -> None:
-        if self._tls is None:
-            self.send_sealed(view)
-            return
-        for start in range(0, len(view), SEND_BYTES):
-            self.send_sealed(self.seal(view[start : start + SEND_BYTES]))
+    def offer(self, data: bytes) -> bool:
+        """Send `data` as far as the system takes it, the rest with the next call. Never blocks.
 
-    def seal(self, data: bytes | memoryview) -> bytes | memoryview:
-        """Return `data` as it goes over the wire: encrypted, if the connection is.
-
-        All of it has to be sent, before anything else is: with `send_sealed`, or over `socket`.
+        Return False, and leave `data` out, while some of what was accepted before is unsent.
         Raises ConnectionBroken.
         """
+        self._send_unsent()
+        if self._unsent:
+            return False
+        self._unsent = memoryview(self._seal(data))
+        self._send_unsent()
+        return True
+
+    def _send_unsent(self) -> None:
+        try:
+            count = self._socket.send(self._unsent) if self._unsent else 0
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise ConnectionBroken(describe_error(error)) from error
+        self.sent_bytes += count
+        self._unsent = self._unsent[count:]
+        self._is_cut_off = bool(self._unsent)
+
+    def _seal_and_send(self, view: memoryview) -> None:
+        if self._tls is None:
+            self._send_all(view)
+            return
+        for start in range(0, len(view), SEND_BYTES):
+            self._send_all(self._seal(view[start : start + SEND_BYTES]))
+
+    def _seal(self, data: bytes | memoryview) -> bytes | memoryview:
+        """Return `data` as it is sent: encrypted, if the stream is. Raises ConnectionBroken."""
         if self._tls is None:
             return data
-        with self._waiting():
-            self._tls.encrypt(data)
-        return self._tls.output()
+        try:
+            return self._tls.encrypt(data)
+        except OSError as error:
+            raise ConnectionBroken(describe_error(error)) from error
 
-    def send_sealed(self, data: bytes | memoryview) -> None:
-        """Send what `seal` has returned; blocks and raises as `write` does."""
-        # Not sendall(): its time limit is for the whole, ours for each step forward.
+    def _send_all(self, data: bytes | memoryview) -> None:
+        """Send `data` as it is; blocks and raises as `write` does."""
         view = memoryview(data)
-        self._sending = True
+        self._is_cut_off = True
         while view:
-            with self._waiting():
-                count = self.socket.send(view)
+            count = self._retry(lambda: self._socket.send(view), to_write=True)  # noqa: B023
             self.sent_bytes += count
             view = view[count:]
-        self._sending = False
+        self._is_cut_off = False
 
-    # frames
+
+def wait_for_socket(sock: socket.socket, seconds: float, *, to_write: bool) -> bool:
+    """Block until `sock` can be read, or written, or is broken; return False after `seconds`."""
+    if sock.fileno() < 0:  # closed by another thread
+        return True
+    if sys.platform == "win32":
+        sockets = ([], [sock], [sock]) if to_write else ([sock], [], [sock])
+        return any(select.select(*sockets, seconds))
+    poller = select.poll()
+    poller.register(sock, select.POLLOUT if to_write else select.POLLIN)
+    return bool(poller.poll(math.ceil(seconds * 1000)))
+
+
+class Connection(ByteStream):
+    """A `ByteStream` in frames and messages. Blocks, and may be used by threads, as that does."""
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def read_length(self, ahead: int = RECEIVE_BYTES) -> int:
-        """Return the length that opens a segment; blocks and raises as `read` does."""
+        """Return the length that opens a frame; blocks and raises as `read` does."""
         return int(LENGTH.unpack(self.read(LENGTH.size, ahead))[0])
 
     def read_frame(self, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
-        """Return the next frame, of `max_bytes` at most; blocks and raises as `read` does.
+        """Return the content of the next frame; blocks and raises as `read` does.
 
-        Raises ProtocolError, before it reads any further, where the frame declares more.
+        Raises ProtocolError, before it reads any further, where the frame declares more than
+        `max_bytes`.
         """
         header = self.peek(LENGTH.size)
         (size,) = LENGTH.unpack(header)
         if size > max_bytes:
             raise ProtocolError(f"not Socket Pair's protocol (received {header!r})")
-        # Nothing is taken before all is there: a wait that was too long can be gone on with.
-        self._wait_for(LENGTH.size + size)
+        # Nothing is taken before all is there: a wait that was too long can be resumed.
         return self.read(LENGTH.size + size)[LENGTH.size :]
 
     def send_segment(self, segment: memoryview) -> None:
-        """Send a part of a file, framed; blocks and raises as `write` does.
+        """Send a part of a file as a frame; blocks and raises as `write` does.
 
         Only queues a small one, of which it takes a copy.
         """
@@ -789,58 +1322,40 @@ class Connection:
         else:
             self.write(segment)
 
-    # messages
-
-    def send(self, message_type: str, **fields: Any) -> None:
+    def send(self, message: Message) -> None:
         """Send a message, after all that is queued; blocks and raises as `write` does."""
-        frame = json.dumps({"type": message_type, **fields}, separators=(",", ":")).encode()
-        self.queue(LENGTH.pack(len(frame)) + frame)
+        self.queue(encode_message(message))
         self.flush()
 
-    def receive(self, *expected: str, max_bytes: int = MAX_FRAME_BYTES) -> dict[str, Any]:
-        """Return the next message; blocks and raises as `read_frame` does.
+    @overload
+    def receive(self, first: type[A], /, *, max_bytes: int = ...) -> A: ...
 
-        Raises PeerRefused where the other side reports an error instead, and ProtocolError
-        where the message is none of the types `expected`.
+    @overload
+    def receive(self, first: type[A], second: type[B], /, *, max_bytes: int = ...) -> A | B: ...
+
+    @overload
+    def receive(
+        self, first: type[A], second: type[B], third: type[C], /, *, max_bytes: int = ...
+    ) -> A | B | C: ...
+
+    def receive(self, *expected: type[Message], max_bytes: int = MAX_FRAME_BYTES) -> Message:
+        """Return the next message, of one of the types `expected`; blocks as `read_frame` does.
+
+        Raises PeerRefused where the other side reports an Error instead, ProtocolError where it
+        sends anything else, and what `read_frame` raises.
         """
-        message = parse_message(self.read_frame(max_bytes))
-        if message["type"] == "error":
-            refusal = CodeWanted if message.get("code_wanted") is True else PeerRefused
-            raise refusal(escape(require(message, "error", str)))
-        if message["type"] not in expected:
-            raise ProtocolError(f"unexpected message {escape(message['type'], 40)!r}")
+        message = decode_message(self.read_frame(max_bytes), expected)
+        if isinstance(message, Error):
+            raise message.to_exception()
         return message
 
+    def receive_sound(self, audio: AudioFormat) -> AudioBlock | StreamEnd:
+        """Return the next block of sound in the format `audio`, or its end.
 
-def parse_message(frame: bytes) -> dict[str, Any]:
-    """Return the JSON object in `frame`; raises ProtocolError where there is none."""
-    try:
-        message = json.loads(frame)
-    except (ValueError, RecursionError):
-        raise ProtocolError("received a message that is not JSON") from None
-    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
-        raise ProtocolError("received a message without a type")
-    return message
-
-
-T = TypeVar("T")
-
-
-def require(message: dict[str, Any], field: str, kind: type[T]) -> T:
-    """Return `message[field]`, which must be of type `kind`; raises ProtocolError if not."""
-    value = message.get(field)
-    # bool is a kind of int to Python, but never to a peer.
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ProtocolError(f"received a message with a bad {field!r}")
-    return value
-
-
-def require_size(message: dict[str, Any], field: str) -> int:
-    """Return `message[field]`, a number of bytes that a file can have, as `require` does."""
-    value = require(message, field, int)
-    if not 0 <= value < 2**63:
-        raise ProtocolError(f"received a message with a bad {field!r}")
-    return value
+        Blocks for up to ``AUDIO_TIMEOUT_S``. Raises ProtocolError, and what `read_frame` raises.
+        """
+        with self.limit(AUDIO_TIMEOUT_S):
+            return decode_sound(self.read_frame(audio.max_block_bytes), audio)
 
 
 # --- local network --------------------------------------------------------------------------
@@ -1040,131 +1555,13 @@ class Keepalive:
             self._send()
 
 
-# --- sound on the wire ----------------------------------------------------------------------
+# --- sound card -----------------------------------------------------------------------------
 
-SAMPLE_BYTES = 2
-SAMPLE_RATES = range(1_000, 384_001)
-CHANNEL_COUNTS = range(1, 33)
 # PulseAudio takes 5 ms at once: with blocks of another length, two and then none are asked for
 # at a time, and the buffers have to be longer for it. Captured sound comes 3 ms earlier in
 # blocks of half that (measured with tests/bench/latency.py).
 CAPTURE_BLOCK_MS = 2.5
 PLAYBACK_BLOCK_MS = 5.0
-# A server that cannot keep up joins blocks, up to this.
-MAX_BLOCK_MS = 1_000
-BLOCK_HEADER = struct.Struct("!QQ")
-END_OF_STREAM = 2**64 - 1
-# Something comes every KEEPALIVE_INTERVAL_S: after so long the server is gone.
-AUDIO_TIMEOUT_S = 4.0
-
-
-class AudioFormat(NamedTuple):
-    """How the server's sound is sampled: 16-bit little-endian, channels interleaved.
-
-    A **sample** is one number; a **frame** is one sample of each channel.
-    """
-
-    rate: int
-    channels: int
-
-    @property
-    def frame_bytes(self) -> int:
-        """The size of a frame."""
-        return SAMPLE_BYTES * self.channels
-
-    def frames_of(self, samples: bytes | bytearray | memoryview) -> int:
-        """Return how many whole frames `samples` holds."""
-        return len(samples) // self.frame_bytes
-
-    def frames_in(self, milliseconds: float) -> int:
-        """Return how many frames last `milliseconds`."""
-        return round(self.rate * milliseconds / 1000)
-
-    def milliseconds(self, frames: float) -> float:
-        """Return how long `frames` last."""
-        return frames / self.rate * 1000
-
-    def silence(self, frames: int) -> bytes:
-        """Return `frames` of silence."""
-        return bytes(frames * self.frame_bytes)
-
-    def describe(self) -> str:
-        """Return the format in words, as ``48000 Hz mono``."""
-        return f"{self.rate} Hz {describe_channels(self.channels)}"
-
-    def fields(self) -> dict[str, int]:
-        """Return the format as fields of the welcome."""
-        return {"rate": self.rate, "channels": self.channels}
-
-    @classmethod
-    def from_welcome(cls, welcome: dict[str, Any]) -> AudioFormat:
-        """Return the format that a welcome tells; raises ProtocolError where it is none."""
-        rate, channels = require(welcome, "rate", int), require(welcome, "channels", int)
-        if rate not in SAMPLE_RATES or channels not in CHANNEL_COUNTS:
-            shown = f"{rate!s:.20} Hz, {channels!s:.20} channels"
-            raise ProtocolError(f"the server's sound has a bad format ({shown})")
-        return cls(rate, channels)
-
-
-def describe_channels(channels: int) -> str:
-    """Return a number of channels in words."""
-    return {1: "mono", 2: "stereo"}.get(channels, f"{channels} channels")
-
-
-class AudioBlock(NamedTuple):
-    """Consecutive frames of the server's sound, at most ``MAX_BLOCK_MS`` of them.
-
-    `first_frame` counts from the start of the server: a listener that missed blocks sees by it
-    how many frames. `captured_ns` is the server's clock when the last frame had come in, in
-    nanoseconds since 1970. A block without samples only says that the server is still there.
-    """
-
-    first_frame: int
-    captured_ns: int
-    samples: bytes
-
-    def pack(self) -> bytes:
-        """Return the block as the frame of bytes that goes over the wire."""
-        size = BLOCK_HEADER.size + len(self.samples)
-        header = BLOCK_HEADER.pack(self.first_frame, self.captured_ns)
-        return b"".join((LENGTH.pack(size), header, self.samples))
-
-
-class StreamEnd(SocketPairError):
-    """The server's sound has ended, and why; what came before it is complete."""
-
-
-def pack_stream_end(reason: str) -> bytes:
-    """Return the frame that tells a listener that the sound is at its end, and why."""
-    payload = BLOCK_HEADER.pack(END_OF_STREAM, 0) + reason.encode()
-    return LENGTH.pack(len(payload)) + payload
-
-
-def max_block_bytes(audio: AudioFormat) -> int:
-    """Return the size of the largest frame of bytes that holds a block."""
-    return BLOCK_HEADER.size + audio.frames_in(MAX_BLOCK_MS) * audio.frame_bytes
-
-
-def receive_block(connection: Connection, audio: AudioFormat) -> AudioBlock:
-    """Return the next block; blocks for up to ``AUDIO_TIMEOUT_S``.
-
-    Raises StreamEnd at the server's own end, ProtocolError, and as `Connection.read_frame`.
-    """
-    with connection.limit(AUDIO_TIMEOUT_S):
-        frame = connection.read_frame(max_block_bytes(audio))
-    if len(frame) < BLOCK_HEADER.size:
-        raise ProtocolError("received a block of sound without a header")
-    first_frame, captured_ns = BLOCK_HEADER.unpack_from(frame)
-    samples = frame[BLOCK_HEADER.size :]
-    if first_frame == END_OF_STREAM:
-        raise StreamEnd(escape(samples.decode(errors="replace"), 200))
-    if len(samples) % audio.frame_bytes:
-        raise ProtocolError("received a block of sound that ends inside a frame")
-    return AudioBlock(first_frame, captured_ns, samples)
-
-
-# --- sound card -----------------------------------------------------------------------------
-
 CARD_CHECK_S = 0.25
 CARD_TIMEOUT_S = 4.0
 CARD_RETRY_S = 0.5

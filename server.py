@@ -19,22 +19,7 @@ listener              ``Server`` accepts, gives each connection a thread, shakes
 command line          ``main`` asks for what the arguments leave open
 ====================  =============================================================
 
-The file conversation, after the handshake, any number of times until the client hangs up::
-
-    client  offer     entries: up to 1,000 files and folders
-    server  held      for entries of which something is here already: how many bytes
-    client  prefixes  SHA-256 of that many first bytes of its own files
-    server  start     for each entry: the offset to send from, or why not
-    client            for each entry to send, in order: segments, then END_OF_FILE and the
-                      32-byte SHA-256 of the whole, or GIVEN_UP; STILL_HERE at times,
-                      when a pipe has nothing to send
-    server  results   what became of entries, told as soon as there is nothing else to do
-
-``held`` and ``prefixes`` are left out where nothing is held. Whoever hashes for long sends
-``hashing`` every second meanwhile.
-
-Sound, after the handshake, whose welcome tells its format: blocks (see ``common.AudioBlock``), and
-at the input's end the reason. The client sends nothing. Inside the server it takes this way::
+``common.py`` describes both conversations. Inside the server, sound takes this way::
 
     PortAudio's thread -> CaptureQueue -> the broadcaster's thread -> every listener's socket
 """
@@ -91,14 +76,26 @@ from common import (
     Connection,
     Console,
     Deadline,
+    Entry,
     FileShrunk,
+    Hashing,
+    Held,
+    Hello,
     Keepalive,
     LevelMeter,
     NotPaired,
+    Offer,
+    Outcome,
     PeerClosed,
+    Prefixes,
     ProtocolError,
+    Results,
     SocketPairError,
+    Sound,
     SoundCard,
+    Start,
+    StreamEnd,
+    Welcome,
     blocks_for,
     calculate_checksum,
     count,
@@ -106,8 +103,6 @@ from common import (
     escape,
     format_bytes,
     format_duration,
-    require,
-    require_size,
 )
 
 if TYPE_CHECKING:
@@ -409,7 +404,7 @@ class PartialFile:
         self._set_metadata(entry)
         if sys.platform == "win32":  # where an open file cannot be moved
             self.close()
-        name = entry.name
+        name = name_of(entry)
         if overwrite:
             replace_file(self.path, folder.path + name)
         else:
@@ -498,39 +493,15 @@ def _move_new_without_links(source: str, target: str) -> bool:
 # --- one file -------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Entry:
-    """A file or folder as a client offers it."""
+def folder_of(entry: Entry) -> str | None:
+    """Return the path of an entry's folder; None is the root, "" is no folder's path."""
+    folder, slash, _ = entry.path.rpartition("/")
+    return folder if slash else None
 
-    folder: str | None  # None: the root; "" is no folder's path
-    name: str
-    size: int | None = None  # None: unknown until it ends (a pipe)
-    mtime_ns: int | None = None
-    executable: bool = False
-    is_folder: bool = False
 
-    @classmethod
-    def from_message(cls, message: Any) -> Entry:
-        """Return the entry in one item of an offer; raises ProtocolError."""
-        if not isinstance(message, dict):
-            raise ProtocolError("received an offer that is not one")
-        folder, slash, name = require(message, "path", str).rpartition("/")
-        size, mtime_ns = message.get("size"), message.get("mtime_ns")
-        if mtime_ns is not None and abs(require(message, "mtime_ns", int)) >= 2**63:
-            raise ProtocolError("received a message with a bad 'mtime_ns'")
-        return cls(
-            folder if slash else None,
-            name,
-            size if size is None else require_size(message, "size"),
-            mtime_ns,
-            executable=bool(message.get("executable")),
-            is_folder=bool(message.get("folder")),
-        )
-
-    @property
-    def path(self) -> str:
-        """The path that was offered."""
-        return self.name if self.folder is None else f"{self.folder}/{self.name}"
+def name_of(entry: Entry) -> str:
+    """Return an entry's own name."""
+    return entry.path.rpartition("/")[2]
 
 
 @dataclass(slots=True)
@@ -546,7 +517,7 @@ class Incoming:
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     received: int = 0  # bytes of it that are here, those of earlier runs too
     arrived: bool = False  # nothing of it is left to read from the connection
-    outcome: dict[str, str] | None = None
+    outcome: Outcome | None = None
 
     def held(self) -> list[int]:
         """Return the lengths, in bytes, of all that may be its beginning or the whole of it."""
@@ -589,7 +560,7 @@ class Incoming:
         if not self.folder.is_in_place():
             raise Refused("its folder was moved or removed meanwhile")
         if self.partial is None:
-            self.partial = PartialFile.create(self.folder, self.entry.name)
+            self.partial = PartialFile.create(self.folder, name_of(self.entry))
 
     def consume(self, view: memoryview) -> None:
         """Write and hash its next bytes; blocks until done. Raises OSError."""
@@ -635,12 +606,12 @@ def find_twins(folder: Folder, entry: Entry, overwrite: bool) -> dict[str, str]:
     Raises Refused where a folder has the name.
     """
     twins: dict[str, str] = {}
-    for name in numbered_names(entry.name):
+    for name in numbered_names(name_of(entry)):
         try:
             found = os.lstat(folder.path + name)
         except FileNotFoundError:
             return twins
-        if name == entry.name and stat.S_ISDIR(found.st_mode):
+        if name == name_of(entry) and stat.S_ISDIR(found.st_mode):
             raise Refused("a folder of that name is there already")
         if stat.S_ISREG(found.st_mode) and found.st_size == entry.size:
             twins[name] = ""
@@ -678,7 +649,7 @@ def handle_file_client(connection: Connection, store: Store) -> None:
     except ProtocolError as error:
         log.warning("%s: %s", connection.peer, error)
         with contextlib.suppress(SocketPairError):
-            connection.send("error", error=str(error))
+            connection.send(common.Error(str(error)))
             connection.finish()
     except SocketPairError as error:
         log.warning("%s: %s%s", connection.peer, error, reception.describe_current())
@@ -695,7 +666,7 @@ class Reception:
         self._folders = Folders(store.folder)
         self._current: Incoming | None = None
         self._claims_left = MAX_CLAIMS
-        self._results: list[list[Any]] = []  # index and outcome, not told yet
+        self._results: list[tuple[int, Outcome]] = []  # by index, not told yet
         self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
     def describe_current(self) -> str:
@@ -708,13 +679,10 @@ class Reception:
     def receive_offer(self) -> list[Incoming] | None:
         """Return the next batch; None when the client has hung up instead: it is done."""
         try:
-            message = self._connection.receive("offer")
+            offer = self._connection.receive(Offer)
         except PeerClosed:
             return None
-        entries = require(message, "entries", list)
-        if len(entries) > common.MAX_BATCH_ENTRIES:
-            raise ProtocolError(f"received an offer of more than {common.MAX_BATCH_ENTRIES} files")
-        return [Incoming(index, Entry.from_message(entry)) for index, entry in enumerate(entries)]
+        return [Incoming(index, entry) for index, entry in enumerate(offer.entries)]
 
     def receive_batch(self, batch: list[Incoming]) -> None:
         """Answer an offer, take what is then sent, and say what became of each entry."""
@@ -722,9 +690,7 @@ class Reception:
             self._look_up(batch)
             self._compare([incoming for incoming in batch if incoming.held()])
             self._check_space(batch)
-            self._connection.send(
-                "start", entries=[each.outcome or {"offset": each.received} for each in batch]
-            )
+            self._connection.send(Start([each.outcome or each.received for each in batch]))
             for incoming in batch:
                 if incoming.outcome is None:
                     self._receive_entry(incoming)
@@ -742,9 +708,9 @@ class Reception:
         self._folders.forget_moved()
         for incoming in batch:
             try:
-                check_name(incoming.entry.name)
+                check_name(name_of(incoming.entry))
                 if not incoming.entry.is_folder:
-                    incoming.folder = self._folders.locate(incoming.entry.folder)
+                    incoming.folder = self._folders.locate(folder_of(incoming.entry))
                     # Partial files first: one that is moved into place meanwhile is a twin then.
                     self._claim(incoming, patience)
                     incoming.twins = find_twins(
@@ -756,7 +722,7 @@ class Reception:
     def _claim(self, incoming: Incoming, patience: Deadline) -> None:
         """Claim what earlier runs have left of an entry."""
         assert incoming.folder is not None
-        paths = incoming.folder.leftovers.pop(partial_stem(incoming.entry.name), [])
+        paths = incoming.folder.leftovers.pop(partial_stem(name_of(incoming.entry)), [])
         for path in paths[: self._claims_left]:
             if incoming.entry.size is not None and (claim := claim_patiently(path, patience)):
                 incoming.claims.append(claim)
@@ -767,8 +733,8 @@ class Reception:
         if not held:
             return
         connection = self._connection
-        connection.send("held", entries=[[each.index, each.held()] for each in held])
-        keepalive = Keepalive(lambda: connection.send("hashing"))
+        connection.send(Held([(each.index, each.held()) for each in held]))
+        keepalive = Keepalive(lambda: connection.send(Hashing()))
         known: dict[str, str] = {}
         for incoming in held:
             incoming.hash_held(known, keepalive)
@@ -780,15 +746,14 @@ class Reception:
             twin = incoming.find_twin(prefixes.get(incoming.entry.size or 0))
             if twin is not None:
                 incoming.discard()
-                incoming.outcome = {"already": twin}
+                incoming.outcome = Outcome("already", twin)
 
-    def _receive_prefixes(self, count: int) -> list[list[str]]:
-        while (message := self._connection.receive("prefixes", "hashing"))["type"] == "hashing":
+    def _receive_prefixes(self, count: int) -> Sequence[Sequence[str]]:
+        while isinstance(message := self._connection.receive(Prefixes, Hashing), Hashing):
             pass
-        answers = require(message, "entries", list)
-        if len(answers) != count or not all(is_strings(answer) for answer in answers):
+        if len(message.entries) != count:
             raise ProtocolError("received a message with bad 'entries'")
-        return answers
+        return message.entries
 
     def _check_space(self, batch: list[Incoming]) -> None:
         """Refuse what cannot fit, file by file, before any of it is sent."""
@@ -827,7 +792,8 @@ class Reception:
         except (Refused, GivenUp, OSError) as error:
             incoming.discard()
             self._fail(incoming, error)
-        self._results.append([incoming.index, incoming.outcome])
+        if incoming.outcome is not None:
+            self._results.append((incoming.index, incoming.outcome))
         if not incoming.arrived:
             # Let the client know, so that it stops sending what nobody can keep.
             self._tell_results()
@@ -839,7 +805,7 @@ class Reception:
         incoming.arrived = True
         folder = self._folders.locate(incoming.entry.path)
         set_times(folder.path, incoming.entry.mtime_ns)
-        incoming.outcome = {"saved": incoming.entry.name}
+        incoming.outcome = Outcome("saved", name_of(incoming.entry))
 
     def _receive_file(self, incoming: Incoming) -> None:
         """Take a file's bytes and move it into place.
@@ -855,7 +821,7 @@ class Reception:
             raise Refused("its SHA-256 does not match: it changed while it was sent")
         if incoming.size_on_disk() != incoming.received:
             raise Refused("another program writes to its hidden file here")
-        incoming.outcome = {"saved": incoming.publish(self._store.overwrite)}
+        incoming.outcome = Outcome("saved", incoming.publish(self._store.overwrite))
         self._log_saved(incoming, incoming.received - offset, time.monotonic() - started)
 
     def _receive_segments(self, incoming: Incoming, blocks: Blocks) -> bytes:
@@ -893,12 +859,12 @@ class Reception:
 
     def _fail(self, incoming: Incoming, error: Exception) -> None:
         reason = describe_error(error)
-        incoming.outcome = {"failed": reason}
+        incoming.outcome = Outcome("failed", reason)
         log.warning("%s failed %s: %s", self._connection.peer, escape(incoming.entry.path), reason)
 
     def _tell_results(self) -> None:
         if self._results:
-            self._connection.send("results", entries=self._results)
+            self._connection.send(Results(self._results))
             self._results = []
         self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
@@ -907,7 +873,7 @@ class Reception:
             return
         assert incoming.folder is not None
         assert incoming.outcome is not None
-        below = incoming.folder.shown + incoming.outcome["saved"]
+        below = incoming.folder.shown + incoming.outcome.text
         path = os.path.join(self._store.folder, below)
         rest = (
             ""
@@ -935,11 +901,6 @@ def spell_path(path: str) -> str:
         else "".join(f"\\0{byte:03o}" for byte in char.encode("utf-8", "surrogateescape"))
         for char in path
     )
-
-
-def is_strings(value: Any) -> bool:
-    """Tell whether `value` is a list of strings."""
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def claim_patiently(path: str, patience: Deadline) -> PartialFile | None:
@@ -1165,8 +1126,8 @@ LONGEST_REST_S = 0.02
 class Listener:
     """One client's end of the broadcast: takes blocks as fast as its network does, or misses them.
 
-    The socket is non-blocking while the broadcaster has it. A block that was begun is always
-    finished, so that the client can tell where the next one starts.
+    A block that was begun is always finished, so that the client can tell where the next one
+    starts. The broadcaster's thread offers; `finish` is for the client's own once it has stopped.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -1174,41 +1135,21 @@ class Listener:
         self.missed_blocks = 0
         self.gone = threading.Event()
         self.loss: str | None = None
-        self._pending: bytes | memoryview = b""
         self._progress_s = time.monotonic()
-        connection.socket.settimeout(0)
 
-    def offer(self, data: bytes, now_s: float) -> None:
-        """Give `data`, a packed block, to the system, or miss it. Never blocks."""
-        if self._pending:
-            self._push(now_s)
-            if self._pending:
+    def offer(self, frame: bytes, now_s: float) -> None:
+        """Give a block to the system, or miss it. Never blocks."""
+        sent_bytes = self.connection.sent_bytes
+        try:
+            if not self.connection.offer(frame):
                 self.missed_blocks += 1
-                return
-        try:
-            self._pending = self.connection.seal(data)
-        except common.ConnectionLost as error:
-            self.lose(str(error))
-            return
-        self._push(now_s)
-
-    def _push(self, now_s: float) -> None:
-        """Give the system as much of what is pending as it takes."""
-        try:
-            count = self.connection.socket.send(self._pending)
-        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
-            if now_s - self._progress_s > LISTENER_TIMEOUT_S:
-                self.lose(f"took nothing for {LISTENER_TIMEOUT_S:.0f} s")
-            return
-        except ConnectionError:  # as every client ends that is stopped
+        except common.ConnectionLost:  # as every client ends that is stopped
             self.lose("")
             return
-        except OSError as error:
-            self.lose(describe_error(error))
-            return
-        self._progress_s = now_s
-        whole = count == len(self._pending)
-        self._pending = b"" if whole else memoryview(self._pending)[count:]
+        if self.connection.sent_bytes != sent_bytes:
+            self._progress_s = now_s
+        elif now_s - self._progress_s > LISTENER_TIMEOUT_S:
+            self.lose(f"took nothing for {LISTENER_TIMEOUT_S:.0f} s")
 
     def lose(self, reason: str) -> None:
         """Send no more to this listener, and wake its thread. `reason` may be empty."""
@@ -1218,13 +1159,12 @@ class Listener:
         self.gone.set()
 
     def finish(self, reason: str) -> None:
-        """Send what is pending and the end of the sound, and `reason`; blocks a while at most.
+        """Send what is unsent, the end of the sound, and `reason`; blocks a while at most.
 
         Raises ConnectionLost.
         """
         with self.connection.limit(LISTENER_TIMEOUT_S):
-            self.connection.send_sealed(self._pending)
-            self.connection.write(common.pack_stream_end(reason))
+            self.connection.write(StreamEnd(reason).encode())
 
 
 class Broadcaster:
@@ -1289,10 +1229,10 @@ class Broadcaster:
     def _send_round(self, block: AudioBlock, now_s: float) -> None:
         self.latest_samples = block.samples
         self.sent_s += self.captured.audio.frames_of(block.samples) / self.captured.audio.rate
-        data = block.pack()
+        frame = block.encode()
         for listener in self._listeners:
             if not listener.gone.is_set():
-                listener.offer(data, now_s)
+                listener.offer(frame, now_s)
 
     @staticmethod
     def _rest(round_s: float) -> None:
@@ -1308,7 +1248,7 @@ def handle_audio_client(connection: Connection, broadcaster: Broadcaster) -> Non
     """
     listener = None
     try:
-        limit_send_buffer(connection.socket, broadcaster.captured.audio)
+        connection.limit_send_buffer(send_buffer_bytes(broadcaster.captured.audio))
         listener = broadcaster.add(connection)
         log.info("%s: listening", connection.peer)
         listener.gone.wait()
@@ -1325,10 +1265,9 @@ def handle_audio_client(connection: Connection, broadcaster: Broadcaster) -> Non
             broadcaster.remove(listener)
 
 
-def limit_send_buffer(sock: socket.socket, audio: AudioFormat) -> None:
-    """Have the system keep little sound for a listener that is slow: what waits there is late."""
-    size = max(MIN_SEND_BUFFER_BYTES, audio.frames_in(SEND_BUFFER_MS) * audio.frame_bytes)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+def send_buffer_bytes(audio: AudioFormat) -> int:
+    """Return how much the system may keep for a slow listener: what waits there is late."""
+    return max(MIN_SEND_BUFFER_BYTES, audio.frames_in(SEND_BUFFER_MS) * audio.frame_bytes)
 
 
 # --- who may connect ------------------------------------------------------------------------
@@ -1437,7 +1376,7 @@ class Door:
         self._tls = tls
         self._patience = Patience()
 
-    def let_in(self, connection: Connection, host: str) -> dict[str, Any]:
+    def let_in(self, connection: Connection, host: str) -> Hello:
         """Return the hello of a client that may come in; blocks within the `limit` it stands in.
 
         The first bytes tell TLS from plain, to answer each in its own language. Raises Refused
@@ -1451,9 +1390,9 @@ class Door:
             connection.write(NOT_A_WEB_SERVER)
             connection.finish()
             raise Refused("not a Socket Pair client: it speaks HTTP, as a browser does")
-        hello = connection.receive("hello", max_bytes=common.MAX_HELLO_BYTES)
+        hello = connection.receive(Hello, max_bytes=common.MAX_HELLO_BYTES)
         if self._tls and not encrypted:
-            connection.send("error", error=CODE_WANTED, code_wanted=True)
+            connection.send(common.Error(CODE_WANTED, code_wanted=True))
             connection.finish()
             raise Refused("turned away: no pairing code")
         return hello
@@ -1740,7 +1679,7 @@ class Server:
         handle: Callable[[Connection], None],
         *,
         max_clients: int,
-        welcome: dict[str, Any] | None = None,
+        sound: Sound | None = None,
     ) -> None:
         self._entrance = entrance
         self._selector = selectors.DefaultSelector()
@@ -1749,7 +1688,7 @@ class Server:
             self._selector.register(listener, selectors.EVENT_READ, listener)
         self._handle = handle
         self._max_clients = max_clients
-        self._welcome = welcome or {}
+        self._welcome = Welcome(common.PROTOCOL, entrance.mode, sound)
         self._door = Door(entrance.tls)
         self._lobby = Lobby(MAX_UNFINISHED)
         self._threads: set[threading.Thread] = set()
@@ -1833,12 +1772,10 @@ class Server:
                 hello = self._door.let_in(connection, host)
                 objection = self._object(hello)
                 if objection:
-                    connection.send("error", error=objection)
+                    connection.send(common.Error(objection))
                     connection.finish()
                     raise Refused(f"turned away: {objection}")
-                connection.send(
-                    "welcome", protocol=common.PROTOCOL, mode=self._entrance.mode, **self._welcome
-                )
+                connection.send(self._welcome)
                 return self._lobby.leave(connection)
         except SocketPairError as error:
             waiting = self._lobby.leave(connection)
@@ -1846,9 +1783,9 @@ class Server:
             log.warning("%s: %s", connection.peer, reason)
             return False
 
-    def _object(self, hello: dict[str, Any]) -> str:
+    def _object(self, hello: Hello) -> str:
         """Return why a client that says `hello` is not served; empty if it is."""
-        protocol, mode = require(hello, "protocol", int), require(hello, "mode", str)
+        protocol, mode = hello
         if protocol != common.PROTOCOL:
             return f"this server speaks protocol {common.PROTOCOL}, not {protocol}: update one"
         ours = self._entrance.mode
@@ -2048,17 +1985,13 @@ def broadcast(args: argparse.Namespace, source: Microphone | PacedInput) -> int:
 def make_audio_server(
     args: argparse.Namespace, entrance: Entrance, broadcaster: Broadcaster
 ) -> Server:
-    """Return a server that listens, and whose welcome tells what a listener has to know.
-
-    ``stream`` names the numbering of the frames: a client that comes back to the same one can
-    tell how many it has missed.
-    """
+    """Return a server that listens, and whose welcome tells what a listener has to know."""
     audio = broadcaster.captured.audio
     return Server(
         entrance,
         lambda connection: handle_audio_client(connection, broadcaster),
         max_clients=args.max_clients or MAX_LISTENERS,
-        welcome={**audio.fields(), "stream": secrets.token_hex(8)},
+        sound=Sound(audio, secrets.token_hex(8)),
     )
 
 

@@ -148,8 +148,8 @@ def test_a_certificate_of_another_code_is_refused_by_the_server_itself(
     with Connection(socket.create_connection((HOST, paired.port)), "server") as connection:
         connection.start_tls(other, server_side=False)
         with pytest.raises(SocketPairError):
-            connection.send("hello", protocol=common.PROTOCOL, mode="file")
-            connection.receive("welcome")
+            connection.send(common.Hello(common.PROTOCOL, "file"))
+            connection.receive(common.Welcome)
     paired.wait_for_output("turned away: wrong pairing code")
     check_paired(paired, tls, tmp_path)
 

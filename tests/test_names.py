@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import server
+from common import Entry
 from server import (
-    Entry,
     Folders,
     PartialFile,
     Refused,
@@ -74,9 +74,11 @@ def test_every_path_is_refused_or_ends_inside_the_folder(path: str) -> None:
         root = os.path.join(outer, "root")
         os.mkdir(root)
         try:
-            entry = Entry.from_message({"path": path})
-            check_name(entry.name)
-            target = os.path.join(Folders(root).locate(entry.folder).path, entry.name)
+            entry = Entry(path)
+            check_name(server.name_of(entry))
+            target = os.path.join(
+                Folders(root).locate(server.folder_of(entry)).path, server.name_of(entry)
+            )
             with open(target, "xb"):
                 pass
         except (Refused, OSError):
@@ -341,7 +343,7 @@ def test_a_folder_that_a_link_takes_the_place_of_is_not_followed_out(root: Path)
     (root / "sub").rename(root / "sub.old")
     (root / "sub").symlink_to(outside)
     with pytest.raises(Refused):
-        server.Incoming(0, Entry("sub", "x"), folder).open()
+        server.Incoming(0, Entry("sub/x"), folder).open()
     folders.forget_moved()
     with pytest.raises(Refused):
         folders.locate("sub")

@@ -124,11 +124,11 @@ def test_a_connection_cut_off_by_the_network_is_not_a_clean_end(tls: ssl.SSLCont
             shaking.start()
             near.start_tls(tls, server_side=False)
             shaking.join(60)
-            near.send("last")
+            near.send(common.Hashing())
             if cut:
-                near.socket.shutdown(socket.SHUT_WR)
+                near_socket.shutdown(socket.SHUT_WR)
             else:
                 near.close()
-            far.receive("last")
+            far.receive(common.Hashing)
             with pytest.raises(common.ConnectionBroken if cut else common.PeerClosed):
-                far.receive("more")
+                far.receive(common.Hashing)

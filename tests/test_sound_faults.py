@@ -105,8 +105,8 @@ def test_devices_are_listed(card: VirtualSoundCard) -> None:
         (pack_welcome(channels=1_000_000),),
         (pack_welcome(), b"\xff\xff\xff\xff"),
         (pack_welcome(), common.LENGTH.pack(3) + b"abc"),
-        (pack_welcome(), AudioBlock(0, 0, b"odd").pack()),
-        (pack_welcome(), AudioBlock(9, 0, b"ok").pack(), AudioBlock(0, 0, b"no").pack()),
+        (pack_welcome(), AudioBlock(0, 0, b"odd").encode()),
+        (pack_welcome(), AudioBlock(9, 0, b"ok").encode(), AudioBlock(0, 0, b"no").encode()),
     ],
 )
 def test_a_bad_server_is_a_line(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import common
 from support import (
     HOST,
     Process,
@@ -20,6 +21,8 @@ from support import (
     run_script,
     send,
 )
+
+WELCOME = message("welcome", protocol=common.PROTOCOL, mode="file")
 
 
 def test_no_server_is_one_line(tmp_path: Path) -> None:
@@ -86,18 +89,18 @@ def test_another_protocol_is_told_so(server: Server, protocol: int) -> None:
         (b"\0\0\0\x02{}", "is not a Socket Pair server"),
         (b"\0\0", "connection lost"),
         (message("error", error="no \x1b[2J thanks"), r"no \x1b[2J thanks"),
-        (message("welcome") + message("start", entries=[]), "start for another offer"),
-        (message("welcome") + message("start", entries=[1]), "received a start"),
-        (message("welcome") + message("start", entries=[{"offset": 5}]), "not asked about"),
-        (message("welcome") + message("start", entries=[{"offset": -1}]), "bad 'offset'"),
-        (message("welcome") + message("held", entries=[[7, [1]]]), "held that is not one"),
-        (message("welcome") + message("results", entries=[]), "unexpected message"),
+        (WELCOME + message("start", entries=[]), "start for another offer"),
+        (WELCOME + message("start", entries=[1]), "received an outcome"),
+        (WELCOME + message("start", entries=[{"offset": 5}]), "not asked about"),
+        (WELCOME + message("start", entries=[{"offset": -1}]), "bad 'offset'"),
+        (WELCOME + message("held", entries=[[7, [1]]]), "a held of what was not offered"),
+        (WELCOME + message("results", entries=[]), "unexpected message"),
         (
-            message("welcome") + message("start", entries=[{"failed": "\x1b[2J"}]),
+            WELCOME + message("start", entries=[{"failed": "\x1b[2J"}]),
             r"\x1b[2J",
         ),
         (
-            message("welcome")
+            WELCOME
             + message("start", entries=[{"offset": 0}])
             + message("results", entries=[[3, {"saved": "x"}]]),
             "a result of a file that was not sent",

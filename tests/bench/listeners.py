@@ -116,8 +116,7 @@ class PairedListener(OurListener):
         while not self._tls.shake_hands():
             sock.sendall(self._tls.output())
             self._tls.feed(sock.recv(RECEIVE_BYTES))
-        self._tls.encrypt(hello)
-        sock.sendall(self._tls.output())
+        sock.sendall(self._tls.output() + self._tls.encrypt(hello))
 
     def feed(self, data: bytes) -> None:
         """Take what has arrived."""

@@ -145,7 +145,9 @@ def fuzz_framing(data: bytes) -> None:
     connection = connection_from(data)
     with contextlib.suppress(SocketPairError):
         while True:
-            connection.receive("hello", "offer", "start", max_bytes=common.MAX_HELLO_BYTES)
+            connection.receive(
+                common.Hello, common.Offer, common.Start, max_bytes=common.MAX_HELLO_BYTES
+            )
 
 
 def fuzz_handshake(data: bytes) -> None:

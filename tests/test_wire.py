@@ -1,0 +1,229 @@
+"""Every message is decoded as it was encoded, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import common
+from common import (
+    MAX_BATCH_ENTRIES,
+    MAX_HELD_LENGTHS,
+    AudioBlock,
+    AudioFormat,
+    CodeWanted,
+    Entry,
+    Error,
+    Hashing,
+    Held,
+    Hello,
+    Message,
+    Offer,
+    Outcome,
+    PeerRefused,
+    Prefixes,
+    ProtocolError,
+    Results,
+    Sound,
+    Start,
+    StreamEnd,
+    Welcome,
+    decode_message,
+    decode_sound,
+    encode_message,
+)
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda children: st.lists(children, max_size=5) | st.dictionaries(st.text(), children),
+    max_leaves=20,
+)
+TEXTS = st.text(st.characters(), max_size=30)
+SIZES = st.integers(0, 2**63 - 1)
+INDEXES = st.integers(0, MAX_BATCH_ENTRIES - 1)
+FORMATS = st.builds(
+    AudioFormat,
+    st.integers(common.SAMPLE_RATES.start, common.SAMPLE_RATES.stop - 1),
+    st.integers(common.CHANNEL_COUNTS.start, common.CHANNEL_COUNTS.stop - 1),
+)
+FILES = st.builds(
+    Entry,
+    TEXTS,
+    st.none() | SIZES,
+    st.none() | st.integers(1 - 2**63, 2**63 - 1),
+    st.booleans(),
+    st.just(False),
+)
+FOLDERS = FILES.map(lambda entry: Entry(entry.path, mtime_ns=entry.mtime_ns, is_folder=True))
+OUTCOMES = st.builds(Outcome, st.sampled_from(["saved", "already", "failed"]), TEXTS)
+MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
+    Hello: st.builds(Hello, st.integers(), TEXTS),
+    Welcome: st.builds(Welcome, st.integers(), st.just("file"), st.none())
+    | st.builds(Welcome, st.integers(), st.just("audio"), st.builds(Sound, FORMATS, TEXTS)),
+    Error: st.builds(Error, TEXTS, st.booleans()),
+    Offer: st.builds(Offer, st.lists(FILES | FOLDERS, max_size=10)),
+    Held: st.builds(
+        Held,
+        st.dictionaries(INDEXES, st.lists(SIZES, max_size=5), max_size=10).map(
+            lambda lengths: sorted(lengths.items())
+        ),
+    ),
+    Hashing: st.just(Hashing()),
+    Prefixes: st.builds(Prefixes, st.lists(st.lists(TEXTS, max_size=5), max_size=10)),
+    Start: st.builds(Start, st.lists(SIZES | OUTCOMES, max_size=10)),
+    Results: st.builds(Results, st.lists(st.tuples(INDEXES, OUTCOMES), max_size=10)),
+}
+KINDS = list(MESSAGES)
+MESSAGE_FIELDS = ["protocol", "mode", "error", "code_wanted", "rate", "channels", "stream"]
+ITEM_FIELDS = ["path", "size", "mtime_ns", "executable", "folder", "offset", "saved", "failed"]
+ITEMS = st.fixed_dictionaries({}, optional=dict.fromkeys(ITEM_FIELDS, JSON_VALUES)) | st.tuples(
+    st.integers() | JSON_VALUES, JSON_VALUES | st.lists(st.integers())
+)
+
+
+def content_of(frame: bytes) -> bytes:
+    (size,) = common.LENGTH.unpack_from(frame)
+    assert size == len(frame) - common.LENGTH.size
+    return frame[common.LENGTH.size :]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@given(data=st.data())
+@settings(max_examples=50)
+def test_each_message_is_decoded_as_it_was_encoded(
+    kind: type[Message], data: st.DataObject
+) -> None:
+    message = data.draw(MESSAGES[kind])
+    assert decode_message(content_of(encode_message(message)), [kind]) == message
+
+
+@given(content=st.binary(max_size=200))
+def test_any_bytes_are_a_message_or_a_protocol_error(content: bytes) -> None:
+    with contextlib.suppress(ProtocolError):
+        decode_message(content, KINDS)
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    fields=st.fixed_dictionaries(
+        {"entries": JSON_VALUES | st.lists(ITEMS, max_size=5)},
+        optional=dict.fromkeys(MESSAGE_FIELDS, JSON_VALUES),
+    ),
+)
+@settings(max_examples=500)
+def test_any_fields_are_a_message_or_a_protocol_error(
+    kind: type[Message], fields: dict[str, Any]
+) -> None:
+    content = json.dumps({**fields, "type": kind.__name__.lower()}).encode()
+    with contextlib.suppress(ProtocolError):
+        assert isinstance(decode_message(content, [kind]), kind)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"\x80",
+        b"GET / HTTP/1.1",
+        b"null",
+        b"[]",
+        b"1",
+        b'"type"',
+        b"{}",
+        b'{"type":1}',
+        b'{"type":null}',
+        b'{"no":"type"}',
+        b"[" * 100_000,
+        b'{"type":' * 20_000,
+        b'{"type":"hello","protocol":' + b"1" * 10_000 + b"}",
+    ],
+    ids=lambda content: repr(content[:20]),
+)
+def test_what_is_no_message_is_a_protocol_error(content: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode_message(content, KINDS)
+
+
+def test_a_message_that_is_not_expected_is_a_protocol_error() -> None:
+    with pytest.raises(ProtocolError, match="unexpected message 'hello'"):
+        decode_message(content_of(encode_message(Hello(1, "file"))), [Welcome, Start])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"entries": [[0, [1]], [0, [1]]]},
+        {"entries": [[1, [1]], [0, [1]]]},
+        {"entries": [[-1, [1]]]},
+        {"entries": [[True, [1]]]},
+        {"entries": [[0, [-1]]]},
+        {"entries": [[0, [True]]]},
+        {"entries": [[0, [1] * (MAX_HELD_LENGTHS + 1)]]},
+        {"entries": [[0]]},
+        {"entries": {}},
+    ],
+)
+def test_lengths_that_nobody_can_hold_are_a_protocol_error(fields: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError):
+        Held.decode(fields)
+
+
+def test_an_offer_has_a_thousand_entries_at_most() -> None:
+    entries = [Entry(str(number), 1) for number in range(MAX_BATCH_ENTRIES + 1)]
+    with pytest.raises(ProtocolError, match="more than 1000"):
+        Offer.decode(Offer(entries).encode())
+    assert len(Offer.decode(Offer(entries[1:]).encode()).entries) == MAX_BATCH_ENTRIES
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(True, int), ("1", int), (1, str), (None, str), ({}, list), (1.0, int)]
+)
+def test_a_field_of_the_wrong_type_is_a_protocol_error(value: object, kind: type) -> None:
+    with pytest.raises(ProtocolError, match="'field'"):
+        common.require({"field": value}, "field", kind)
+    with pytest.raises(ProtocolError, match="'field'"):
+        common.require({}, "field", kind)
+
+
+@pytest.mark.parametrize("value", [-1, 2**63, True, 1.5, None, "1"])
+def test_a_size_that_no_file_has_is_a_protocol_error(value: object) -> None:
+    with pytest.raises(ProtocolError, match="'size'"):
+        common.require_size({"size": value}, "size")
+    assert common.require_size({"size": 2**63 - 1}, "size") == 2**63 - 1
+
+
+def test_an_error_is_raised_with_its_control_codes_spelled_out() -> None:
+    refusal = Error("go \x1b]0;away\x07").to_exception()
+    assert type(refusal) is PeerRefused
+    assert str(refusal) == r"go \x1b]0;away\x07"
+    assert type(Error("no code", code_wanted=True).to_exception()) is CodeWanted
+
+
+@given(audio=FORMATS, first=SIZES, captured=SIZES, frames=st.integers(0, 20))
+def test_a_block_of_sound_is_decoded_as_it_was_encoded(
+    audio: AudioFormat, first: int, captured: int, frames: int
+) -> None:
+    block = AudioBlock(first, captured, bytes(range(256))[: 2 * frames] * audio.channels)
+    block = block._replace(samples=block.samples[: audio.frame_bytes * frames])
+    assert decode_sound(content_of(block.encode()), audio) == block
+
+
+@given(reason=st.text(st.characters(categories=["L", "N", "P"]), max_size=50))
+def test_the_end_of_the_sound_is_decoded_with_its_reason(reason: str) -> None:
+    assert decode_sound(content_of(StreamEnd(reason).encode()), AudioFormat(48_000, 1)) == (
+        StreamEnd(reason)
+    )
+
+
+@given(content=st.binary(max_size=100), audio=FORMATS)
+def test_any_bytes_are_sound_or_a_protocol_error(content: bytes, audio: AudioFormat) -> None:
+    with contextlib.suppress(ProtocolError):
+        sound = decode_sound(content, audio)
+        assert isinstance(sound, StreamEnd) or len(sound.samples) % audio.frame_bytes == 0

@@ -10,7 +10,8 @@ names                 ``safe_parts``, ``Folders``: nothing outside the folder
 on disk               ``PartialFile``: hidden until complete, then moved into place
 one file              ``Incoming``: what is known of it, from the offer to its result
 file conversation     ``handle_file_client`` and ``Reception``: offers, resuming, results
-sound: inputs         ``Microphone``, ``PacedInput``: sound card, WAV file, pipe; ``CaptureQueue``
+sound: inputs         ``Microphone``, ``PacedInput``: sound card, file, pipe; ``CaptureQueue``
+sound: files          ``PlainWav``, and ``DecodedFile`` by FFmpeg; ``SoundLoop``: over and over
 sound: broadcaster    ``handle_audio_client``, ``Broadcaster``, ``Listener``: sound to everyone
 who may connect       ``Door``: the pairing code; ``Lobby`` and ``Patience`` bound what
                       those can do who have not got it
@@ -47,14 +48,15 @@ import shutil
 import socket
 import ssl
 import stat
+import struct
 import sys
 import threading
 import time
-import wave
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TextIO
 
 import common
 from common import (
@@ -1051,35 +1053,9 @@ class PacedInput:
                 self.captured.end(f"there was no sound on {self.name}", failed=True)
             else:
                 self.captured.end(f"{self.name} is at its end")
-        except (OSError, EOFError, wave.Error) as error:
-            self.captured.end(f"{self.name} cannot be read any further ({error})", failed=True)
-
-
-class WavLoop:
-    """A WAV file's sound, over and over. Raises SocketPairError where it has none to play."""
-
-    def __init__(self, path: str) -> None:
-        shown = escape(path)
-        try:
-            self._file = wave.open(os.path.expanduser(path), "rb")  # noqa: SIM115 - ours for life
-        except (OSError, EOFError, wave.Error) as error:
-            reason = describe_error(error) if isinstance(error, OSError) else str(error)
-            raise SocketPairError(f"cannot play {shown}: {reason or 'not a WAV file'}") from error
-        if self._file.getsampwidth() != common.SAMPLE_BYTES or not self._file.getnframes():
-            raise SocketPairError(f"cannot play {shown}: there are no 16-bit samples in it")
-        self.audio = AudioFormat(self._file.getframerate(), self._file.getnchannels())
-        rate, channels = self.audio
-        if rate not in common.SAMPLE_RATES or channels not in common.CHANNEL_COUNTS:
-            raise SocketPairError(f"cannot play {shown}: {self.audio.describe()} is out of range")
-
-    def read(self, size: int) -> bytes:
-        """Return the next samples, `size` bytes at most; the beginning follows the end."""
-        frames = size // self.audio.frame_bytes
-        samples = self._file.readframes(frames)
-        if not samples:
-            self._file.rewind()
-            samples = self._file.readframes(frames)
-        return samples
+        except (OSError, SocketPairError) as error:
+            reason = describe_error(error)
+            self.captured.end(f"{self.name} cannot be read any further ({reason})", failed=True)
 
 
 def whole_frames_reader(file: BinaryIO, audio: AudioFormat) -> Callable[[int], bytes]:
@@ -1094,8 +1070,8 @@ def whole_frames_reader(file: BinaryIO, audio: AudioFormat) -> Callable[[int], b
 
 def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
     """Return what ``--input`` names, ready to start. Raises SocketPairError where there is none."""
-    if args.input is not None and args.input.lower().endswith(".wav"):
-        return open_wav(args.input, args.rate, args.channels)
+    if args.input is not None and names_sound_file(args.input):
+        return open_sound_file(args.input, args.rate, args.channels)
     audio = AudioFormat(args.rate or DEFAULT_RATE, args.channels or 1)
     if args.input == STDIN:
         if sys.stdin is None:
@@ -1105,13 +1081,401 @@ def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
     return Microphone(args.input, CaptureQueue(audio))
 
 
-def open_wav(path: str, rate: int | None, channels: int | None) -> PacedInput:
-    """Return a WAV file as an input; raises SocketPairError where it is not as it should be."""
-    sound = WavLoop(path)
-    audio = sound.audio
-    if audio != AudioFormat(rate or audio.rate, channels or audio.channels):
-        raise SocketPairError(f"{escape(path)} is {audio.describe()}, and is not converted")
-    return PacedInput(escape(path), sound.read, CaptureQueue(audio))
+# --- sound: files ---------------------------------------------------------------------------
+
+# Names that end so are files, also where there is none of that name to be found.
+SOUND_ENDINGS = (
+    *(".wav", ".wave", ".w64", ".rf64", ".mp3", ".mp2", ".flac", ".ogg", ".oga", ".opus", ".spx"),
+    *(".m4a", ".m4b", ".mp4", ".mka", ".mkv", ".webm", ".aac", ".ac3", ".aif", ".aiff", ".aifc"),
+    *(".au", ".snd", ".caf", ".wma", ".wv", ".ape", ".tta", ".amr"),
+)
+PATH_BEGINNINGS = ("/", "./", "../", "~", ".\\", "..\\")
+# How files of other kinds begin, and the first bytes of each at which that stands.
+MAGIC_NUMBERS = (
+    (0, b"ID3", "MP3"),
+    (0, b"\xff\xfb", "MP3"),
+    (0, b"\xff\xf3", "MP3"),
+    (0, b"fLaC", "FLAC"),
+    (0, b"OggS", "Ogg"),
+    (4, b"ftyp", "MP4"),
+    (0, b"\x1a\x45\xdf\xa3", "Matroska or WebM"),
+    (0, b"FORM", "AIFF"),
+    (0, b"RF64", "RF64"),
+    (0, b".snd", "AU"),
+    (0, b"caff", "CAF"),
+)
+# The beginning takes a while to be found again and decoded: longer than a block.
+READ_AHEAD_PARTS = 16
+READ_BYTES = 16 * 1024
+SHORT_BYTES = 1024 * 1024  # sound of less stays in memory
+WAV_CHUNK = struct.Struct("<4sI")
+WAV_FORMAT = struct.Struct("<HHIIHH")
+WAV_FORMAT_BYTES = 40  # with what WAVE_FORMAT_EXTENSIBLE has more
+WAV_PCM, WAV_EXTENSIBLE = 1, 0xFFFE
+WAV_ENCODINGS = {2: "ADPCM", 3: "floating-point", 6: "A-law", 7: "mu-law", 17: "ADPCM", 85: "MP3"}
+# What recorders write for a size that they do not know yet: this or more, or 0.
+WAV_UNKNOWN_BYTES = 0x7FFF_0000
+MAX_WAV_CHUNKS = 1_000
+# Their headers tell the exact length: with less than that decoded, such a file is broken.
+EXACT_CODECS = ("flac", "alac", "wavpack", "tta", "ape")
+PLAIN_LAYOUTS = {"1 channels": "mono", "2 channels": "stereo"}
+
+
+class Unplayable(SocketPairError):
+    """A sound file that cannot be read, or no further, and why."""
+
+
+class NotPlainWav(Unplayable):
+    """A file that is not WAV with 16-bit PCM, but may be sound all the same; and what it is."""
+
+
+class SoundFile(Protocol):
+    """A file of sound that can be read from its beginning again and again."""
+
+    audio: AudioFormat
+
+    def read_once(self) -> Iterator[bytes]:
+        """Give all the file's sound in `audio`, in parts of any length; blocks for the disk.
+
+        A part may end inside a frame, the whole does not. Raises Unplayable where the file is
+        broken, after all that could be read, and OSError.
+        """
+
+
+class WavSamples(NamedTuple):
+    """Where in a WAV file its samples are; `size` is None where its recorder did not tell."""
+
+    audio: AudioFormat
+    start: int
+    size: int | None
+
+
+class PlainWav:
+    """A WAV file with 16-bit PCM, read as it is."""
+
+    def __init__(self, path: str) -> None:
+        """Raise NotPlainWav where it is something else, and OSError."""
+        self._path = path
+        with open(path, "rb") as file:
+            self._samples = find_wav_samples(file)
+        self.audio = self._samples.audio
+
+    def read_once(self) -> Iterator[bytes]:
+        """Give all the samples; see `SoundFile`."""
+        _, start, size = self._samples
+        with open(self._path, "rb", buffering=0) as file:
+            file.seek(start)
+            left = os.fstat(file.fileno()).st_size - start if size is None else size
+            left -= left % self.audio.frame_bytes
+            while left:
+                samples = file.read(min(READ_BYTES, left))
+                if not samples:
+                    seconds = left / self.audio.frame_bytes / self.audio.rate
+                    raise Unplayable(f"the last {seconds:.3g} s of it are missing")
+                left -= len(samples)
+                yield samples
+
+
+def find_wav_samples(file: BinaryIO) -> WavSamples:
+    """Return where the samples of a WAV file are; `file` is at its beginning.
+
+    Raises NotPlainWav where they are not 16-bit PCM.
+    """
+    beginning = file.read(12)
+    if beginning[:4] != b"RIFF" or beginning[8:] != b"WAVE":
+        raise NotPlainWav(describe_content(beginning))
+    audio = None
+    for _ in range(MAX_WAV_CHUNKS):
+        header = file.read(WAV_CHUNK.size)
+        if len(header) < WAV_CHUNK.size:
+            break
+        kind, size = WAV_CHUNK.unpack(header)
+        start = file.tell()
+        if kind == b"fmt ":
+            audio = parse_wav_format(file.read(min(size, WAV_FORMAT_BYTES)))
+        elif kind == b"data" and audio and file.read(1):
+            file.seek(start)
+            return WavSamples(audio, start, known_wav_size(file, size))
+        file.seek(start + size + size % 2)
+    raise NotPlainWav("WAV without samples")
+
+
+def parse_wav_format(fields: bytes) -> AudioFormat:
+    """Return what a ``fmt`` chunk says; raises NotPlainWav where that is not 16-bit PCM."""
+    if len(fields) < WAV_FORMAT.size:
+        raise NotPlainWav("WAV with a broken header")
+    encoding, channels, rate, _, frame_bytes, bits = WAV_FORMAT.unpack_from(fields)
+    if encoding == WAV_EXTENSIBLE and len(fields) == WAV_FORMAT_BYTES:
+        encoding = int.from_bytes(fields[24:26], "little")
+    audio = AudioFormat(rate, channels)
+    if encoding != WAV_PCM:
+        raise NotPlainWav(f"WAV with {WAV_ENCODINGS.get(encoding, 'compressed')} samples")
+    if bits != 8 * common.SAMPLE_BYTES or frame_bytes != audio.frame_bytes:
+        raise NotPlainWav(f"WAV with {bits}-bit samples")
+    if not is_broadcast_format(audio):
+        raise NotPlainWav(f"WAV with {audio.describe()}, which is out of range")
+    return audio
+
+
+def known_wav_size(file: BinaryIO, size: int) -> int | None:
+    """Return the size that a WAV file tells of its samples, None where that is a placeholder.
+
+    Recorders write the true one at their end: one that was killed has left 0 or a very large
+    number there. `file` is where the samples begin.
+    """
+    there = os.fstat(file.fileno()).st_size - file.tell()
+    if (size == 0 or size >= WAV_UNKNOWN_BYTES) and size != there:
+        return None
+    return size
+
+
+def is_broadcast_format(audio: AudioFormat) -> bool:
+    """Return whether sound of that format can go to listeners."""
+    return audio.rate in common.SAMPLE_RATES and audio.channels in common.CHANNEL_COUNTS
+
+
+def describe_content(beginning: bytes) -> str:
+    """Return what kind of file begins so, in words."""
+    if not beginning:
+        return "empty"
+    for position, magic, name in MAGIC_NUMBERS:
+        if beginning[position:].startswith(magic):
+            return name
+    return "not a WAV file"
+
+
+class DecodedFile:
+    """A file that FFmpeg reads, by package ``av``, decoded and converted to the wanted format.
+
+    The rate and the channels that are not wanted otherwise are the file's own.
+    """
+
+    def __init__(self, path: str, rate: int | None, channels: int | None) -> None:
+        """Raise Unplayable where it cannot be read, ImportError without ``av``."""
+        import av  # noqa: PLC0415  (only these files need it)
+
+        self._av = av
+        # Named as a file: FFmpeg would read from the network as well.
+        self._url = b"file:" + os.fsencode(path)
+        with self._translated(), self._open() as container:
+            first = next(decode_frames(container), None)
+            if first is None:
+                raise Unplayable("there is no sound in it")
+            own = AudioFormat(first.sample_rate, len(first.layout.channels))
+            self.audio = AudioFormat(
+                rate or (own.rate if own.rate in common.SAMPLE_RATES else DEFAULT_RATE),
+                channels or (own.channels if own.channels in common.CHANNEL_COUNTS else 2),
+            )
+            Converter(av, self.audio).check(first)
+
+    def _open(self) -> Any:
+        return self._av.open(
+            os.fsdecode(self._url),
+            metadata_errors="replace",
+            options={"protocol_whitelist": "file"},
+        )
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Raise what FFmpeg says as Unplayable."""
+        try:
+            yield
+        except self._av.error.FFmpegError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise Unplayable(f"FFmpeg cannot read it ({reason})") from error
+
+    def read_once(self) -> Iterator[bytes]:
+        """Give all the sound, converted; see `SoundFile`."""
+        converter = Converter(self._av, self.audio)
+        decoded = 0
+        with self._translated(), self._open() as container:
+            for frame in decode_frames(container):
+                decoded += frame.samples
+                yield from converter.convert(frame)
+            yield from converter.finish()
+            check_length(container.streams.audio[0], decoded)
+
+
+def decode_frames(container: Any) -> Iterator[Any]:
+    """Give the frames of a container's first sound, without packets that are damaged.
+
+    Raises Unplayable at the end where the last of them was.
+    """
+    if not container.streams.audio:
+        raise Unplayable("there is no sound in it")
+    damage = None
+    stream = container.streams.audio[0]
+    context = stream.codec_context
+    # A plain WAV file does not say which of its channels is left: the first, as everywhere.
+    context.layout = PLAIN_LAYOUTS.get(context.layout.name, context.layout)
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except ValueError as error:  # av.error.InvalidDataError
+            damage = error
+            continue
+        if frames:
+            damage = None
+        yield from frames
+    if damage:
+        raise Unplayable("its end is damaged")
+
+
+def check_length(stream: Any, decoded: int) -> None:
+    """Raise Unplayable where a file has fewer frames than its header tells."""
+    name = stream.codec_context.name
+    if stream.duration is None or not (name in EXACT_CODECS or name.startswith("pcm_")):
+        return
+    missing_s = float(stream.duration * stream.time_base) - decoded / stream.codec_context.rate
+    if missing_s * stream.codec_context.rate >= 1:
+        raise Unplayable(f"the last {missing_s:.3g} s of it are missing")
+
+
+class Converter:
+    """Converts decoded frames to one format, also where theirs changes on the way."""
+
+    def __init__(self, av: Any, audio: AudioFormat) -> None:
+        self._av = av
+        self._audio = audio
+        self._source: tuple[Any, ...] = ()
+        self._resampler: Any = None
+        self._is_doubled = False
+
+    def convert(self, frame: Any) -> Iterator[bytes]:
+        """Give what has come out for this frame and those before it."""
+        source = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if source != self._source:
+            yield from self.finish()
+            self._source, self._resampler = source, self._make_resampler(frame)
+        frame.pts = None  # each follows the one before, whatever the file says
+        yield from map(self._samples_of, self._resampler.resample(frame))
+
+    def check(self, frame: Any) -> None:
+        """Raise Unplayable where such a frame cannot be converted."""
+        self._make_resampler(frame)
+
+    def finish(self) -> Iterator[bytes]:
+        """Give what is still inside."""
+        if self._resampler:
+            yield from map(self._samples_of, self._resampler.resample(None))
+
+    def _make_resampler(self, frame: Any) -> Any:
+        channels = len(frame.layout.channels)
+        self._is_doubled = channels == 1 and self._audio.channels == 2
+        layout = frame.layout
+        if channels != self._audio.channels and not self._is_doubled:
+            wanted = common.describe_channels(self._audio.channels)
+            if "channels" in layout.name:  # it is not known which of them are left and right
+                raise Unplayable(f"its {channels} channels cannot be mixed into {wanted}")
+            layout = wanted
+        return self._av.AudioResampler(format="s16", layout=layout, rate=self._audio.rate)
+
+    def _samples_of(self, frame: Any) -> bytes:
+        frame_bytes = common.SAMPLE_BYTES if self._is_doubled else self._audio.frame_bytes
+        samples = bytes(frame.planes[0])[: frame.samples * frame_bytes]
+        return double_channel(samples) if self._is_doubled else samples
+
+
+def double_channel(samples: bytes) -> bytes:
+    """Return mono as stereo, as loud on either side; FFmpeg would make it 3 dB less."""
+    mono = array("h", samples)
+    stereo = array("h", bytes(2 * len(samples)))
+    stereo[0::2] = stereo[1::2] = mono
+    return stereo.tobytes()
+
+
+class SoundLoop:
+    """A sound file over and over, without a gap, read some way ahead by a thread of its own."""
+
+    def __init__(self, sound: SoundFile) -> None:
+        self._sound = sound
+        self._parts: queue.Queue[bytes | Exception] = queue.Queue(READ_AHEAD_PARTS)
+        self._unread = b""
+        self._error: Exception | None = None
+        threading.Thread(target=self._read_ahead, name="sound file", daemon=True).start()
+
+    def _read_ahead(self) -> None:
+        try:
+            for part in over_and_over(self._sound):
+                self._parts.put(part)
+        except (OSError, Unplayable) as error:
+            self._parts.put(error)
+
+    def read(self, size: int) -> bytes:
+        """Return the next `size` bytes, fewer just before the end of a file that is broken.
+
+        Blocks for the disk. Raises there what is wrong: Unplayable or OSError.
+        """
+        while len(self._unread) < size and not self._error:
+            part = self._parts.get()
+            if isinstance(part, Exception):
+                self._error = part
+            else:
+                self._unread += part
+        samples, self._unread = self._unread[:size], self._unread[size:]
+        whole_bytes = self._sound.audio.frames_of(samples) * self._sound.audio.frame_bytes
+        if self._error and not whole_bytes:
+            raise self._error
+        return samples[:whole_bytes]
+
+
+def over_and_over(sound: SoundFile) -> Iterator[bytes]:
+    """Give a file's sound without an end; raises as `SoundFile.read_once` does."""
+    while True:
+        kept = bytearray()
+        for part in sound.read_once():
+            if len(kept) <= SHORT_BYTES:
+                kept += part
+            yield part
+        if not kept:
+            raise Unplayable("there is no sound in it")
+        if len(kept) <= SHORT_BYTES:  # a disk need not be asked for it a thousand times a second
+            yield from itertools.repeat(bytes(kept) * (1 + READ_BYTES // len(kept)))
+
+
+def names_sound_file(text: str) -> bool:
+    """Return whether ``--input`` means a file rather than a microphone."""
+    if text.isdigit():
+        return False
+    is_path = text.lower().endswith(SOUND_ENDINGS) or text.startswith(PATH_BEGINNINGS)
+    path = os.path.expanduser(text)
+    return is_path or (os.path.exists(path) and not os.path.isdir(path))
+
+
+def open_sound_file(name: str, rate: int | None, channels: int | None) -> PacedInput:
+    """Return a sound file as an input; raises SocketPairError where it cannot be played."""
+    try:
+        sound = find_sound(os.path.expanduser(name), rate, channels)
+    except (OSError, Unplayable) as error:
+        raise SocketPairError(f"cannot play {escape(name)}: {describe_error(error)}") from error
+    return PacedInput(escape(name), SoundLoop(sound).read, CaptureQueue(sound.audio))
+
+
+def find_sound(path: str, rate: int | None, channels: int | None) -> SoundFile:
+    """Return the sound file at `path`, read as it is or converted; raises Unplayable, OSError."""
+    check_sound_file(path)
+    try:
+        plain = PlainWav(path)
+        if plain.audio == AudioFormat(rate or plain.audio.rate, channels or plain.audio.channels):
+            return plain
+        problem = f"it is {plain.audio.describe()}, and converted only with package av"
+    except NotPlainWav as error:
+        problem = f"it is {error}, and without package av only 16-bit WAV plays"
+    try:
+        return DecodedFile(path, rate, channels)
+    except ImportError:
+        raise Unplayable(f"{problem}: {common.how_to_install('av')}") from None
+
+
+def check_sound_file(path: str) -> None:
+    """Raise Unplayable where nothing at `path` can be read over and over, and OSError."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise Unplayable("it is a folder")
+    if not stat.S_ISREG(status.st_mode):
+        raise Unplayable("it is not a file: give --input - what is read from it")
+    if not status.st_size:
+        raise Unplayable("it is empty")
 
 
 # --- sound: broadcaster ---------------------------------------------------------------------
@@ -1841,19 +2205,19 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
     sound.add_argument(
         "--input",
         metavar="MIC",
-        help="a microphone's name or number, a .wav file, or - for raw 16-bit PCM",
+        help="a microphone's name or number, a sound file, or - for raw 16-bit PCM",
     )
     sound.add_argument(
         "--rate",
         type=common.number(int, common.SAMPLE_RATES[0], common.SAMPLE_RATES[-1]),
         metavar="HZ",
-        help=f"samples a second ({DEFAULT_RATE}, or the .wav file's)",
+        help=f"samples a second ({DEFAULT_RATE}, or the file's own)",
     )
     sound.add_argument(
         "--channels",
         type=common.number(int, 1, 2),
         metavar="N",
-        help="1 for mono, 2 for stereo (1, or the .wav file's)",
+        help="1 for mono, 2 for stereo (1, or the file's own)",
     )
     sound.add_argument("--list-devices", action="store_true", help="show the microphones and exit")
 

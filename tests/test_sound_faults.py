@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import common
-from common import AudioBlock, AudioFormat
+from common import AudioBlock
 from pairing import CODE
 from sound import (
     FakeServer,
@@ -19,7 +19,6 @@ from sound import (
     port_of,
     start_client,
     start_server,
-    write_wav,
 )
 from sound_card import (
     VirtualSoundCard,
@@ -65,16 +64,6 @@ def test_no_microphone_and_no_loudspeaker_are_a_line_each(silent_machine: dict[s
         ends_with_one_line(sender, "no microphone", "--input")
     with Script("client.py", environment=silent_machine) as player:
         ends_with_one_line(player, "no loudspeaker", "--output")
-
-
-@pytest.mark.parametrize("audio", [AudioFormat(100, 1), AudioFormat(48_000, 40)])
-def test_a_wav_file_of_an_odd_format_is_a_line(
-    silent_machine: dict[str, str], tmp_path: Path, audio: AudioFormat
-) -> None:
-    write_wav(tmp_path / "odd.wav", bytes(80), audio)
-    arguments = ("--port", "0", "--input", str(tmp_path / "odd.wav"))
-    with Script("server.py", *arguments, environment=silent_machine) as sender:
-        ends_with_one_line(sender, "odd.wav", "out of range")
 
 
 def test_no_pyaudio_is_a_line(card: VirtualSoundCard, tmp_path: Path) -> None:

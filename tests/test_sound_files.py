@@ -1,0 +1,304 @@
+"""Any sound file plays, over and over and without a gap, or one line says why it does not."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import common
+import server
+from common import AudioFormat
+from sound import (
+    MONO,
+    Script,
+    ends_with_one_line,
+    numbered_frames,
+    port_of,
+    read_wav,
+    write_wav,
+)
+
+STEREO = AudioFormat(44_100, 2)
+FRAMES = 60_000  # with the loop's seam well inside two seconds
+PCM_GUID = bytes.fromhex("0100000000001000800000aa00389b71")
+
+
+def encode(source: Path, target: Path, *options: str) -> Path:
+    """Make `target` of the sound in `source` by ffmpeg; return it."""
+    command = ["ffmpeg", "-v", "error", "-y", "-i", str(source), *options, str(target)]
+    subprocess.run(command, check=True, timeout=60)
+    return target
+
+
+def decode(path: Path, audio: AudioFormat) -> bytes:
+    """Return what ffmpeg hears in a file."""
+    command = ["ffmpeg", "-v", "error", "-i", str(path), "-f", "s16le"]
+    command += ["-ar", str(audio.rate), "-ac", str(audio.channels), "-"]
+    return subprocess.run(command, check=True, timeout=60, capture_output=True).stdout
+
+
+def chunk(kind: bytes, content: bytes, size: int | None = None) -> bytes:
+    """Return a chunk of a WAV file, whose `size` may be wrong."""
+    return struct.pack("<4sI", kind, len(content) if size is None else size) + content
+
+
+def wav(*chunks: bytes) -> bytes:
+    """Return a WAV file of these chunks."""
+    return chunk(b"RIFF", b"WAVE" + b"".join(chunks))
+
+
+def pcm_format(audio: AudioFormat = MONO, encoding: int = 1, bits: int = 16) -> bytes:
+    """Return the chunk that tells a WAV file's format."""
+    frame_bytes = audio.channels * bits // 8
+    fields = (encoding, audio.channels, audio.rate, audio.rate * frame_bytes, frame_bytes, bits)
+    extension = struct.pack("<HHI", 22, bits, 3) + PCM_GUID if encoding == 0xFFFE else b""
+    return chunk(b"fmt ", struct.pack("<HHIIHH", *fields) + extension)
+
+
+def read_twice(path: Path, rate: int | None = None, channels: int | None = None) -> bytes:
+    """Return what a file gives when it is read to its end and again."""
+    sound = server.find_sound(str(path), rate, channels)
+    return b"".join(itertools.chain(sound.read_once(), sound.read_once()))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Return a plain WAV file."""
+    path = tmp_path / "sound.wav"
+    write_wav(path, numbered_frames(FRAMES, 2), STEREO)
+    return path
+
+
+@pytest.fixture
+def without_av(tmp_path: Path, silent_machine: dict[str, str]) -> dict[str, str]:
+    """Return an environment in which package av is not installed."""
+    (tmp_path / "no").mkdir()
+    (tmp_path / "no" / "av.py").write_text("raise ImportError('not here')\n")
+    return {**silent_machine, "PYTHONPATH": str(tmp_path / "no")}
+
+
+# --- what plays -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["song.flac", "song.aiff", "song.w64", "song.caf", "song.wv", "song.au", "24.wav"]
+)
+def test_a_lossless_file_goes_out_sample_for_sample_over_and_over(
+    source: Path, name: str, silent_machine: dict[str, str]
+) -> None:
+    options = ["-c:a", "pcm_s24le"] if name == "24.wav" else []
+    song = encode(source, source.with_name(name), *options)
+    heard = source.with_name("heard.wav")
+    server_arguments = ("--port", "0", "--input", str(song))
+    with Script("server.py", *server_arguments, environment=silent_machine) as sender:
+        sender.wait_for("Ctrl+C to stop")
+        arguments = ("--port", port_of(sender), "--output", str(heard), "--seconds", "3")
+        with Script("client.py", *arguments, environment=silent_machine) as writer:
+            assert writer.end() == common.EXIT_OK, writer.text()
+    audio, samples = read_wav(heard)
+    assert audio == STEREO
+    assert len(samples) == 3 * STEREO.rate * STEREO.frame_bytes
+    assert samples in numbered_frames(FRAMES, 2) * 5
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("song.mp3", ()), ("song.ogg", ("-c:a", "libvorbis")), ("song.opus", ()), ("song.m4a", ())],
+)
+def test_a_lossy_file_gives_what_ffmpeg_hears_in_it(
+    source: Path, name: str, options: tuple[str, ...]
+) -> None:
+    song = encode(source, source.with_name(name), *options)
+    own = AudioFormat(48_000, 2) if name == "song.opus" else STEREO
+    assert server.find_sound(str(song), None, None).audio == own
+    heard = memoryview(read_twice(song)).cast("h")
+    expected = memoryview(2 * decode(song, own)).cast("h")
+    assert len(heard) == len(expected)
+    # Other versions of FFmpeg round in other ways.
+    assert max(abs(one - other) for one, other in zip(heard, expected, strict=True)) <= 2
+
+
+@pytest.mark.parametrize("codec", ["pcm_u8", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_alaw"])
+def test_a_wav_file_of_another_encoding_is_converted(source: Path, codec: str) -> None:
+    song = encode(source, source.with_name("song.wave"), "-c:a", codec, "-f", "wav")
+    assert read_twice(song) == 2 * decode(song, STEREO)
+
+
+def test_a_file_is_converted_to_the_rate_and_channels_asked_for(source: Path) -> None:
+    sound = server.find_sound(str(source), 48_000, 1)
+    assert sound.audio == MONO
+    frames = len(b"".join(sound.read_once())) // 2
+    assert abs(frames - FRAMES * 48_000 / STEREO.rate) < 2
+
+
+def test_mono_is_as_loud_on_either_side_of_stereo(tmp_path: Path) -> None:
+    write_wav(tmp_path / "mono.wav", numbered_frames(999), MONO)
+    heard = memoryview(read_twice(tmp_path / "mono.wav", channels=2)).cast("h")
+    assert heard[0::2].tobytes() == heard[1::2].tobytes() == 2 * numbered_frames(999)
+
+
+def test_a_rate_out_of_range_is_converted(tmp_path: Path) -> None:
+    write_wav(tmp_path / "slow.wav", bytes(160), AudioFormat(100, 1))
+    sound = server.find_sound(str(tmp_path / "slow.wav"), None, None)
+    assert sound.audio == MONO
+    assert len(b"".join(sound.read_once())) == MONO.frames_in(800) * 2
+
+
+SAMPLES = numbered_frames(1_000)
+HEADERS: dict[str, tuple[bytes, bytes]] = {
+    "extensible": (wav(pcm_format(encoding=0xFFFE), chunk(b"data", SAMPLES)), SAMPLES),
+    "size 0": (b"RIFF\0\0\0\0WAVE" + pcm_format() + chunk(b"data", SAMPLES, 0), SAMPLES),
+    "size unknown": (wav(pcm_format(), chunk(b"data", SAMPLES, 0xFFFF_FFFF)), SAMPLES),
+    "half a frame more": (wav(pcm_format(), chunk(b"data", SAMPLES + b"x")), SAMPLES),
+    "killed in a frame": (wav(pcm_format(), chunk(b"data", SAMPLES + b"x", 0)), SAMPLES),
+    "other chunks": (
+        wav(chunk(b"JUNK", b"abc") + b"\0", pcm_format(), chunk(b"data", SAMPLES), b"LIST"),
+        SAMPLES,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_wav_file_with_a_header_of_its_own_kind_plays_without_av(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    content, samples = HEADERS[name]
+    (tmp_path / "x.wav").write_bytes(content)
+    assert read_twice(tmp_path / "x.wav") == 2 * samples
+
+
+def test_what_is_asked_for_in_any_size_comes_in_whole_frames_without_a_gap(tmp_path: Path) -> None:
+    write_wav(tmp_path / "short.wav", numbered_frames(7, 2), STEREO)
+    loop = server.SoundLoop(server.find_sound(str(tmp_path / "short.wav"), None, None))
+    heard = b"".join(loop.read(4 * frames) for frames in range(1, 200))
+    assert heard == (numbered_frames(7, 2) * 9_999)[: len(heard)]
+
+
+# --- what does not --------------------------------------------------------------------------
+
+
+def test_more_channels_than_can_be_sent_are_a_line(
+    tmp_path: Path, silent_machine: dict[str, str]
+) -> None:
+    write_wav(tmp_path / "many.wav", bytes(8_000), AudioFormat(48_000, 40))
+    arguments = ("--port", "0", "--input", str(tmp_path / "many.wav"))
+    with Script("server.py", *arguments, environment=silent_machine) as sender:
+        ends_with_one_line(sender, "many.wav", "40 channels cannot be mixed")
+
+
+def cut(path: Path) -> None:
+    """Leave off a file's last quarter, and half a frame."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4 + 1])
+
+
+@pytest.mark.parametrize("name", ["cut.wav", "cut.flac", "cut.aiff", "24.wav"])
+def test_a_file_that_stops_half_way_plays_to_there_and_ends_with_status_1(
+    source: Path, name: str, silent_machine: dict[str, str]
+) -> None:
+    options = ["-c:a", "pcm_f32le"] if name == "24.wav" else []
+    song = encode(source, source.with_name(name), *options)
+    cut(song)
+    heard = source.with_name("heard.wav")
+    server_arguments = ("--port", "0", "--input", str(song))
+    with Script("server.py", *server_arguments, environment=silent_machine) as sender:
+        sender.wait_for("Ctrl+C to stop")
+        arguments = ("--port", port_of(sender), "--output", str(heard))
+        with Script("client.py", *arguments, environment=silent_machine) as writer:
+            assert writer.end() == common.EXIT_OK
+            assert f"The sound has ended: {song} cannot be read any further" in writer.text()
+        assert sender.end() == common.EXIT_FAILED
+        assert f"{song} cannot be read any further" in sender.text()
+    samples = read_wav(heard)[1]
+    assert len(samples) > FRAMES
+    assert samples in numbered_frames(FRAMES, 2)
+
+
+def make_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "nothing.mp3": (lambda path: None, "no such file"),
+    "folder.wav": (Path.mkdir, "it is a folder"),
+    "fifo.wav": (make_fifo, "it is not a file"),
+    "empty.wav": (Path.touch, "it is empty"),
+    "noise.wav": (lambda path: path.write_bytes(b"\x93" * 4_000), "FFmpeg"),
+    "half.flac": (lambda path: path.write_bytes(b"fLaC\0\0\0\x22"), "FFmpeg"),
+    "silent.wav": (lambda path: path.write_bytes(wav(pcm_format(), chunk(b"data", b""))), "no s"),
+    "text": (lambda path: path.write_text("not a sound\n" * 99), ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_sound_is_a_line(
+    tmp_path: Path, silent_machine: dict[str, str], name: str
+) -> None:
+    make, words = BAD[name]
+    make(tmp_path / name)
+    arguments = ("--port", "0", "--input", str(tmp_path / name))
+    with Script("server.py", *arguments, environment=silent_machine) as sender:
+        ends_with_one_line(sender, f"cannot play {tmp_path / name}: ", words)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.mp3", "MP3"), ("a.flac", "FLAC"), ("a.opus", "Ogg"), ("a.m4a", "MP4"), ("a.aiff", "AIFF")],
+)
+def test_without_av_a_line_says_what_a_file_is_and_what_would_help(
+    source: Path, without_av: dict[str, str], name: str, kind: str
+) -> None:
+    song = encode(source, source.with_name(name))
+    with Script("server.py", "--port", "0", "--input", str(song), environment=without_av) as sender:
+        ends_with_one_line(sender, f"it is {kind}", "package av", "install")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(("-c:a", "pcm_s24le"), "24-bit samples"), (("-c:a", "pcm_f32le"), "floating-point samples")],
+)
+def test_without_av_a_wav_of_another_encoding_is_a_line(
+    source: Path, without_av: dict[str, str], arguments: tuple[str, ...], words: str
+) -> None:
+    song = encode(source, source.with_name("other.wav"), *arguments)
+    with Script("server.py", "--port", "0", "--input", str(song), environment=without_av) as sender:
+        ends_with_one_line(sender, words, "package av", "install")
+
+
+def test_without_av_a_format_that_is_not_the_files_is_a_line(
+    source: Path, without_av: dict[str, str]
+) -> None:
+    arguments = ("--port", "0", "--input", str(source), "--rate", "48000")
+    with Script("server.py", *arguments, environment=without_av) as sender:
+        ends_with_one_line(sender, "44100 Hz stereo", "package av", "install")
+
+
+@given(
+    data=st.binary(max_size=80)
+    | st.builds(
+        lambda content, at, put: content[:at] + put + content[at + len(put) :],
+        st.sampled_from([content for content, _ in HEADERS.values()]),
+        st.integers(0, 120),
+        st.binary(max_size=12),
+    )
+)
+def test_no_bytes_make_the_wav_reader_raise_anything_but_its_one_error(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "mangled.wav"
+    path.write_bytes(data)
+    try:
+        sound = server.PlainWav(str(path))
+        for part in sound.read_once():
+            assert part
+    except server.Unplayable as error:
+        assert str(error).isprintable()

@@ -1,6 +1,6 @@
 """What runs the README's recipes as they stand there: each is read from it, and given to a shell.
 
-``read_recipe`` reads one, a ``Workplace`` is a copy of the three modules where ``python`` is this
+``read_recipe`` reads one, a ``Workplace`` is a copy of the three modules where ``python3`` is this
 one, ``Shell`` is a recipe running. As root on Linux they have a network of their own, so that the
 ports that they name are free. Import ``network`` and ``workplace`` to have the fixtures.
 """
@@ -95,7 +95,7 @@ class Workplace:
         self._wrapper = wrapper
         for module in MODULES:
             shutil.copy(ROOT / module, folder)
-        python = folder / "bin" / "python"
+        python = folder / "bin" / "python3"
         python.parent.mkdir()
         python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         python.chmod(0o755)

@@ -74,10 +74,10 @@ def test_a_song_is_heard_to_its_last_sample_by_everyone(workplace: Workplace) ->
     song = (workplace.folder / "song.raw").read_bytes()
     with workplace.recipe("sound-in") as server:
         server.wait_for("Ctrl+C to stop")
-        with workplace.run("exec python client.py audio --output early.wav") as early:
+        with workplace.run("exec python3 client.py audio --output early.wav") as early:
             early.wait_for("Listening to")
             wait_for(lambda: has_sound(workplace.folder / "early.wav"), LIMIT_S, "its sound")
-            with workplace.run("exec python client.py audio --output late.wav") as late:
+            with workplace.run("exec python3 client.py audio --output late.wav") as late:
                 for client in (early, late):
                     assert client.wait() == 0, client.output
                     assert THE_END in client.output
@@ -110,7 +110,7 @@ def station(workplace: Workplace, network: tuple[str, ...]) -> Iterator[Workplac
 def test_icecast_hands_it_on_to_a_player_and_to_another_server_of_ours(station: Workplace) -> None:
     write_melody(station.folder / "melody.wav", 2.4)
     with ExitStack() as stack:
-        server = station.run("exec python server.py audio --input melody.wav")
+        server = station.run("exec python3 server.py audio --input melody.wav")
         start(stack, server, "Ctrl+C to stop")
         start(stack, station.recipe("icecast"), "Listening to")
         wait_until_on_air(station)
@@ -118,7 +118,7 @@ def test_icecast_hands_it_on_to_a_player_and_to_another_server_of_ours(station: 
         assert is_melody((station.folder / "heard.raw").read_bytes())
         radio = read_recipe("sound-in").replace("song.mp3", URL).strip() + " --port 50008"
         start(stack, station.run(radio), "Ctrl+C to stop")
-        run_all(station, "python client.py audio --port 50008 --output again.wav --seconds 5")
+        run_all(station, "python3 client.py audio --port 50008 --output again.wav --seconds 5")
         assert is_melody(read_wav(station.folder / "again.wav"))
 
 
@@ -135,10 +135,10 @@ def test_one_microphone_has_200_listeners_through_icecast(station: Workplace) ->
         stack.callback(stop_process, player)
         names = ("XDG_RUNTIME_DIR", "HOME", "PULSE_SERVER", "ALSA_CONFIG_PATH")
         ears = {name: card.environment[name] for name in names}
-        start(stack, station.run("exec python server.py audio", **ears), "Ctrl+C to stop")
+        start(stack, station.run("exec python3 server.py audio", **ears), "Ctrl+C to stop")
         start(stack, station.recipe("icecast"), "Listening to")
         wait_until_on_air(station)
-        crowd = run_all(station, f"python {CROWD} {URL} --count 200 --seconds 6 --keep one.opus")
+        crowd = run_all(station, f"python3 {CROWD} {URL} --count 200 --seconds 6 --keep one.opus")
         assert "200 of 200 kept up" in crowd.output
         run_all(station, f"ffmpeg -loglevel error -i one.opus {PCM} one.raw")
         assert is_melody((station.folder / "one.raw").read_bytes())
@@ -154,7 +154,7 @@ def test_snapcast_plays_it(workplace: Workplace, network: tuple[str, ...]) -> No
     heard = workplace.folder / "heard.raw"
     home = {"HOME": str(workplace.folder)}
     with ExitStack() as stack:
-        server = workplace.run("exec python server.py audio --input melody.wav")
+        server = workplace.run("exec python3 server.py audio --input melody.wav")
         start(stack, server, "Ctrl+C to stop")
         start(stack, workplace.recipe("snapcast", **home), "Listening to")
         # Where snapserver took the sound for another format, the pitch would be another.

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
 import math
-import os
-import pty
 import signal
-import socket
-import subprocess
-import sys
-import termios
-import threading
 import time
 import wave
 from array import array
@@ -21,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import common
 from common import AudioFormat
+from peers import message
+from processes import Process
+from proxy import DOWN, Hook
 from sound_card import (
     MICROPHONE_MONITOR,
     RATE,
@@ -33,9 +24,6 @@ from sound_card import (
     stop_process,
     wait_for,
 )
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 LIMIT_S = 30.0
 
@@ -55,102 +43,22 @@ LOUD = 6_000
 MONO = AudioFormat(48_000, 1)
 
 
-class Script:
-    """One of the two scripts, run as a user runs it; `lines` is what it has printed so far."""
+class Script(Process):
+    """One of the two scripts in audio mode; all that it prints is in `lines`."""
 
     def __init__(
         self, name: str, *arguments: str, environment: Mapping[str, str], **options: Any
     ) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / name), "audio", *arguments],
-            env=dict(environment),
-            stdin=options.get("stdin", subprocess.DEVNULL),
-            stdout=options.get("stdout", subprocess.PIPE),
-            stderr=subprocess.PIPE,
-        )
-        self.lines: list[str] = []
-        streams = [self.process.stderr] + ([] if "stdout" in options else [self.process.stdout])
-        self._threads = [
-            threading.Thread(target=self._read, args=(stream,), daemon=True) for stream in streams
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _read(self, stream: Any) -> None:
-        for line in stream:
-            self.lines.append(line.decode().rstrip())
-
-    def __enter__(self) -> Script:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for thread in self._threads if self.process.poll() is not None else []:
-            thread.join(LIMIT_S)
-        stop_process(self.process)
-
-    def text(self) -> str:
-        """Return everything printed so far."""
-        return "\n".join(self.lines)
-
-    def wait_for(self, text: str, times: int = 1) -> None:
-        """Return once `text` has been printed so often; fails with the output if it is not."""
-        try:
-            wait_for(lambda: self.text().count(text) >= times, repr(text), LIMIT_S)
-        except TimeoutError as error:
-            pytest.fail(f"{error}; printed was:\n{self.text()}")
+        super().__init__(name, "audio", *arguments, env=environment, merged=True, **options)
 
     def end(self) -> int:
         """Return the exit status, once there is one and all is printed."""
-        status = self.process.wait(LIMIT_S)
-        for thread in self._threads:
-            thread.join(LIMIT_S)
-        return status
+        return self.wait().status
 
     def interrupt(self) -> int:
         """Press Ctrl+C; return the exit status."""
-        self.process.send_signal(signal.SIGINT)
+        self.signal(signal.SIGINT)
         return self.end()
-
-
-class Terminal(Script):
-    """A script at a terminal of its own; `text` is all that the terminal was sent."""
-
-    def __init__(self, name: str, *arguments: str, environment: Mapping[str, str]) -> None:
-        self._terminal, far = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / name), "audio", *arguments],
-            env=dict(environment),
-            stdin=far,
-            stdout=far,
-            stderr=far,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
-        )
-        os.close(far)
-        self._shown = bytearray()
-        self._threads = [threading.Thread(target=self._follow, daemon=True)]
-        self._threads[0].start()
-
-    def _follow(self) -> None:
-        with contextlib.suppress(OSError):  # so ends a terminal that nobody has open any more
-            while data := os.read(self._terminal, 4096):
-                self._shown += data
-
-    def text(self) -> str:
-        """Return everything shown so far."""
-        return self._shown.decode()
-
-    def type(self, keys: str) -> None:
-        """Press `keys`, one of which may be Ctrl+C."""
-        os.write(self._terminal, keys.encode())
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)
-        self._threads[0].join(LIMIT_S)
-        os.close(self._terminal)
 
 
 def start_server(card: VirtualSoundCard, *arguments: str, **options: Any) -> Script:
@@ -172,6 +80,11 @@ def start_client(card: VirtualSoundCard, port: str, *arguments: str, **options: 
     """Return a client that tries to listen."""
     environment = card.environment
     return Script("client.py", "--port", port, *arguments, environment=environment, **options)
+
+
+def at_terminal(card: VirtualSoundCard, port: str, *arguments: str) -> Script:
+    """Return a client at a terminal of its own."""
+    return start_client(card, port, *arguments, terminal=True)
 
 
 def make_tone(seconds: float, hertz: float = TONE_HZ) -> bytes:
@@ -259,73 +172,19 @@ def read_wav(path: Path) -> tuple[AudioFormat, bytes]:
         return audio, file.readframes(file.getnframes())
 
 
-def greet(port: str) -> socket.socket:
-    """Return a socket that has asked for sound, and has read nothing yet."""
-    sock = socket.create_connection(("127.0.0.1", int(port)), LIMIT_S)
-    hello = json.dumps({"type": "hello", "protocol": common.PROTOCOL, "mode": "audio"}).encode()
-    sock.sendall(common.LENGTH.pack(len(hello)) + hello)
-    return sock
-
-
-class FakeServer:
-    """Answers one client after another with the bytes it was made with."""
-
-    def __init__(self, *frames: bytes) -> None:
-        self._frames = frames
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = str(self._listener.getsockname()[1])
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            sock.recv(4096)
-            sock.sendall(b"".join(self._frames))
-            sock.recv(4096)
-            sock.close()
-
-    def __enter__(self) -> FakeServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.close()
-
-
-class Interpreter:
-    """Stands between a client and the server at `port`, and changes one word of the welcome."""
-
-    def __init__(self, port: str, word: bytes, instead: bytes) -> None:
-        self._server = ("127.0.0.1", int(port))
-        self._word, self._instead = word, instead
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = str(self._listener.getsockname()[1])
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        near, _ = self._listener.accept()
-        with near, socket.create_connection(self._server) as far:
-            far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            far.sendall(near.recv(4096))
-            data = far.recv(4096).replace(self._word, self._instead)
-            with contextlib.suppress(OSError):
-                while data:
-                    near.sendall(data)
-                    data = far.recv(65_536)
-
-    def __enter__(self) -> Interpreter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.close()
-
-
 def pack_welcome(**changes: Any) -> bytes:
-    fields = {"type": "welcome", "protocol": 1, "mode": "audio", "rate": 48_000, "channels": 1}
-    message = json.dumps({**fields, "stream": "s", **changes}).encode()
-    return common.LENGTH.pack(len(message)) + message
+    """Return the welcome of a server of sound."""
+    fields = {"protocol": 1, "mode": "audio", "rate": 48_000, "channels": 1, "stream": "s"}
+    return message("welcome", **{**fields, **changes})
+
+
+def renamed(word: bytes, instead: bytes) -> Hook:
+    """Return a hook for a proxy that changes one word of a welcome."""
+
+    def change(direction: int, passed: int, data: bytes) -> bytes:
+        return data.replace(word, instead) if direction == DOWN and not passed else data
+
+    return change
 
 
 def ends_with_one_line(script: Script, *words: str) -> None:

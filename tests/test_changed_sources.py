@@ -11,7 +11,7 @@ import client
 from common import Keepalive
 from support import (
     MIB,
-    Link,
+    Proxy,
     Server,
     contents,
     hold_and,
@@ -72,7 +72,7 @@ def test_a_file_that_changes_while_it_is_sent_is_refused(
                 file.truncate(0 if how == "is truncated" else 39 * MIB)
 
     with (
-        Link(server.port, hold_at=16 * MIB) as link,
+        Proxy(server.port, hold_at=16 * MIB) as link,
         server.client(source, after, port=link.port) as client,
     ):
         hold_and(server, link, client, change)
@@ -91,7 +91,7 @@ def test_a_file_that_is_replaced_while_it_is_sent_arrives_as_it_was(
     before = source.read_bytes()
     other = make_file(tmp_path / "new", 1000, seed=2)
     with (
-        Link(server.port, hold_at=16 * MIB) as link,
+        Proxy(server.port, hold_at=16 * MIB) as link,
         server.client(source, port=link.port) as client,
     ):
         hold_and(server, link, client, lambda: other.replace(source))

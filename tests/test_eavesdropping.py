@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-import socket
 import ssl
-import threading
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,83 +12,35 @@ import pytest
 
 from common import normalize_code
 from pairing import CODE, CONTENT, NAME, check_paired, send_here, visible_files
-from support import HOST, Process, RawClient, Server, free_port
+from support import DOWN, UP, Cut, Process, Proxy, RawClient, Server, free_port
 
 
-class Tap:
-    """A link to a server, all of whose bytes are recorded.
+class Harm:
+    """A hook for a proxy, which does harm at one byte: `number` of those in `direction`.
 
-    `change` and `cut` name a byte by its direction (0 is towards the server) and its number: the
-    one is changed on its way, the other and all that follow do not arrive.
+    "change" changes it on its way; with "cut", it and all that follow do not arrive.
     """
 
-    def __init__(
-        self,
-        port: int,
-        change: tuple[int, int] | None = None,
-        cut: tuple[int, int] | None = None,
-    ) -> None:
-        self.recorded = (bytearray(), bytearray())
-        self._target = port
-        self._change = change
-        self._cut = cut
-        self._listener = socket.create_server((HOST, 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self._thread.start()
+    def __init__(self, harm: str, direction: int, number: int) -> None:
+        self._harm = harm
+        self._direction = direction
+        self._number = number
 
-    def __enter__(self) -> Tap:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join(60)
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                with near, socket.create_connection((HOST, self._target), timeout=60) as far:
-                    ways = [
-                        threading.Thread(target=self._pass, args=(*way,), daemon=True)
-                        for way in ((0, near, far), (1, far, near))
-                    ]
-                    for thread in ways:
-                        thread.start()
-                    for thread in ways:
-                        thread.join(60)
-
-    def _pass(self, direction: int, source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := source.recv(65536):
-                target.sendall(self._harm(direction, data))
-                self.recorded[direction].extend(data)
-                if self._cut and self._cut[0] == direction:
-                    assert len(self.recorded[direction]) < self._cut[1]
-            target.shutdown(socket.SHUT_WR)
-        except (OSError, AssertionError):
-            for sock in (source, target):
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-
-    def _harm(self, direction: int, data: bytes) -> bytes:
-        passed = len(self.recorded[direction])
-        if self._cut and self._cut[0] == direction:
-            return data[: max(0, self._cut[1] - passed)]
-        if self._change and self._change[0] == direction:
-            at = self._change[1] - passed
-            if 0 <= at < len(data):
-                return data[:at] + bytes([data[at] ^ 0x15]) + data[at + 1 :]
-        return data
+    def __call__(self, direction: int, passed: int, data: bytes) -> bytes:
+        """Do it, where the byte is in `data`."""
+        at = self._number - passed
+        if direction != self._direction or not 0 <= at < len(data):
+            return data
+        if self._harm == "cut":
+            raise Cut(data[:at])
+        return data[:at] + bytes([data[at] ^ 0x15]) + data[at + 1 :]
 
 
 def record(running: Server, path: Path, tls: ssl.SSLContext | None) -> tuple[bytes, bytes]:
-    """Send a file through a tap; return all that went to the server, and all that came back."""
-    with Tap(running.port) as tap:
-        assert send_here(tap.port, path, tls) == 0
-    return bytes(tap.recorded[0]), bytes(tap.recorded[1])
+    """Send a file through a proxy; return all that went to the server, and all that came back."""
+    with Proxy(running.port) as proxy:
+        assert send_here(proxy.port, path, tls) == 0
+    return bytes(proxy.recorded[UP]), bytes(proxy.recorded[DOWN])
 
 
 def samples(length: int, count: int) -> list[int]:
@@ -148,12 +97,10 @@ def test_whatever_is_changed_or_cut_off_on_the_way_nothing_wrong_arrives(
     lengths = [len(way) for way in record(paired, path, tls)]
     (paired.folder / NAME).unlink()
     memory = paired.status_field("VmRSS")
-    for direction in (0, 1):
+    for direction in (UP, DOWN):
         for number in samples(lengths[direction], 40):
-            place = (direction, number)
-            tap = Tap(paired.port, **{harm: place})
-            with tap:
-                status = send_here(tap.port, path, tls)
+            with Proxy(paired.port, hook=Harm(harm, direction, number)) as proxy:
+                status = send_here(proxy.port, path, tls)
             arrived = paired.folder / NAME
             if status == 0:
                 assert arrived.read_bytes() == path.read_bytes()
@@ -179,7 +126,10 @@ def test_sound_crosses_and_with_a_code_no_sample_can_be_heard_on_the_way(
     with Process("server.py", *both, str(port), "--input", str(tmp_path / "in.wav")) as server:
         server.wait_for_output("Broadcasting")
         arguments = ("--output", str(heard), "--seconds", "1")
-        with Tap(port) as tap, Process("client.py", *both, str(tap.port), *arguments) as listener:
+        with (
+            Proxy(port) as proxy,
+            Process("client.py", *both, str(proxy.port), *arguments) as listener,
+        ):
             result = listener.wait()
         if code:
             refused = Process("client.py", "audio", "--port", str(port), *arguments)
@@ -190,4 +140,4 @@ def test_sound_crosses_and_with_a_code_no_sample_can_be_heard_on_the_way(
         played = file.readframes(10**6)
     assert len(played) > 48_000
     assert samples.find(played) >= 0
-    assert (played[1000:1016] in tap.recorded[1]) == (code is None)
+    assert (played[1000:1016] in proxy.recorded[DOWN]) == (code is None)

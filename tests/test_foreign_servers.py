@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import ssl
-import threading
 from pathlib import Path
 
 import pytest
 
 from common import Connection, SocketPairError, make_tls_context, normalize_code
 from pairing import JUNK, OTHER_CODE, send_here
-from support import HOST
-
-
-def answer_once(answer: bytes) -> tuple[int, threading.Thread]:
-    """Have a server answer one client with `answer` and hang up; return its port."""
-    listener = socket.create_server((HOST, 0))
-
-    def run() -> None:
-        with listener, contextlib.suppress(OSError):
-            sock, _ = listener.accept()
-            with sock:
-                sock.settimeout(60)
-                sock.recv(65536)
-                sock.sendall(answer)
-                sock.shutdown(socket.SHUT_WR)
-                while sock.recv(65536):
-                    pass
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return listener.getsockname()[1], thread
+from support import HOST, FakeServer, RawPeer
 
 
 @pytest.mark.usefixtures("hasty")
@@ -58,11 +36,10 @@ def test_a_server_of_something_else_is_told_in_one_line(
     source: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    port, thread = answer_once(answer)
-    assert send_here(port, source, tls if with_code else None) == 1
+    with FakeServer(answer) as fake:
+        assert send_here(fake.port, source, tls if with_code else None) == 1
     (line,) = capfd.readouterr().err.splitlines()
-    assert f"{HOST}:{port}" in line
-    thread.join(60)
+    assert f"{HOST}:{fake.port}" in line
 
 
 def test_a_client_with_a_code_tells_a_server_without_it_nothing(
@@ -71,19 +48,13 @@ def test_a_client_with_a_code_tells_a_server_without_it_nothing(
     other = make_tls_context(normalize_code(OTHER_CODE), server_side=True)
     other.verify_mode = ssl.CERT_NONE  # it would take anyone
     heard: list[bytes] = []
-    listener = socket.create_server((HOST, 0))
 
-    def run() -> None:
-        with listener, contextlib.suppress(SocketPairError):
-            sock, _ = listener.accept()
-            with Connection(sock, "client") as connection:
-                connection.start_tls(other, server_side=True)
-                heard.append(connection.read(1))
+    def serve(peer: RawPeer) -> None:
+        with contextlib.suppress(SocketPairError), Connection(peer.socket, "client") as connection:
+            connection.start_tls(other, server_side=True)
+            heard.append(connection.read(1))
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    port = listener.getsockname()[1]
-    assert send_here(port, source, tls) == 1
-    thread.join(60)
+    with FakeServer(serve) as fake:
+        assert send_here(fake.port, source, tls) == 1
     assert heard == []
-    assert capfd.readouterr().err == f"{HOST}:{port} has another pairing code\n"
+    assert capfd.readouterr().err == f"{HOST}:{fake.port} has another pairing code\n"

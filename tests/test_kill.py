@@ -15,7 +15,7 @@ import pytest
 from support import (
     MIB,
     PARTIAL_SUFFIX,
-    Link,
+    Proxy,
     Server,
     contents,
     make_file,
@@ -103,7 +103,7 @@ def test_a_client_killed_again_and_again_gets_there(
 ) -> None:
     wanted = expected(tree)
     total = sum(map(len, wanted.values()))
-    with Watch(server.folder, wanted), Link(server.port) as link:
+    with Watch(server.folder, wanted), Proxy(server.port) as link:
         for moment in moments(seed, total):
             with server.client(tree, port=link.port) as client:
                 link.wait_until_passed(moment, client)
@@ -125,7 +125,7 @@ def test_a_server_killed_again_and_again_gets_there(
     servers = contextlib.ExitStack()
     with servers, Watch(inbox, wanted):
         server = servers.enter_context(Server(inbox))
-        with Link(server.port) as link, server.client(tree, port=link.port) as client:
+        with Proxy(server.port) as link, server.client(tree, port=link.port) as client:
             for moment in moments(seed, total):
                 link.wait_until_passed(moment, client)
                 server.kill()

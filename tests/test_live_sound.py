@@ -11,18 +11,18 @@ import pytest
 
 import common
 from sound import (
-    Interpreter,
-    greet,
     hears_tone,
     measure_delay_s,
     port_of,
     read_wav,
+    renamed,
     start_client,
     start_server,
 )
 from sound_card import (
     VirtualSoundCard,
 )
+from support import Proxy, RawClient, message
 
 
 def test_what_the_microphone_hears_the_loudspeaker_says(card: VirtualSoundCard) -> None:
@@ -47,20 +47,20 @@ def test_the_delay_is_bounded_and_a_stall_leaves_none(card: VirtualSoundCard) ->
         player.wait_for("Listening")
         assert hears_tone(card)
         assert measure_delay_s(card) < 0.4
-        player.process.send_signal(signal.SIGSTOP)
+        player.signal(signal.SIGSTOP)
         time.sleep(2.0)  # the stall itself
-        player.process.send_signal(signal.SIGCONT)
+        player.signal(signal.SIGCONT)
         assert hears_tone(card)
         assert measure_delay_s(card) < 0.4
 
 
 def test_a_server_whose_clock_is_fast_is_followed(card: VirtualSoundCard) -> None:
     # The client plays 48,000 frames a second of the 48,024 that are captured: 500 ppm.
-    seconds = 12
+    hook = renamed(b'"rate":48024', b'"rate":48000')
     with (
         start_server(card, "--rate", "48024") as sender,
-        Interpreter(port_of(sender), b'"rate":48024', b'"rate":48000') as between,
-        start_client(card, between.port, "--latency", "80", "--seconds", str(seconds)) as player,
+        Proxy(int(port_of(sender)), hook=hook) as proxy,
+        start_client(card, str(proxy.port), "--latency", "80", "--seconds", "12") as player,
     ):
         assert player.end() == common.EXIT_OK
         found = re.search(r"(\d+) frames? dropped", player.lines[-1])
@@ -75,7 +75,7 @@ def test_the_client_waits_for_a_server_and_comes_back_to_it(card: VirtualSoundCa
         port = port_of(sender)
         player = start_client(card, port)
         player.wait_for("Listening")
-        sender.process.kill()
+        sender.kill()
     with player:
         player.wait_for("looking for it")
         with start_server(card, "--port", port):
@@ -100,7 +100,8 @@ def test_a_listener_that_is_stuck_harms_nobody_and_is_dropped(
     card: VirtualSoundCard, tmp_path: Path
 ) -> None:
     recording = tmp_path / "all.wav"
-    with start_server(card) as sender, greet(port_of(sender)):
+    with start_server(card) as sender, RawClient(int(port_of(sender))) as stuck:
+        stuck.send(message("hello", protocol=common.PROTOCOL, mode="audio"))
         with start_client(
             card, port_of(sender), "--output", str(recording), "--seconds", "3"
         ) as other:

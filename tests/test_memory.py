@@ -7,7 +7,7 @@ from pathlib import Path
 
 from support import (
     MIB,
-    Link,
+    Proxy,
     Result,
     Server,
     linux,
@@ -45,7 +45,7 @@ def test_a_file_over_4_gib_is_gone_on_with_in_little_memory(server: Server, tmp_
     source = make_sparse(tmp_path / "large", size)
     partial = make_partial(server.folder, "large", b"begins")
     os.truncate(partial, size - 9 * MIB)
-    with Link(server.port) as link:
+    with Proxy(server.port) as link:
         result, peak = send_measured(server, source, port=link.port)
         assert 9 * MIB < link.passed < 10 * MIB
     assert result.status == 0, result
@@ -77,7 +77,7 @@ def send_measured(server: Server, source: Path, port: int | None = None) -> tupl
 def test_each_further_transfer_takes_little_memory(server: Server, tmp_path: Path) -> None:
     transfers = 6
     source = make_file(tmp_path / "large", 40 * MIB)
-    with Link(server.port, hold_at=24 * MIB) as link:
+    with Proxy(server.port, hold_at=24 * MIB) as link:
         args = ("-", "--name", "x")
         clients = []
         try:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import sys
 from pathlib import Path
 
-import pexpect
 import pytest
 
 import server
 from pairing import CODE, CONTENT, NAME, OTHER_CODE, visible_files
-from support import HOST, ROOT, Process, Server, environment, free_port
+from support import HOST, Process, Server, free_port
 
 WITHOUT_CRYPTOGRAPHY = "raise ImportError('not installed')"
 
@@ -65,25 +62,16 @@ def test_a_code_is_told_to_be_unwanted_where_the_server_is_open(
 
 
 def test_on_a_terminal_the_client_asks_for_the_code(paired: Server, source: Path) -> None:
-    child = pexpect.spawn(
-        sys.executable,
-        [str(ROOT / "client.py"), "file", "--port", str(paired.port), str(source)],
-        env=environment(),
-        encoding="utf-8",
-        timeout=60,
-    )
-    with contextlib.closing(child):
-        child.expect_exact("Pairing code: ")
-        child.sendline("too short")
-        child.expect_exact("a pairing code has at least 12 letters and digits")
-        child.expect_exact("Pairing code: ")
-        child.sendline("kq7m 2xfd 9wpb")
-        child.expect_exact("has another pairing code\r\nPairing code: ")
-        child.sendline("kq7m 2xfd 9wpa")
-        child.expect_exact(f"Saved as {NAME}")
-        child.expect(pexpect.EOF)
-        child.close()
-        assert child.exitstatus == 0
+    with paired.client(source, terminal=True) as client:
+        client.expect("Pairing code: ")
+        client.type("too short\n")
+        client.expect("a pairing code has at least 12 letters and digits")
+        client.expect("Pairing code: ")
+        client.type("kq7m 2xfd 9wpb\n")
+        client.expect("has another pairing code\r\nPairing code: ")
+        client.type("kq7m 2xfd 9wpa\n")
+        client.expect(f"Saved as {NAME}")
+        assert client.wait().status == 0
 
 
 @pytest.mark.parametrize("script", ["server.py", "client.py"])

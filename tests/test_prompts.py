@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from processes import CTRL_C
 from support import (
     HOST,
     MIB,
@@ -18,33 +19,30 @@ from support import (
     run_script,
     sha256,
 )
-from terminal import expect_end, in_terminal, matched
 
 # --- the prompts ----------------------------------------------------------------------------
 
 
 def test_the_classic_session_in_two_terminals(tmp_path: Path) -> None:
     source = make_file(tmp_path / "report.pdf", 3 * MIB)
-    server = in_terminal("server.py", "--port", "0", cwd=tmp_path)
-    try:
-        server.expect_exact("Mode (file/audio): ")
-        server.sendline("file")
-        server.expect(r"Receiving into received/ on 127\.0\.0\.1:(\d+) - Ctrl\+C to stop\r\n")
-        port = matched(server)
-        client = in_terminal("client.py", "--port", port, cwd=tmp_path)
-        client.expect_exact("Mode (file/audio): ")
-        client.sendline("file")
-        client.expect_exact("File name: ")
-        client.sendline("report.pdf")
-        client.expect(r"report\.pdf: 100%.*3\.\d*M/3\.\d*M.*B/s")
-        client.expect(r"Saved as report\.pdf, SHA-256 matches \((\w{8})\.\.\.\)\r\n")
-        assert matched(client) == sha256(source)[:8]
-        assert expect_end(client) == (0, "")
-        server.expect_exact("saved as received/report.pdf")
-        server.sendintr()
-        assert expect_end(server)[0] == 130
-    finally:
-        server.close(force=True)
+    with Process("server.py", "--port", "0", cwd=tmp_path, terminal=True) as server:
+        server.expect(r"Mode \(file/audio\): ")
+        server.type("file\n")
+        listening = r"Receiving into received/ on 127\.0\.0\.1:(\d+) - Ctrl\+C to stop\r\n"
+        port = server.expect(listening)[1]
+        with Process("client.py", "--port", port, cwd=tmp_path, terminal=True) as client:
+            client.expect(r"Mode \(file/audio\): ")
+            client.type("file\n")
+            client.expect("File name: ")
+            client.type("report.pdf\n")
+            client.expect(r"report\.pdf: 100%.*3\.\d*M/3\.\d*M.*B/s")
+            saved = client.expect(r"Saved as report\.pdf, SHA-256 matches \((\w{8})\.\.\.\)\r\n")
+            assert saved[1] == sha256(source)[:8]
+            assert client.wait().status == 0
+            assert client.rest() == ""
+        server.expect(r"saved as received/report\.pdf")
+        server.type(CTRL_C)
+        assert server.wait().status == 130
     assert (tmp_path / "received" / "report.pdf").read_bytes() == source.read_bytes()
 
 
@@ -101,12 +99,12 @@ def test_end_of_input_at_a_prompt_ends_with_one_line(
 
 def test_ctrl_c_at_a_prompt_is_no_error_message(tmp_path: Path) -> None:
     for script in ("server.py", "client.py"):
-        terminal = in_terminal(script, cwd=tmp_path)
-        terminal.expect_exact("Mode (file/audio): ")
-        terminal.sendintr()
-        status, printed = expect_end(terminal)
-        assert status == 130
-        assert "Traceback" not in printed
+        with Process(script, cwd=tmp_path, terminal=True) as terminal:
+            terminal.expect(r"Mode \(file/audio\): ")
+            terminal.type(CTRL_C)
+            result = terminal.wait()
+        assert result.status == 130
+        assert "Traceback" not in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -146,27 +144,28 @@ def test_the_file_prompt_takes_names_as_people_write_them(
 def test_tab_completes_names_in_a_terminal(server: Server, tmp_path: Path) -> None:
     pytest.importorskip("readline", reason="this Python was built without readline")
     make_file(tmp_path / "home" / "some folder" / "unmistakable name.txt", 100)
-    client = in_terminal("client.py", "--port", str(server.port), "file", cwd=tmp_path / "home")
-    client.expect_exact("File name: ")
-    client.send("so\t")
-    client.expect_exact("some folder/")
-    client.send("unm\t")
-    client.expect_exact("unmistakable name.txt")
-    client.send("\r")
-    client.expect_exact("Saved as unmistakable name.txt")
-    assert expect_end(client)[0] == 0
+    with server.client(cwd=tmp_path / "home", terminal=True) as client:
+        client.expect("File name: ")
+        client.type("so\t")
+        client.expect("some folder/")
+        client.type("unm\t")
+        client.expect(r"unmistakable name\.txt")
+        client.type("\r")
+        client.expect(r"Saved as unmistakable name\.txt")
+        assert client.wait().status == 0
 
 
 def test_tab_completes_below_the_home_folder(server: Server, tmp_path: Path) -> None:
     pytest.importorskip("readline", reason="this Python was built without readline")
     make_file(tmp_path / "home" / "unmistakable.txt", 100)
-    client = in_terminal("client.py", "--port", str(server.port), "file", cwd=tmp_path / "home")
-    client.expect_exact("File name: ")
-    client.send("~/unm\t")
-    client.expect_exact("istakable.txt")
-    client.send("\r")
-    client.expect_exact("Saved as unmistakable.txt")
-    assert expect_end(client)[0] == 0
+    home = tmp_path / "home"
+    with server.client(cwd=home, terminal=True, env={"HOME": str(home)}) as client:
+        client.expect("File name: ")
+        client.type("~/unm\t")
+        client.expect(r"istakable\.txt")
+        client.type("\r")
+        client.expect(r"Saved as unmistakable\.txt")
+        assert client.wait().status == 0
 
 
 # --- arguments ------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from sound import (
     MONO,
     OTHER_HZ,
     Script,
-    Terminal,
     ends_with_one_line,
     is_heard,
     make_tone,
@@ -63,9 +62,9 @@ def test_a_pipe_arrives_sample_for_sample_and_ends(card: VirtualSoundCard, tmp_p
     ):
         reader.wait_for("Listening")
         sender.wait_for("listening")
-        assert sender.process.stdin is not None
-        sender.process.stdin.write(sent)
-        sender.process.stdin.close()
+        assert sender.popen.stdin is not None
+        sender.popen.stdin.write(sent)
+        sender.popen.stdin.close()
         assert reader.end() == common.EXIT_OK
         assert sender.end() == common.EXIT_OK
         assert "standard input is at its end" in reader.text()
@@ -88,8 +87,7 @@ def test_a_recording_beside_playing_is_valid_after_kill_9(
         start_client(card, port_of(sender), "--record", str(recording)) as player,
     ):
         wait_for(lambda: recording.exists() and recording.stat().st_size > 50_000, "a recording")
-        player.process.kill()
-        player.process.wait(LIMIT_S)
+        player.kill()
     audio, samples = read_wav(recording)
     assert audio == MONO
     assert len(samples) == recording.stat().st_size - client.WavFile.HEADER.size
@@ -114,7 +112,9 @@ def test_a_reader_that_goes_ends_the_client_quietly_and_what_is_recorded_stays(
 
 
 def test_raw_samples_are_not_written_to_a_terminal(card: VirtualSoundCard) -> None:
-    with Terminal("client.py", "--output", "-", environment=card.environment) as player:
+    with Script(
+        "client.py", "--output", "-", environment=card.environment, terminal=True
+    ) as player:
         assert player.end() == common.EXIT_FAILED
         assert "terminal" in player.text()
     with start_client(card, "1", "--record", "-") as player:
@@ -128,9 +128,9 @@ def test_what_comes_last_is_played_before_the_client_ends(card: VirtualSoundCard
         card.record() as said,
     ):
         sender.wait_for("listening")
-        assert sender.process.stdin is not None
-        sender.process.stdin.write(make_tone(4) + make_tone(0.3, OTHER_HZ))
-        sender.process.stdin.close()
+        assert sender.popen.stdin is not None
+        sender.popen.stdin.write(make_tone(4) + make_tone(0.3, OTHER_HZ))
+        sender.popen.stdin.close()
         assert player.end() == common.EXIT_OK
         assert sender.end() == common.EXIT_OK
         wait_for(lambda: is_heard(OTHER_HZ, said.tail(3)), "the end of the sound", LIMIT_S)

@@ -8,7 +8,7 @@ from pathlib import Path
 from support import (
     MIB,
     WITHOUT_PRIVILEGE,
-    Link,
+    Proxy,
     Server,
     as_root,
     contents,
@@ -107,7 +107,7 @@ def test_a_file_too_large_for_the_disk_is_refused_before_it_is_sent(
 ) -> None:
     large = make_file(tmp_path / "large", 17 * MIB)
     small = make_file(tmp_path / "small", MIB)
-    with Server(disk) as server, Link(server.port) as link:
+    with Server(disk) as server, Proxy(server.port) as link:
         result = server.send(large, small, port=link.port)
         assert link.passed < 2 * MIB
     assert result.status == 1
@@ -135,7 +135,7 @@ def test_a_disk_that_fills_up_in_the_middle_is_survived(disk: Path, tmp_path: Pa
     small = make_file(tmp_path / "small", 1000)
     with (
         Server(disk) as server,
-        Link(server.port, hold_at=10 * MIB) as link,
+        Proxy(server.port, hold_at=10 * MIB) as link,
         server.client(large, small, port=link.port) as client,
     ):
         hold_and(server, link, client, lambda: make_file(disk / "other", 4 * MIB))

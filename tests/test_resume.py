@@ -10,7 +10,7 @@ import pytest
 
 from support import (
     MIB,
-    Link,
+    Proxy,
     Server,
     contents,
     make_file,
@@ -27,7 +27,7 @@ from support import (
 def test_a_partial_file_is_gone_on_with(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file.bin", 20 * MIB)
     make_partial(server.folder, "file.bin", source.read_bytes()[: 15 * MIB + 3])
-    with Link(server.port) as link:
+    with Proxy(server.port) as link:
         result = server.send(source, port=link.port)
         assert 5 * MIB - 3 <= link.passed < 6 * MIB, "only the rest is sent"
     assert result.status == 0, result
@@ -39,7 +39,7 @@ def test_a_partial_file_is_gone_on_with(server: Server, tmp_path: Path) -> None:
 def test_a_partial_file_that_is_complete_needs_no_byte(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file.bin", 5 * MIB)
     make_partial(server.folder, "file.bin", source.read_bytes())
-    with Link(server.port) as link:
+    with Proxy(server.port) as link:
         assert server.send(source, port=link.port).status == 0
         assert link.passed < 10_000
     assert contents(server.folder) == {"file.bin": source.read_bytes()}
@@ -71,7 +71,7 @@ def test_the_longest_good_partial_file_of_several_is_used(server: Server, tmp_pa
     for number, content in enumerate((good[:MIB], good[: 8 * MIB], os.urandom(9 * MIB))):
         partial = make_partial(server.folder, "file.bin", content)
         partial.rename(partial.with_name(f".file.bin.{number}.socketpair-part"))
-    with Link(server.port) as link:
+    with Proxy(server.port) as link:
         assert server.send(source, port=link.port).status == 0
         assert link.passed < 3 * MIB
     assert contents(server.folder) == {"file.bin": good}
@@ -88,7 +88,7 @@ def test_a_file_under_way_is_hidden_and_kept_when_the_client_is_killed(
     server: Server, tmp_path: Path
 ) -> None:
     source = make_file(tmp_path / "file.bin", 30 * MIB)
-    with Link(server.port, hold_at=20 * MIB) as link:
+    with Proxy(server.port, hold_at=20 * MIB) as link:
         with server.client(source, port=link.port) as client:
             wait_for(lambda: partial_size(server.folder) > 18 * MIB)
             assert visible(server.folder) == []
@@ -96,7 +96,7 @@ def test_a_file_under_way_is_hidden_and_kept_when_the_client_is_killed(
         link.cut()
         server.wait_for_output(r"[\d.]+ MB of file\.bin are kept for the next run")
         assert visible(server.folder) == []
-    with Link(server.port) as second:
+    with Proxy(server.port) as second:
         assert server.send(source, port=second.port).status == 0
         assert second.passed < 14 * MIB
     assert contents(server.folder) == {"file.bin": source.read_bytes()}
@@ -120,7 +120,7 @@ def test_the_client_comes_back_by_itself_when_the_link_breaks(
 ) -> None:
     source = make_file(tmp_path / "file.bin", 40 * MIB)
     small = make_file(tmp_path / "small", 10)
-    with Link(server.port, hold_at=30 * MIB) as link:
+    with Proxy(server.port, hold_at=30 * MIB) as link:
         with server.client(small, source, port=link.port) as client:
             wait_for(lambda: partial_size(server.folder) > 28 * MIB)
             link.release()
@@ -143,7 +143,7 @@ def test_a_small_file_is_reported_while_a_large_one_is_under_way(
     small = make_file(tmp_path / "small", 10)
     large = make_file(tmp_path / "large", 30 * MIB)
     with (
-        Link(server.port, hold_at=20 * MIB) as link,
+        Proxy(server.port, hold_at=20 * MIB) as link,
         server.client(small, large, port=link.port) as client,
     ):
         client.wait_for_output("Saved as small", 20)
@@ -154,7 +154,7 @@ def test_a_small_file_is_reported_while_a_large_one_is_under_way(
 def test_the_client_comes_back_to_a_server_that_was_killed(inbox: Path, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file.bin", 40 * MIB)
     with Server(inbox) as first:
-        link = Link(first.port, hold_at=30 * MIB)
+        link = Proxy(first.port, hold_at=30 * MIB)
         with link, first.client(source, port=link.port) as client:
             wait_for(lambda: partial_size(inbox) > 28 * MIB)
             first.kill()
@@ -172,7 +172,7 @@ def test_the_client_gives_up_in_the_end(inbox: Path, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file.bin", 30 * MIB)
     with (
         Server(inbox) as server,
-        Link(server.port, hold_at=16 * MIB) as link,
+        Proxy(server.port, hold_at=16 * MIB) as link,
         server.client(source, port=link.port) as client,
     ):
         link.wait_until_held()
@@ -188,7 +188,7 @@ def test_the_client_gives_up_in_the_end(inbox: Path, tmp_path: Path) -> None:
 def test_a_pipe_that_was_cut_off_is_not_sent_in_part(server: Server, tmp_path: Path) -> None:
     after = make_file(tmp_path / "after", 10)
     source = make_file(tmp_path / "source", 30 * MIB)
-    with Link(server.port, hold_at=16 * MIB) as link, open(source, "rb") as file:
+    with Proxy(server.port, hold_at=16 * MIB) as link, open(source, "rb") as file:
         args = ("-", after, "--name", "piped")
         with server.client(*args, port=link.port, stdin=file.fileno()) as client:
             wait_for(lambda: partial_size(server.folder) > 8 * MIB)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
-import pexpect
-
 from support import (
-    LIMIT_S,
     MIB,
     ROOT,
     Process,
+    Program,
     Server,
     contents,
-    environment,
     free_port,
     make_file,
     make_sparse,
@@ -27,7 +24,6 @@ from support import (
     sha256,
     wait_for,
 )
-from terminal import expect_end, in_terminal
 
 
 def test_the_server_logs_a_line_for_each_file(server: Server, tmp_path: Path) -> None:
@@ -51,24 +47,15 @@ def test_lines_for_the_journal_have_no_time_of_their_own(inbox: Path, tmp_path: 
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     with ours, theirs:
         status = os.fstat(theirs.fileno())
-        server = subprocess.Popen(
-            [
-                sys.executable,
-                str(ROOT / "server.py"),
-                "file",
-                f"--port={port}",
-                f"--folder={inbox}",
-            ],
-            stdin=subprocess.DEVNULL,
+        with Process(
+            *("server.py", "file", f"--port={port}", f"--folder={inbox}"),
             stdout=theirs.fileno(),
             stderr=theirs.fileno(),
-            env=environment({"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}),
-        )
-        try:
+            env={"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
+        ) as server:
             wait_for(lambda: send(port, source).status == 0)
-        finally:
-            server.terminate()
-            assert server.wait(LIMIT_S) == 143
+            server.signal(signal.SIGTERM)
+            assert server.wait().status == 143
         theirs.close()
         lines = b"".join(iter(lambda: ours.recv(65536), b"")).decode().splitlines()
     assert lines[0].startswith("Receiving into")
@@ -95,13 +82,12 @@ def test_a_quiet_server_says_nothing(inbox: Path, tmp_path: Path) -> None:
 
 def test_a_bar_is_shown_on_a_terminal_only(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file.bin", 5 * MIB)
-    client = in_terminal("client.py", "file", "--port", str(server.port), str(source))
-    status, shown = expect_end(client)
-    assert status == 0
-    assert re.search(r"file\.bin: 100%\|.*\| 5\.24M/5\.24M", shown)
+    result = server.send(source, terminal=True)
+    assert result.status == 0
+    assert re.search(r"file\.bin: 100%\|.*\| 5\.24M/5\.24M", result.stdout)
     source = make_file(tmp_path / "second.bin", 5 * MIB)
-    client = in_terminal("client.py", "file", "--port", str(server.port), "-q", str(source))
-    assert expect_end(client) == (0, "")
+    result = server.send("-q", source, terminal=True)
+    assert (result.status, result.stdout) == (0, "")
     source = make_file(tmp_path / "third.bin", 5 * MIB)
     result = server.send(source)
     assert result.stderr == ""
@@ -111,17 +97,9 @@ def test_a_bar_is_shown_on_a_terminal_only(server: Server, tmp_path: Path) -> No
 def test_many_files_share_one_bar(server: Server, tmp_path: Path) -> None:
     for number in range(30):
         make_file(tmp_path / "many" / f"{number}", 100_000, seed=number)
-    client = in_terminal(
-        "client.py",
-        "file",
-        "--port",
-        str(server.port),
-        "-v",
-        str(tmp_path / "many"),
-        str(tmp_path / "gone"),
-    )
-    status, shown = expect_end(client)
-    assert status == 1
+    result = server.send("-v", tmp_path / "many", tmp_path / "gone", terminal=True)
+    assert result.status == 1
+    shown = result.stdout
     assert re.search(r"30 files: 100%\|.*\| 3\.00M/3\.00M", shown)
     assert shown.count("Saved as many/") == 30
     assert "gone: no such file" in shown
@@ -133,12 +111,11 @@ def test_many_files_share_one_bar(server: Server, tmp_path: Path) -> None:
 def test_a_large_file_among_many_has_its_own_bar(server: Server, tmp_path: Path) -> None:
     large = make_sparse(tmp_path / "large.bin", 70 * MIB)
     small = make_file(tmp_path / "small.bin", 10)
-    client = in_terminal("client.py", "file", "--port", str(server.port), str(small), str(large))
-    status, shown = expect_end(client)
-    assert status == 0
-    assert "large.bin: " in shown
-    assert "2 files: 100%" in shown
-    assert "small.bin: " not in shown
+    result = server.send(small, large, terminal=True)
+    assert result.status == 0
+    assert "large.bin: " in result.stdout
+    assert "2 files: 100%" in result.stdout
+    assert "small.bin: " not in result.stdout
 
 
 def test_without_tqdm_files_go_too(server: Server, tmp_path: Path) -> None:
@@ -146,18 +123,10 @@ def test_without_tqdm_files_go_too(server: Server, tmp_path: Path) -> None:
     blocked = tmp_path / "blocked" / "tqdm.py"
     make_file(blocked, 0)
     blocked.write_text("raise ImportError")
-    env = {**environment(), "PYTHONPATH": str(blocked.parent)}
-    client = pexpect.spawn(
-        sys.executable,
-        [str(ROOT / "client.py"), "file", "--port", str(server.port), str(source)],
-        env=env,
-        encoding="utf-8",
-        timeout=60,
-    )
-    status, shown = expect_end(client)
-    assert status == 0
-    assert "pip install tqdm" in shown
-    assert "Saved as file.bin" in shown
+    result = server.send(source, env={"PYTHONPATH": str(blocked.parent)}, terminal=True)
+    assert result.status == 0
+    assert "pip install tqdm" in result.stdout
+    assert "Saved as file.bin" in result.stdout
 
 
 def test_data_on_standard_output_that_nobody_reads_is_no_traceback(
@@ -166,32 +135,16 @@ def test_data_on_standard_output_that_nobody_reads_is_no_traceback(
     source = make_file(tmp_path / "file.bin", 1000)
     reader, writer = os.pipe()
     os.close(reader)
-    process = subprocess.run(
-        [sys.executable, str(ROOT / "client.py"), "file", "--port", str(server.port), str(source)],
-        stdin=subprocess.DEVNULL,
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        env=environment(),
-        timeout=LIMIT_S,
-        check=False,
-    )
+    result = server.send(source, stdout=writer)
     os.close(writer)
-    assert b"Traceback" not in process.stderr
-    assert process.returncode == 1
+    assert result.status == 1
 
 
 def test_the_client_needs_no_package_for_files(server: Server, tmp_path: Path) -> None:
     """Without the environment's packages, as on a bare machine."""
     source = make_file(tmp_path / "file.bin", 1000)
-    command = [sys.executable, "-S", str(ROOT / "client.py"), "file", "--port", str(server.port)]
-    process = subprocess.run(
-        [*command, str(source)],
-        capture_output=True,
-        env=environment(),
-        timeout=LIMIT_S,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
+    result = server.send(source, python=(sys.executable, "-S"))
+    assert result.status == 0, result
     assert contents(server.folder) == {"file.bin": source.read_bytes()}
 
 
@@ -200,8 +153,10 @@ def test_standard_input_from_a_terminal_has_a_bar(server: Server, tmp_path: Path
     command = (
         f"cat {source} | {sys.executable} {ROOT / 'client.py'} file - --name z --port {server.port}"
     )
-    child = pexpect.spawn("sh", ["-c", command], timeout=60, encoding="utf-8")
-    child.expect("Saved as z")
-    child.expect(pexpect.EOF)
-    assert "Traceback" not in (child.before or "")
+    with Program(["sh", "-c", command], terminal=True) as shell:
+        result = shell.wait()
+    assert result.status == 0
+    assert re.search(r"z: 3\.\d+M", result.stdout), result.stdout
+    assert "Saved as z" in result.stdout
+    assert "Traceback" not in result.stdout
     assert (server.folder / "z").read_bytes() == source.read_bytes()

@@ -14,8 +14,8 @@ import pytest
 from support import (
     HOST,
     MIB,
-    Link,
     Process,
+    Proxy,
     Server,
     contents,
     make_file,
@@ -32,7 +32,7 @@ def test_a_client_that_is_stopped_half_way_goes_on_next_time(
 ) -> None:
     source = make_file(tmp_path / "file.bin", 40 * MIB)
     with (
-        Link(server.port, hold_at=30 * MIB) as link,
+        Proxy(server.port, hold_at=30 * MIB) as link,
         server.client(source, port=link.port) as client,
     ):
         wait_for(lambda: partial_size(server.folder) > 28 * MIB)
@@ -44,7 +44,7 @@ def test_a_client_that_is_stopped_half_way_goes_on_next_time(
         assert "the same command goes on from here" in result.stderr
     server.wait_for_output("are kept for the next run")
     assert visible(server.folder) == []
-    with Link(server.port) as second:
+    with Proxy(server.port) as second:
         assert server.send(source, port=second.port).status == 0
         assert second.passed < 14 * MIB
     assert contents(server.folder) == {"file.bin": source.read_bytes()}
@@ -57,7 +57,7 @@ def test_a_client_can_be_stopped_while_it_waits_to_come_back(
     source = make_file(tmp_path / "file.bin", 40 * MIB)
     with (
         Server(inbox) as server,
-        Link(server.port, hold_at=16 * MIB) as link,
+        Proxy(server.port, hold_at=16 * MIB) as link,
         server.client(source, port=link.port) as client,
     ):
         link.wait_until_held()
@@ -94,7 +94,7 @@ def test_ctrl_c_on_the_server_lets_transfers_finish_and_takes_no_more(
     source = make_file(tmp_path / "file.bin", 30 * MIB)
     with (
         Server(inbox) as server,
-        Link(server.port, hold_at=16 * MIB) as link,
+        Proxy(server.port, hold_at=16 * MIB) as link,
         server.client(source, port=link.port) as client,
     ):
         wait_for(lambda: partial_size(inbox) > 8 * MIB)
@@ -115,7 +115,7 @@ def test_a_second_signal_stops_the_server_at_once(
     source = make_file(tmp_path / "file.bin", 30 * MIB)
     with (
         Server(inbox) as server,
-        Link(server.port, hold_at=16 * MIB) as link,
+        Proxy(server.port, hold_at=16 * MIB) as link,
         server.client(source, port=link.port) as client,
     ):
         wait_for(lambda: partial_size(inbox) > 8 * MIB)

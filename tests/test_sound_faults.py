@@ -11,9 +11,8 @@ import common
 from common import AudioBlock
 from pairing import CODE
 from sound import (
-    FakeServer,
     Script,
-    Terminal,
+    at_terminal,
     ends_with_one_line,
     pack_welcome,
     port_of,
@@ -23,6 +22,7 @@ from sound import (
 from sound_card import (
     VirtualSoundCard,
 )
+from support import FakeServer
 
 # --- at a terminal --------------------------------------------------------------------------
 
@@ -30,7 +30,7 @@ from sound_card import (
 def test_the_pairing_code_is_asked_for_where_the_user_sees_it(card: VirtualSoundCard) -> None:
     with (
         start_server(card, "--code", CODE) as sender,
-        Terminal("client.py", "--port", port_of(sender), environment=card.environment) as player,
+        at_terminal(card, port_of(sender)) as player,
     ):
         player.wait_for("Pairing code: ")
         shown = player.text()
@@ -46,7 +46,7 @@ def test_the_pairing_code_is_asked_for_where_the_user_sees_it(card: VirtualSound
 def test_ctrl_c_before_anything_was_heard_is_status_130(card: VirtualSoundCard) -> None:
     with (
         start_server(card, "--code", CODE) as sender,
-        Terminal("client.py", "--port", port_of(sender), environment=card.environment) as player,
+        at_terminal(card, port_of(sender)) as player,
     ):
         player.wait_for("Pairing code: ")
         player.type("\x03")
@@ -103,8 +103,8 @@ def test_a_bad_server_is_a_line(
 ) -> None:
     output = str(tmp_path / "x.wav")
     with (
-        FakeServer(*frames) as fake,
-        start_client(card, fake.port, "-q", "--output", output) as reader,
+        FakeServer(b"".join(frames)) as fake,
+        start_client(card, str(fake.port), "-q", "--output", output) as reader,
     ):
         ends_with_one_line(reader)
 

@@ -8,7 +8,7 @@ import pytest
 
 from support import (
     MIB,
-    Link,
+    Proxy,
     Server,
     contents,
     make_file,
@@ -24,7 +24,7 @@ from support import (
 def test_the_same_content_is_not_sent_again(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file.bin", 20 * MIB)
     assert server.send(source).status == 0
-    with Link(server.port) as link:
+    with Proxy(server.port) as link:
         result = server.send(source, port=link.port)
         assert link.passed < 10_000
     assert result.status == 0
@@ -91,7 +91,7 @@ def test_a_large_file_is_not_taken_for_another_of_its_size(server: Server, tmp_p
 def test_overwriting_replaces_in_one_step(inbox: Path, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file", 30 * MIB)
     old = make_file(inbox / "file", 1000, seed=2).read_bytes()
-    with Server(inbox, "--overwrite") as server, Link(server.port, hold_at=16 * MIB) as link:
+    with Server(inbox, "--overwrite") as server, Proxy(server.port, hold_at=16 * MIB) as link:
         with server.client(source, port=link.port) as client:
             wait_for(lambda: partial_size(inbox) > 8 * MIB)
             assert (inbox / "file").read_bytes() == old, "until the new one is complete"
@@ -173,7 +173,7 @@ def test_one_slow_client_does_not_hold_up_others(server: Server, tmp_path: Path)
     source = make_file(tmp_path / "slow.bin", 20 * MIB)
     other = make_file(tmp_path / "other.bin", 2 * MIB)
     with (
-        Link(server.port, hold_at=10 * MIB) as link,
+        Proxy(server.port, hold_at=10 * MIB) as link,
         server.client(source, port=link.port) as client,
     ):
         link.wait_until_held()

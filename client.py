@@ -756,6 +756,8 @@ class ResultReader:
                     settle(self._waiting.pop(index), outcome, self._report)
         except Exception as error:  # noqa: BLE001  (raised again in the other thread)
             self._error = error
+            # The sending may wait for a server that takes nothing any more, and is told nothing.
+            self._connection.wake()
 
     def _receive(self) -> Results:
         """Return the next results; waits as long as the sending goes on."""

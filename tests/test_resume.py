@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
 
 from support import (
+    LIMIT_S,
     MIB,
+    FakeServer,
     Proxy,
+    RawPeer,
     Server,
     contents,
     make_file,
     make_partial,
+    message,
     partial_size,
     sha256,
     visible,
@@ -198,3 +203,25 @@ def test_a_pipe_that_was_cut_off_is_not_sent_in_part(server: Server, tmp_path: P
     assert result.status == 1
     assert "standard input cannot be sent a second time" in result.stderr
     assert contents(server.folder) == {"after": after.read_bytes()}
+
+
+def test_a_server_that_hangs_up_and_takes_nothing_more_is_left_at_once(
+    server: Server, tmp_path: Path
+) -> None:
+    """Its end of the connection is closed, and no reset ever comes: as from behind a firewall."""
+    source = make_file(tmp_path / "file.bin", 30 * MIB)
+    over = threading.Event()
+
+    def hang_up(peer: RawPeer) -> None:
+        peer.receive()
+        peer.send(message("welcome", protocol=1, mode="file"))
+        peer.receive()
+        peer.send(message("start", entries=[{"offset": 0}]))
+        peer.read(1000)
+        peer.hang_up()
+        over.wait(LIMIT_S)
+
+    with FakeServer(hang_up) as fake, server.client(source, port=fake.port) as client:
+        client.wait_for_output(r"the other side (.*); trying again")
+        over.set()
+        assert "the other side closed the connection; trying again" in client.stderr()

@@ -16,7 +16,8 @@ blocks               ``Blocks``; ``BlockPipeline``, where a second thread consum
                      next is filled; ``blocks_for`` chooses
 checksum             ``calculate_checksum``: SHA-256 of a file or of its beginning;
                      ``Keepalive``: the sign of life of whoever does that for long
-sound card           ``SoundSystem`` and ``SoundCard``: PortAudio, and one device in use
+sound card           ``SoundCard``: one device in use, through ``SoundSystem`` (PortAudio), or
+                     through ``JackSystem`` (PortAudio in a process that JACK may end)
 console              ``Console``: lines and the status line; ``LevelMeter``
 command line         arguments of both scripts, and ``run``, which turns every end
                      of a program into its exit status
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -48,6 +50,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TextIO, T
 
 if TYPE_CHECKING:
     from ipaddress import IPv4Interface, IPv6Interface
+    from multiprocessing.connection import Connection as PipeConnection
 
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from zeroconf import Zeroconf
@@ -1565,7 +1568,13 @@ PLAYBACK_BLOCK_MS = 5.0
 CARD_CHECK_S = 0.25
 CARD_TIMEOUT_S = 4.0
 CARD_RETRY_S = 0.5
+# A sound system that hangs is left to the end of the process.
+CARD_CLOSE_S = 1.0
 USUAL_RATES = (8_000, 16_000, 22_050, 32_000, 44_100, 48_000, 88_200, 96_000, 192_000)
+# What keeps PortAudio from JACK's library, and from PipeWire's that stands in for it.
+WITHOUT_JACK = {"JACK_DEFAULT_SERVER": "none", "PIPEWIRE_NOJACK": "1"}
+JACK_START_S = 10.0
+JACK_HEADER = struct.Struct("!Id")  # the frames of a block, and how many seconds it is away
 
 
 class AudioUnavailable(SocketPairError):
@@ -1612,10 +1621,90 @@ SPEAKER = Direction(
     default_field="defaultOutputDevice",
     advice="plug one in, or use --output FILE.wav or --output -",
 )
+DIRECTIONS = {direction.kind: direction for direction in (MICROPHONE, SPEAKER)}
 
 # Called with what was captured, or None; the number of frames; and in how many seconds the first
 # frame is heard, or how many ago it was captured. Returns what to play, or None.
 Exchange = Callable[[bytes | None, int, float], bytes | None]
+
+
+class Device(NamedTuple):
+    """A device as PortAudio describes it for one direction.
+
+    Its `number` may be another device's once PortAudio has started anew; its name and its sound
+    system stay. `channels` are the most that it has.
+    """
+
+    number: int
+    name: str
+    host_api: str
+    channels: int
+    rate: int
+
+    @property
+    def shown(self) -> str:
+        """The name, fit for a terminal."""
+        return escape(self.name, 60)
+
+    @property
+    def own_format(self) -> AudioFormat:
+        """The device's default rate, and the most channels it has up to two."""
+        return AudioFormat(self.rate, min(2, self.channels))
+
+    def is_same(self, other: Device) -> bool:
+        """Return whether this is the device that `other` was before PortAudio started anew."""
+        return (self.name, self.host_api) == (other.name, other.host_api)
+
+
+def meant_devices(wanted: str, devices: Sequence[Device]) -> list[Device]:
+    """Return those of `devices` that `wanted` means: none, one, or several that it is a part of.
+
+    An exact name wins over a number, and that over a part of a name, case ignored. Windows shows
+    one device through several sound systems: the first that has any is meant.
+    """
+    folded = wanted.casefold()
+    for is_meant in (
+        lambda device: device.name == wanted,
+        lambda device: device.name.casefold() == folded,
+        lambda device: str(device.number) == wanted,
+    ):
+        for device in devices:
+            if is_meant(device):
+                return [device]
+    if wanted.isdecimal():
+        return []
+    parts = [device for device in devices if folded in device.name.casefold()]
+    return [device for device in parts if device.host_api == parts[0].host_api]
+
+
+def describe_choice(devices: Sequence[Device]) -> str:
+    """Return the numbers and names of `devices` in a line."""
+    return ", ".join(f"{device.number} {device.shown}" for device in devices)
+
+
+class Stream(Protocol):
+    """Sound flowing through an open device."""
+
+    def is_active(self) -> bool:
+        """Return whether the sound system still takes it for flowing."""
+
+    def close(self) -> None:
+        """Let go of the device. May be called twice."""
+
+
+class System(Protocol):
+    """What opens devices: PortAudio in this process, or in one of its own."""
+
+    def restart(self) -> None:
+        """Forget all devices and streams, and see which devices there are now."""
+
+    def open(
+        self, direction: Direction, device: Device, audio: AudioFormat, exchange: Exchange
+    ) -> Stream:
+        """Have sound flow through the device of that name; raises AudioUnavailable."""
+
+    def close(self) -> None:
+        """Let go of all devices. May be called twice."""
 
 
 @contextlib.contextmanager
@@ -1628,11 +1717,31 @@ def portaudio_errors() -> Iterator[None]:
         raise AudioUnavailable(f"the sound system does not work ({reason})") from error
 
 
+class PortAudioStream:
+    """A stream of PyAudio's."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def is_active(self) -> bool:
+        """Return whether PortAudio still takes it for flowing."""
+        try:
+            return bool(self._stream.is_active())
+        except OSError:  # so it is with a stream that has died
+            return False
+
+    def close(self) -> None:
+        """Let go of the device; blocks while the sound system takes its time."""
+        with contextlib.suppress(OSError):
+            self._stream.close()
+
+
 class SoundSystem:
     """PortAudio, from its start to its end; it knows the devices there were at its start.
 
     Raises AudioUnavailable where PyAudio is not installed or PortAudio fails. `close` it, or
-    use it in a ``with`` block; its streams end with it.
+    use it in a ``with`` block; its streams end with it. Every call may block for as long as a
+    sound system hangs.
     """
 
     def __init__(self) -> None:
@@ -1641,13 +1750,13 @@ class SoundSystem:
             import pyaudio  # noqa: PLC0415
         except ImportError as error:
             raise AudioUnavailable(
-                f"sound needs PyAudio, which cannot be loaded ({error}): "
-                f"{how_to_install('pyaudio')}"
+                f"sound needs PyAudio, which cannot be loaded ({error}): pip install pyaudio"
             ) from None
         self._continue: int = pyaudio.paContinue
         self._sample_format: int = pyaudio.paInt16
+        self._start: Callable[[], Any] = pyaudio.PyAudio
         with portaudio_errors():
-            self._portaudio: Any = pyaudio.PyAudio()
+            self._portaudio = self._start()
 
     def __enter__(self) -> SoundSystem:
         return self
@@ -1655,59 +1764,52 @@ class SoundSystem:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def restart(self) -> None:
+        """Start PortAudio anew: only then does it see what was plugged in."""
+        self.close()
+        with portaudio_errors():
+            self._portaudio = self._start()
+
     def close(self) -> None:
         """Let go of the sound cards; ends the streams that are open. May be called twice."""
         portaudio, self._portaudio = self._portaudio, None
         if portaudio is not None:
             portaudio.terminate()
 
-    def devices(self) -> list[dict[str, Any]]:
-        """Return PortAudio's own description of each device."""
+    def devices(self, direction: Direction) -> list[Device]:
+        """Return the devices that sound can go through in `direction`."""
         with portaudio_errors():
             count = self._portaudio.get_device_count()
-            return [self._portaudio.get_device_info_by_index(index) for index in range(count)]
+            described = [self._describe(direction, number) for number in range(count)]
+        return [device for device in described if device.channels > 0]
 
-    def host_api_name(self, device: dict[str, Any]) -> str:
-        """Return the name of the sound system that a device belongs to, as ``ALSA``."""
-        with portaudio_errors():
-            return str(self._portaudio.get_host_api_info_by_index(device["hostApi"])["name"])
+    def _describe(self, direction: Direction, number: int) -> Device:
+        fields = self._portaudio.get_device_info_by_index(number)
+        name = fields["name"]
+        if isinstance(name, bytes):  # PyAudio could not decode it
+            name = name.decode("utf-8", "surrogateescape")
+        api = self._portaudio.get_host_api_info_by_index(fields["hostApi"])["name"]
+        rate = round(fields["defaultSampleRate"])
+        return Device(number, name, str(api), fields[direction.channels_field], rate)
 
-    def default_index(self, direction: Direction) -> int:
-        """Return the number of the device used when none is named; -1 if there is none."""
-        try:
-            return int(self._portaudio.get_default_host_api_info()[direction.default_field])
-        except OSError:
-            return -1
-
-    def find(self, direction: Direction, wanted: str | None) -> dict[str, Any]:
-        """Return the device that `wanted` names or numbers, or the default where it is None.
-
-        Raises AudioUnavailable where there is none, saying which there are.
-        """
-        usable = [device for device in self.devices() if device[direction.channels_field] > 0]
-        if not usable:
-            raise AudioUnavailable(f"no {direction.noun} found: {direction.advice}")
-        if wanted is None:
-            default = self.default_index(direction)
-            return next((d for d in usable if d["index"] == default), usable[0])
-        for device in usable:
-            if wanted == str(device["index"]):
-                return device
-        for device in usable:
-            if wanted.casefold() in device["name"].casefold():
-                return device
-        names = ", ".join(f"{d['index']} {escape(d['name'], 60)}" for d in usable)
-        raise AudioUnavailable(
-            f"no {direction.noun} matches {escape(wanted)!r}; there are: {names}"
-        )
+    def default(self, direction: Direction, devices: Sequence[Device]) -> Sequence[Device]:
+        """Return those of `devices` that are used when none is named, the first one first."""
+        with contextlib.suppress(OSError):
+            number = self._portaudio.get_default_host_api_info()[direction.default_field]
+            return [d for d in devices if d.number == number] or devices
+        return devices
 
     def open(
-        self, direction: Direction, device: dict[str, Any], audio: AudioFormat, exchange: Exchange
-    ) -> Any:
-        """Return a running PyAudio stream, which calls `exchange` for every block.
+        self, direction: Direction, device: Device, audio: AudioFormat, exchange: Exchange
+    ) -> Stream:
+        """Have PortAudio's own thread call `exchange` for every block.
 
-        Raises AudioUnavailable where the device does not do it, saying what it can.
+        Raises AudioUnavailable where there is no device of that name and sound system now, or it
+        does not do it, saying what it can.
         """
+        now = next((d for d in self.devices(direction) if d.is_same(device)), None)
+        if now is None:
+            raise AudioUnavailable(f"there is no {direction.noun} {device.shown!r} now")
 
         def callback(
             samples: bytes | None, frames: int, times: Mapping[str, float], _status: int
@@ -1715,26 +1817,27 @@ class SoundSystem:
             return exchange(samples, frames, direction.seconds_away(times)), self._continue
 
         try:
-            return self._portaudio.open(
+            stream = self._portaudio.open(
                 rate=audio.rate,
                 channels=audio.channels,
                 format=self._sample_format,
                 frames_per_buffer=audio.frames_in(direction.block_ms),
                 stream_callback=callback,
-                **{direction.kind: True, f"{direction.kind}_device_index": device["index"]},
+                **{direction.kind: True, f"{direction.kind}_device_index": now.number},
             )
         except (OSError, ValueError) as error:
-            reason = self._describe_refusal(direction, device, audio, error)
+            reason = self._describe_refusal(direction, now, audio, error)
             raise AudioUnavailable(reason) from error
+        return PortAudioStream(stream)
 
     def _describe_refusal(
-        self, direction: Direction, device: dict[str, Any], audio: AudioFormat, error: Exception
+        self, direction: Direction, device: Device, audio: AudioFormat, error: Exception
     ) -> str:
         """Return why `device` cannot be opened, in words that help."""
-        name = f"{direction.noun} {escape(device['name'], 60)!r}"
-        most = device[direction.channels_field]
-        if audio.channels > most:
-            return f"the {name} has no {describe_channels(audio.channels)}: at most {most} channels"
+        name = f"{direction.noun} {device.shown!r}"
+        if audio.channels > device.channels:
+            most = count(device.channels, "channel")
+            return f"the {name} has no {describe_channels(audio.channels)}: at most {most}"
         rates = [rate for rate in USUAL_RATES if self._supports(direction, device, audio, rate)]
         if rates and audio.rate not in rates:
             listed = ", ".join(map(str, rates))
@@ -1745,10 +1848,10 @@ class SoundSystem:
         )
 
     def _supports(
-        self, direction: Direction, device: dict[str, Any], audio: AudioFormat, rate: int
+        self, direction: Direction, device: Device, audio: AudioFormat, rate: int
     ) -> bool:
         asked = {
-            f"{direction.kind}_device": device["index"],
+            f"{direction.kind}_device": device.number,
             f"{direction.kind}_channels": audio.channels,
             f"{direction.kind}_format": self._sample_format,
         }
@@ -1758,41 +1861,380 @@ class SoundSystem:
             return False
 
 
-class SoundCard:
-    """One device in use, which is looked for again whenever it has gone.
+@functools.cache
+def hide_jack() -> dict[str, str]:
+    """Keep PortAudio in this process from JACK; return the environment in which it is there.
 
-    The constructor starts PortAudio and finds the device, which takes a while; `open` opens it.
-    Both raise AudioUnavailable. `complain` is told when the device goes and when it is back.
+    PortAudio's JACK part aborts its process where a JACK server that was there has gone, and waits
+    for ten minutes where one has stopped, whichever sound card is in use.
+    """
+    before = dict(os.environ)
+    os.environ.update(WITHOUT_JACK)
+    return before
+
+
+class JackProcess:
+    """A process of its own in which PortAudio uses JACK: what ends it does not end this one.
+
+    It runs `serve_jack`, and ends with `close`, or with this process.
+    """
+
+    def __init__(self, request: Mapping[str, Any]) -> None:
+        import multiprocessing.connection  # noqa: PLC0415  (only JACK needs them)
+        import subprocess  # noqa: PLC0415
+
+        self.link, far = multiprocessing.Pipe()
+        with far:
+            self._process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), json.dumps(request)],
+                stdin=far.fileno(),
+                stdout=2,
+                env=hide_jack(),
+                start_new_session=True,  # Ctrl+C is for this process
+            )
+
+    def receive_answer(self) -> Any:
+        """Return what it answers to the request; raises AudioUnavailable with its words."""
+        try:
+            if not self.link.poll(JACK_START_S):
+                raise AudioUnavailable(f"JACK does not answer within {JACK_START_S:.0f} s")
+            answer = json.loads(self.link.recv_bytes())
+        except (EOFError, OSError):
+            raise AudioUnavailable("JACK does not work: what speaks to it has ended") from None
+        if "problem" in answer:
+            raise AudioUnavailable(answer["problem"])
+        return answer["devices"]
+
+    def is_running(self) -> bool:
+        """Return whether it has not ended."""
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End it at once. May be called twice."""
+        self._process.kill()
+        self._process.wait()
+
+
+class JackStream:
+    """Sound flowing through a JackProcess; a thread here calls `exchange` for every block."""
+
+    def __init__(self, process: JackProcess, exchange: Exchange) -> None:
+        self._process = process
+        self._exchange = exchange
+        threading.Thread(target=self._run, name="JACK", daemon=True).start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                block = self._process.link.recv_bytes()
+                frames, away_s = JACK_HEADER.unpack_from(block)
+                played = self._exchange(block[JACK_HEADER.size :] or None, frames, away_s)
+                if played is not None:
+                    self._process.link.send_bytes(played)
+
+    def is_active(self) -> bool:
+        """Return whether the process still runs."""
+        return self._process.is_running()
+
+    def close(self) -> None:
+        """End the process, and the thread with it."""
+        self._process.close()
+
+
+class JackSystem:
+    """The devices that PortAudio has only where it uses JACK, in addition to those `known`."""
+
+    def __init__(self, known: Sequence[Device]) -> None:
+        self._known = known
+
+    def restart(self) -> None:
+        """Nothing to do: each stream has a PortAudio of its own."""
+
+    def devices(self, direction: Direction) -> list[Device]:
+        """Return those devices, numbered after the known ones; blocks while PortAudio starts."""
+        if sys.platform in ("win32", "darwin"):
+            return []
+        process = JackProcess({"kind": direction.kind})
+        try:
+            found = [Device(*fields) for fields in process.receive_answer()]
+        except AudioUnavailable:
+            return []
+        finally:
+            process.close()
+        first = max((device.number for device in self._known), default=-1) + 1
+        new = [d for d in found if not any(d.is_same(other) for other in self._known)]
+        return [device._replace(number=first + place) for place, device in enumerate(new)]
+
+    def open(
+        self, direction: Direction, device: Device, audio: AudioFormat, exchange: Exchange
+    ) -> Stream:
+        """Open the device in a process of its own; raises AudioUnavailable with its words."""
+        process = JackProcess({"kind": direction.kind, "device": device, "audio": audio})
+        try:
+            process.receive_answer()
+        except BaseException:
+            process.close()
+            raise
+        return JackStream(process, exchange)
+
+    def close(self) -> None:
+        """Nothing to do: streams are closed one by one."""
+
+
+def serve_jack(argv: Sequence[str]) -> int:
+    """Be the other process of a JackProcess: answer a request, and exchange blocks if it opens.
+
+    The other side is connected to standard input. Returns once the stream has died; PortAudio is
+    never ended, as that is what a lost JACK server does not allow.
+    """
+    from multiprocessing.connection import Connection  # noqa: PLC0415
+
+    link, request = Connection(sys.stdin.fileno()), json.loads(argv[0])
+    threading.Thread(target=end_with_peer, args=(link.fileno(),), daemon=True).start()
+    direction = DIRECTIONS[request["kind"]]
+    try:
+        system = SoundSystem()
+        if "device" not in request:
+            answer(link, {"devices": system.devices(direction)})
+            return EXIT_OK
+        return exchange_until_lost(link, system, direction, request)
+    except AudioUnavailable as error:
+        answer(link, {"problem": str(error)})
+        return EXIT_FAILED
+
+
+def answer(link: PipeConnection, message: Mapping[str, Any]) -> None:
+    """Send what `JackProcess.receive_answer` waits for."""
+    link.send_bytes(json.dumps(message).encode())
+
+
+def exchange_until_lost(
+    link: PipeConnection, system: SoundSystem, direction: Direction, request: Mapping[str, Any]
+) -> int:
+    """Exchange blocks with the other process until the stream dies; return the exit status."""
+    answered = threading.Event()
+
+    def exchange(samples: bytes | None, frames: int, away_s: float) -> bytes | None:
+        answered.wait()
+        try:
+            link.send_bytes(JACK_HEADER.pack(frames, away_s) + (samples or b""))
+            return link.recv_bytes() if direction is SPEAKER else None
+        except (EOFError, OSError):  # the other process has ended
+            os._exit(EXIT_OK)
+
+    device, audio = Device(*request["device"]), AudioFormat(*request["audio"])
+    stream = system.open(direction, device, audio, exchange)
+    answer(link, {"devices": [device]})
+    answered.set()
+    while stream.is_active():
+        time.sleep(CARD_CHECK_S)
+    return EXIT_FAILED
+
+
+def end_with_peer(descriptor: int) -> None:
+    """End this process once the other end of a socket has been closed; blocks until then."""
+    poller = select.poll()
+    poller.register(descriptor, 0)  # which leaves the hang-up
+    poller.poll()
+    os._exit(EXIT_OK)
+
+
+class Opening(NamedTuple):
+    """A request to a sound card's thread: let sound of this format flow through `exchange`.
+
+    `on_return` is called before the first block after the device was away, with for how long.
+    """
+
+    audio: AudioFormat
+    exchange: Exchange
+    on_return: Callable[[float], object]
+
+
+class Closing:
+    """A request to a sound card's thread: close the card, and end."""
+
+
+class CardMail:
+    """What goes to and fro between a sound card's thread and the one that uses the card.
+
+    The first answer is the device that was found, each further one is to an Opening.
+    """
+
+    def __init__(self) -> None:
+        self.requests: queue.SimpleQueue[Opening | Closing] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Device | Exception] = queue.SimpleQueue()
+
+    def answer(self, answer: Device | Exception) -> None:
+        """Answer with the device, or what went wrong."""
+        self._answers.put(answer)
+
+    def take_answer(self) -> Device:
+        """Return the device, or raise what went wrong; blocks until there is an answer."""
+        answer = take_interruptibly(self._answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class Flow:
+    """One stream's sound, and when it last flowed.
+
+    PortAudio's thread calls `exchange`; all else is for the thread that watches. `begin` is called
+    with the time of the first block, before that is exchanged.
+    """
+
+    def __init__(self, exchange: Exchange, begin: Callable[[float], object]) -> None:
+        self._exchange = exchange
+        self._begin = begin
+        self.has_begun = False
+        self.last_s = self._checked_s = self._stood_s = time.monotonic()
+
+    def exchange(self, samples: bytes | None, frames: int, away_s: float) -> bytes | None:
+        """Pass a block on."""
+        self.last_s = time.monotonic()
+        if not self.has_begun:
+            self._begin(self.last_s)
+            self.has_begun = True
+        return self._exchange(samples, frames, away_s)
+
+    def has_stopped(self) -> bool:
+        """Return whether no sound has flowed for too long, while this process ran."""
+        now_s = time.monotonic()
+        if now_s - self._checked_s > CARD_TIMEOUT_S:
+            self._stood_s = now_s  # it was this process, or the machine, that stood still
+        self._checked_s = now_s
+        return now_s - max(self.last_s, self._stood_s) > CARD_TIMEOUT_S
+
+
+class OpenCard(NamedTuple):
+    """A stream and its sound."""
+
+    stream: Stream
+    flow: Flow
+
+    def is_lost(self) -> bool:
+        """Return whether the device has gone, or gives no sound."""
+        return self.flow.has_stopped() or not self.stream.is_active()
+
+    def is_decided(self) -> bool:
+        """Return whether sound has begun to flow, or will not."""
+        return self.flow.has_begun or self.is_lost()
+
+
+class CardKeeper:
+    """Keeps one device open as it is asked to, and waits for the same one whenever it has gone.
+
+    One thread runs it, and only that calls PortAudio: a sound system that hangs holds up whoever
+    asks it.
+    """
+
+    def __init__(
+        self,
+        direction: Direction,
+        system: System,
+        device: Device,
+        mail: CardMail,
+        complain: Callable[[str], object],
+    ) -> None:
+        self._direction = direction
+        self._system = system
+        self._device = device
+        self._mail = mail
+        self._complain = complain
+
+    def run(self) -> None:
+        """Do as requested, until the card is to be closed."""
+        request = self._mail.requests.get()
+        while isinstance(request, Opening):
+            request = self._keep_open(request)
+        self._system.close()
+
+    def _keep_open(self, opening: Opening) -> Opening | Closing:
+        """Keep the device open, and answer; return the next request."""
+        try:
+            card = self._open(opening, lambda now_s: None)
+        except Exception as error:  # noqa: BLE001 - raised again by take_answer
+            self._mail.answer(error)
+            return self._mail.requests.get()
+        self._mail.answer(self._device)
+        while (request := self._wait(card.is_lost)) is None:
+            what = f"the {self._direction.noun} {self._device.shown}"
+            option = self._direction.option
+            self._complain(f"{what} is gone: waiting for it ({option} would take another)")
+            returned = self._wait_for_return(opening, card.flow.last_s)
+            if not isinstance(returned, OpenCard):
+                return returned
+            self._complain(f"{what} is back")
+            card = returned
+        card.stream.close()
+        return request
+
+    def _open(self, opening: Opening, begin: Callable[[float], object]) -> OpenCard:
+        flow = Flow(opening.exchange, begin)
+        stream = self._system.open(self._direction, self._device, opening.audio, flow.exchange)
+        return OpenCard(stream, flow)
+
+    def _wait(self, until: Callable[[], bool]) -> Opening | Closing | None:
+        """Return a request once there is one, or None once `until` holds.
+
+        That is asked every ``CARD_CHECK_S``: PyAudio tells nobody that a stream has ended.
+        """
+        while not until():
+            with contextlib.suppress(queue.Empty):
+                return self._mail.requests.get(timeout=CARD_CHECK_S)
+        return None
+
+    def _wait_for_return(self, opening: Opening, lost_s: float) -> OpenCard | Opening | Closing:
+        """Try to open the device until sound flows again; return that, or the next request."""
+        while True:
+            with contextlib.suppress(AudioUnavailable):
+                self._system.restart()
+                card = self._open(opening, lambda now_s: opening.on_return(now_s - lost_s))
+                request = self._wait(card.is_decided)
+                if request is None and card.flow.has_begun:
+                    return card
+                card.stream.close()
+                if request is not None:
+                    return request
+            with contextlib.suppress(queue.Empty):
+                return self._mail.requests.get(timeout=CARD_RETRY_S)
+
+
+class SoundCard:
+    """One device in use, waited for whenever it has gone; never is another taken in its place.
+
+    The constructor finds the device, which takes a while; `open` opens it. Both raise
+    AudioUnavailable. `complain` is told when the device goes, and when sound flows again. One
+    thread may call all this; Ctrl+C reaches it also where a sound system hangs.
     """
 
     def __init__(
         self, direction: Direction, wanted: str | None, complain: Callable[[str], object]
     ) -> None:
-        self._direction = direction
-        self._wanted = wanted
-        self._complain = complain
-        self._stream: Any = None
-        self._exchanged_s = 0.0
-        self._lost_s: float | None = None
-        self._closed = threading.Event()
-        self._watcher: threading.Thread | None = None
-        self._system = SoundSystem()
-        try:
-            self._device = self._system.find(direction, wanted)
-        except BaseException:
-            self._system.close()
-            raise
+        self._mail = CardMail()
+
+        def keep() -> None:
+            try:
+                system, device = find_device(direction, wanted)
+            except Exception as error:  # noqa: BLE001 - raised again by take_answer
+                self._mail.answer(error)
+                return
+            self._mail.answer(device)
+            CardKeeper(direction, system, device, self._mail, complain).run()
+
+        self._thread = threading.Thread(target=keep, name="sound card", daemon=True)
+        self._thread.start()
+        self._device = self._mail.take_answer()
 
     @property
     def name(self) -> str:
         """The device's name, fit for a terminal."""
-        return escape(self._device["name"], 60)
+        return self._device.shown
 
     @property
     def own_format(self) -> AudioFormat:
         """The device's default rate, and the most channels it has up to two."""
-        channels = min(2, self._device[self._direction.channels_field])
-        return AudioFormat(round(self._device["defaultSampleRate"]), channels)
+        return self._device.own_format
 
     def open(
         self,
@@ -1800,103 +2242,112 @@ class SoundCard:
         exchange: Exchange,
         on_return: Callable[[float], object] = lambda lost_s: None,
     ) -> None:
-        """Let sound flow: PortAudio's own thread calls `exchange` from now on.
+        """Let sound flow: a thread of PortAudio's calls `exchange` from now on.
 
-        So does it `on_return`, before the first block after the device was away, with for how
-        many seconds it was. A card that is open is closed first.
+        So it does `on_return`, before the first block after the device was away, with for how
+        many seconds it was. A card that is open is closed first; after a failure, another format
+        can be tried.
         """
-        if self._watcher:
-            self.close()
-            self._closed.clear()
-            self._start_system()
-        self._audio, self._exchange, self._on_return = audio, exchange, on_return
-        self._open_stream()
-        self._watcher = threading.Thread(target=self._watch, name="sound card", daemon=True)
-        self._watcher.start()
-
-    def _start_system(self) -> None:
-        self._system = SoundSystem()
-        self._device = self._system.find(self._direction, self._wanted)
-
-    def _open_stream(self) -> None:
-        self._exchanged_s = time.monotonic()
-        self._stream = self._system.open(
-            self._direction, self._device, self._audio, self._exchange_noted
-        )
-
-    def _exchange_noted(self, samples: bytes | None, frames: int, away_s: float) -> bytes | None:
-        self._exchanged_s = time.monotonic()
-        if self._lost_s is not None:
-            self._on_return(self._exchanged_s - self._lost_s)
-            self._lost_s = None
-        return self._exchange(samples, frames, away_s)
-
-    def _is_active(self) -> bool:
-        try:
-            return bool(self._stream.is_active())
-        except OSError:  # so it is with a stream that has died
-            return False
-
-    def _watch(self) -> None:
-        """Find the device again whenever no sound has flowed for a while."""
-        checked_s = time.monotonic()
-        while not self._closed.wait(CARD_CHECK_S):
-            now_s = time.monotonic()
-            if now_s - checked_s > CARD_TIMEOUT_S:
-                self._exchanged_s = now_s  # it was this process, or the machine, that stood still
-            checked_s = now_s
-            idle_s = now_s - self._exchanged_s
-            if idle_s > CARD_TIMEOUT_S or not self._is_active():
-                self._complain(f"the {self._direction.noun} {self.name} is gone: looking for it")
-                self._find_again()
-                checked_s = time.monotonic()
-
-    def _find_again(self) -> None:
-        """Try to open the device until it is back, or the card is closed; blocks."""
-        if self._lost_s is None:
-            self._lost_s = self._exchanged_s
-        while not self._closed.is_set():
-            # PortAudio sees what was plugged in only after it has been started anew.
-            self._system.close()
-            with contextlib.suppress(AudioUnavailable):
-                self._start_system()
-                self._open_stream()
-                self._complain(f"the {self._direction.noun} {self.name} is back")
-                return
-            self._closed.wait(CARD_RETRY_S)
+        self._mail.requests.put(Opening(audio, exchange, on_return))
+        self._mail.take_answer()
 
     def close(self) -> None:
-        """Let go of the device. May be called twice."""
-        self._closed.set()
-        if self._watcher:
-            self._watcher.join()
-        self._system.close()
+        """Let go of the device, unless the sound system hangs. May be called twice."""
+        self._mail.requests.put(Closing())
+        self._thread.join(CARD_CLOSE_S)
 
 
-def describe_devices(system: SoundSystem, direction: Direction) -> str:
-    """Return a table of the devices that sound can go through in `direction`."""
-    default = system.default_index(direction)
-    lines = [f"{'':2}{'no.':>4}  {'channels':>8}  {'rate':>7}  {'system':<12}  {direction.noun}"]
-    for device in system.devices():
-        channels = device[direction.channels_field]
-        if channels > 0:
-            mark = "*" if device["index"] == default else ""
-            rate, name = device["defaultSampleRate"], escape(device["name"], 60)
-            lines.append(
-                f"{mark:2}{device['index']:>4}  {channels:>8}  {rate:>7.0f}  "
-                f"{system.host_api_name(device):<12}  {name}"
-            )
-    if len(lines) == 1:
+def take_interruptibly(answers: queue.SimpleQueue[T]) -> T:
+    """Return the next of `answers`; blocks until there is one, or Ctrl+C."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return answers.get(timeout=0.5)  # Windows lets Ctrl+C through only in between
+
+
+def find_device(direction: Direction, wanted: str | None) -> tuple[System, Device]:
+    """Return the device that `wanted` names or numbers, or the default, and what opens it.
+
+    JACK is asked only where there is no such device without it. Raises AudioUnavailable where there
+    is none or several, saying which.
+    """
+    hide_jack()
+    with contextlib.ExitStack() as closing:
+        system = closing.enter_context(SoundSystem())
+        devices = system.devices(direction)
+        default = system.default(direction, devices)
+        if found := choose_device(direction, wanted, devices, default):
+            closing.pop_all()
+            return system, found
+    jack = JackSystem(devices)
+    with_jack = jack.devices(direction)
+    if found := choose_device(direction, wanted, with_jack, with_jack):
+        return jack, found
+    if wanted is None or not (devices or with_jack):
+        raise AudioUnavailable(f"no {direction.noun} found: {direction.advice}")
+    raise AudioUnavailable(
+        f"no {direction.noun} matches {escape(wanted)!r}; there are: "
+        f"{describe_choice([*devices, *with_jack])}"
+    )
+
+
+def choose_device(
+    direction: Direction, wanted: str | None, devices: Sequence[Device], default: Sequence[Device]
+) -> Device | None:
+    """Return that of `devices` which `wanted` means, None if none.
+
+    Where nothing is wanted, that is the first of `default`. Raises AudioUnavailable where several
+    are meant.
+    """
+    meant = list(default[:1]) if wanted is None else meant_devices(wanted, devices)
+    if len(meant) > 1:
+        raise AudioUnavailable(
+            f"several {direction.noun}s match {escape(wanted or '')!r}, give one's number or whole "
+            f"name: {describe_choice(meant)}"
+        )
+    return meant[0] if meant else None
+
+
+def describe_devices(
+    direction: Direction, devices: Sequence[Device], default: Sequence[Device]
+) -> str:
+    """Return a table of `devices`, with a star at the first of `default`."""
+    if not devices:
         return f"no {direction.noun} found: {direction.advice}"
+    width = max(len(device.host_api) for device in devices)
+    lines = [
+        f"{'':2}{'no.':>4}  {'channels':>8}  {'rate':>7}  {'system':<{width}}  {direction.noun}"
+    ]
+    for device in devices:
+        mark = "*" if device in default[:1] else ""
+        lines.append(
+            f"{mark:2}{device.number:>4}  {device.channels:>8}  {device.rate:>7}  "
+            f"{device.host_api:<{width}}  {device.shown}"
+        )
     return "\n".join(
         [*lines, f"* unless {direction.option} gives another's number or name, or a part of it"]
     )
 
 
 def list_devices(direction: Direction) -> int:
-    """Print the table of devices; return the exit status."""
-    with SoundSystem() as system:
-        say(describe_devices(system, direction))
+    """Print the table of devices, JACK's too; return the exit status."""
+    tables: queue.SimpleQueue[str | AudioUnavailable] = queue.SimpleQueue()
+
+    def make_table() -> None:
+        try:
+            hide_jack()
+            with SoundSystem() as system:
+                devices = system.devices(direction)
+                default = system.default(direction, devices)
+            with_jack = [*devices, *JackSystem(devices).devices(direction)]
+            tables.put(describe_devices(direction, with_jack, default or with_jack))
+        except AudioUnavailable as error:
+            tables.put(error)
+
+    threading.Thread(target=make_table, name="devices", daemon=True).start()
+    table = take_interruptibly(tables)
+    if isinstance(table, AudioUnavailable):
+        raise table
+    say(table)
     return EXIT_OK
 
 
@@ -2196,3 +2647,7 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
     os._exit(status)
+
+
+if __name__ == "__main__":
+    run(serve_jack)

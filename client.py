@@ -86,6 +86,8 @@ from common import (
     SoundCard,
     Start,
     StreamEnd,
+    TimeReply,
+    TimeRequest,
     Welcome,
     blocks_for,
     calculate_checksum,
@@ -1400,6 +1402,158 @@ def quietest_step(audio: AudioFormat, samples: bytes) -> int:
     return steps.index(min(steps)) if steps else 0
 
 
+# --- sound: the server's clock ---------------------------------------------------------------
+
+# In a burst, as the shortest of some round trips is the one with the least waiting in it.
+BURST_REQUESTS = 16
+BURST_TIMEOUT_S = 1.0
+# Often at first, until the difference of the two clocks' speeds is known.
+BURST_INTERVALS_S = (0.15, 0.15, 0.3, 0.3, 0.5, 0.5, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 5.0, 5.0)
+STEADY_INTERVAL_S = 10.0
+# Quartz clocks differ by some 50 ppm, and drift by a tenth of one in a minute as they get warm.
+CLOCK_DRIFT = 100e-6
+CLOCK_WANDER_PER_S = 2e-9
+# Of the best round trip on an idle network: the scheduler, and what the two ways differ by.
+STAMP_NOISE_S = 30e-6
+# An exchange that is off by more than this, and than its round trip allows, is off for a reason:
+# two such in a row tell that a clock has jumped, as that of a suspended machine does.
+CLOCK_JUMP_S = 0.002
+
+
+class TimeExchange(NamedTuple):
+    """A request for the server's time and its answer, in seconds by the clock that was read."""
+
+    asked_s: float
+    received_s: float
+    answered_s: float
+    returned_s: float
+
+    @property
+    def round_trip_s(self) -> float:
+        """How long request and reply were on their way together."""
+        return (self.returned_s - self.asked_s) - (self.answered_s - self.received_s)
+
+    @property
+    def offset_s(self) -> float:
+        """How far the server's clock is ahead, if both ways took the same time (RFC 5905)."""
+        return (self.received_s - self.asked_s + self.answered_s - self.returned_s) / 2
+
+
+def to_exchange(reply: TimeReply, returned_ns: int) -> TimeExchange:
+    """Return the exchange that a `reply` completes which was received at `returned_ns`."""
+    return TimeExchange(*(stamp_ns / 1e9 for stamp_ns in (*reply, returned_ns)))
+
+
+class ServerClock:
+    """The server's monotonic clock as this machine knows it: an offset, and how fast it changes.
+
+    A Kalman filter of these two over bursts of requests, of each the exchange with the shortest
+    round trip. Plain logic: the caller asks, and hands in the time. The receiving thread feeds it;
+    `offset_at` is for any thread.
+    """
+
+    def __init__(self) -> None:
+        self._burst: list[TimeExchange] = []
+        self._intervals = iter(BURST_INTERVALS_S)
+        self._requests_left = BURST_REQUESTS
+        self._burst_end_s = self._next_burst_s = -math.inf
+        self._shortest_s = math.inf  # round trip
+        self._suspect_s = 0.0  # by how much the last burst was off, if by too much
+        self.is_known = False  # whether there has been any exchange
+        # Moment, offset and drift in one tuple, as other threads read it.
+        self._state = (0.0, 0.0, 0.0)
+        self._variances = (0.0, 0.0, 0.0)  # of the offset, both, the drift
+
+    def wants_request(self, now_s: float) -> bool:
+        """Return whether to send a request now; if so, it counts as sent."""
+        if self._requests_left:
+            self._requests_left -= 1
+            self._burst_end_s = now_s + BURST_TIMEOUT_S
+            return True
+        if self._burst and now_s > self._burst_end_s:
+            self._finish_burst()
+        if now_s < max(self._next_burst_s, self._burst_end_s):
+            return False
+        self._requests_left = BURST_REQUESTS
+        return self.wants_request(now_s)
+
+    def take(self, exchange: TimeExchange) -> None:
+        """Take the answer to a request."""
+        self._burst.append(exchange)
+        self._burst_end_s = max(self._burst_end_s, exchange.returned_s)
+        if len(self._burst) == BURST_REQUESTS:
+            self._finish_burst()
+
+    def offset_at(self, now_s: float) -> float:
+        """Return by how much the server's clock is ahead of this machine's at `now_s`.
+
+        0 while that is not known.
+        """
+        moment_s, offset_s, drift = self._state
+        return offset_s + drift * (now_s - moment_s)
+
+    def _finish_burst(self) -> None:
+        best = min(self._burst, key=lambda exchange: exchange.round_trip_s)
+        self._burst = []
+        self._shortest_s = min(self._shortest_s * 1.01, best.round_trip_s)
+        excess_s = best.round_trip_s - self._shortest_s
+        self._learn(best, noise_s=STAMP_NOISE_S + excess_s / 2)
+        # At once after one that is off: the next one tells whether the clock has jumped.
+        wait_s = 0.0 if self._suspect_s else next(self._intervals, STEADY_INTERVAL_S)
+        self._burst_end_s = best.returned_s
+        self._next_burst_s = best.returned_s + wait_s
+
+    def _learn(self, exchange: TimeExchange, noise_s: float) -> None:
+        moment_s = (exchange.asked_s + exchange.returned_s) / 2
+        off_s = exchange.offset_s - self.offset_at(moment_s)
+        if not self.is_known:
+            self.is_known = True
+            self._begin(moment_s, exchange.offset_s, 0.0, noise_s)
+        elif self._has_jumped(off_s, exchange.round_trip_s):
+            # The clocks' speeds are what they were.
+            self._begin(moment_s, exchange.offset_s, self._state[2], noise_s)
+        elif not self._suspect_s:
+            self._update(moment_s, off_s, noise_s)
+
+    def _begin(self, moment_s: float, offset_s: float, drift: float, noise_s: float) -> None:
+        self._state = (moment_s, offset_s, drift)
+        self._variances = (noise_s**2, 0.0, CLOCK_DRIFT**2)
+        self._intervals = iter(BURST_INTERVALS_S)
+
+    def _has_jumped(self, off_s: float, round_trip_s: float) -> bool:
+        """Return whether two bursts in a row agree that the clock is elsewhere."""
+        before_s, self._suspect_s = self._suspect_s, 0.0
+        allowed_s = CLOCK_JUMP_S + round_trip_s / 2
+        if abs(off_s) <= allowed_s:
+            return False
+        if before_s and abs(off_s - before_s) < allowed_s:
+            return True
+        self._suspect_s = off_s
+        return False
+
+    def _update(self, moment_s: float, off_s: float, noise_s: float) -> None:
+        """Correct offset and drift by what an exchange shows, as far as it can be trusted."""
+        then_s, offset_s, drift = self._state
+        span_s = moment_s - then_s
+        offset_var, both_var, drift_var = self._variances
+        # Predict, then correct: the textbook's two-state filter, written out.
+        offset_var += span_s * (2 * both_var + span_s * drift_var)
+        both_var += span_s * drift_var
+        drift_var += span_s * CLOCK_WANDER_PER_S**2
+        total_var = offset_var + noise_s**2
+        offset_gain, drift_gain = offset_var / total_var, both_var / total_var
+        self._state = (
+            moment_s,
+            offset_s + drift * span_s + offset_gain * off_s,
+            drift + drift_gain * off_s,
+        )
+        self._variances = (
+            (1 - offset_gain) * offset_var,
+            (1 - offset_gain) * both_var,
+            drift_var - drift_gain * both_var,
+        )
+
+
 # --- sound: outputs -------------------------------------------------------------------------
 
 STDOUT = "-"
@@ -1849,7 +2003,8 @@ class Listening:
         """Pass on the sound of one connection; returns when it has ended, or is enough."""
         if welcome.sound is None:
             raise ProtocolError(f"{connection.peer} has no sound")
-        audio, stream = welcome.sound
+        audio, stream, sync_ms = welcome.sound
+        clock = ServerClock()
         self._timeline.begin(stream)
         for output in self._outputs:
             output.begin(audio)
@@ -1857,7 +2012,12 @@ class Listening:
         self._problem_told = False
         self._console.say(f"Listening to {connection.peer}, {audio.describe()} - Ctrl+C to stop")
         while not self._is_enough(audio):
+            if sync_ms is not None and clock.wants_request(time.monotonic()):
+                connection.send(TimeRequest(time.monotonic_ns()))
             received = connection.receive_sound(audio)
+            if isinstance(received, TimeReply):
+                clock.take(to_exchange(received, time.monotonic_ns()))
+                continue
             if isinstance(received, StreamEnd):
                 self._console.say(f"The sound has ended: {received.reason}")
                 return

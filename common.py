@@ -428,8 +428,11 @@ def load_identity(context: ssl.SSLContext, key: Ed25519PrivateKey) -> None:
 # Held and Prefixes are left out where nothing is held. Whoever hashes for long sends Hashing every
 # second meanwhile.
 #
-# Sound: the client sends nothing more. Each frame of the server's holds an AudioBlock, the last one
-# a StreamEnd.
+# Sound: each frame of the server's holds an AudioBlock, the last one a StreamEnd. A client that
+# plays in step asks for the server's time at any moment:
+#
+#     client  TimeRequest
+#     server  TimeReply    in front of the next block
 
 PROTOCOL = 1
 MODES = ("file", "audio")
@@ -454,6 +457,9 @@ CHANNEL_COUNTS = range(1, 33)
 MAX_BLOCK_MS = 1_000
 BLOCK_HEADER = struct.Struct("!QQ")
 END_OF_STREAM = 2**64 - 1
+TIME_REPLY = 2**64 - 2  # in place of the number of a first sample frame
+TIMES = struct.Struct("!QQ")
+SYNC_MS = range(10, 10_001)
 
 Fields = dict[str, Any]
 T = TypeVar("T")
@@ -543,11 +549,26 @@ class Sound(NamedTuple):
     """What a listener has to know of the server's sound.
 
     `stream` names the numbering of its sample frames: a client that comes back to the same one
-    can tell how many it has missed.
+    can tell how many it has missed. With `sync_ms` every listener plays each sample frame so long
+    after its capture; without, as soon as it can.
     """
 
     audio: AudioFormat
     stream: str
+    sync_ms: int | None = None
+
+    def encode(self) -> Fields:
+        """Return it as fields of a Welcome."""
+        fields: Fields = {**self.audio._asdict(), "stream": self.stream}
+        return fields if self.sync_ms is None else {**fields, "sync_ms": self.sync_ms}
+
+    @classmethod
+    def decode(cls, fields: Fields) -> Sound:
+        """Return what a Welcome tells of the sound; raises ProtocolError where that is wrong."""
+        sync_ms = None if fields.get("sync_ms") is None else require(fields, "sync_ms", int)
+        if sync_ms is not None and sync_ms not in SYNC_MS:
+            raise ProtocolError("received a message with a bad 'sync_ms'")
+        return cls(AudioFormat.decode(fields), require(fields, "stream", str), sync_ms)
 
 
 class Welcome(NamedTuple):
@@ -559,19 +580,14 @@ class Welcome(NamedTuple):
 
     def encode(self) -> Fields:
         """See `Message`."""
-        fields: Fields = {"protocol": self.protocol, "mode": self.mode}
-        if self.sound is not None:
-            fields.update(self.sound.audio._asdict(), stream=self.sound.stream)
-        return fields
+        sound = {} if self.sound is None else self.sound.encode()
+        return {"protocol": self.protocol, "mode": self.mode, **sound}
 
     @classmethod
     def decode(cls, fields: Fields) -> Welcome:
         """See `Message`."""
         protocol, mode = require(fields, "protocol", int), require(fields, "mode", str)
-        if mode != "audio":
-            return cls(protocol, mode)
-        sound = Sound(AudioFormat.decode(fields), require(fields, "stream", str))
-        return cls(protocol, mode, sound)
+        return cls(protocol, mode, Sound.decode(fields) if mode == "audio" else None)
 
 
 class Error(NamedTuple):
@@ -843,8 +859,8 @@ class AudioBlock(NamedTuple):
     """Consecutive sample frames of the server's sound, at most ``MAX_BLOCK_MS`` of them.
 
     `first_frame` counts from the start of the server: a listener that missed blocks sees by it
-    how many sample frames. `captured_ns` is the server's clock when the last one had come in, in
-    nanoseconds since 1970. A block without samples only says that the server is still there.
+    how many sample frames. `captured_ns` is the server's monotonic clock when the last one had been
+    captured, in nanoseconds. A block without samples only says that the server is still there.
     """
 
     first_frame: int
@@ -866,10 +882,41 @@ class StreamEnd(NamedTuple):
         return encode_frame(BLOCK_HEADER.pack(END_OF_STREAM, 0) + self.reason.encode())
 
 
-def decode_sound(content: bytes, audio: AudioFormat) -> AudioBlock | StreamEnd:
+class TimeRequest(NamedTuple):
+    """A client's question for the server's time, when it was asked by the client's own clock."""
+
+    asked_ns: int
+
+    def encode(self) -> Fields:
+        """See `Message`."""
+        return self._asdict()
+
+    @classmethod
+    def decode(cls, fields: Fields) -> TimeRequest:
+        """See `Message`."""
+        return cls(require_size(fields, "asked_ns"))
+
+
+class TimeReply(NamedTuple):
+    """The server's answer: when the request came and when the reply went, by its own clock.
+
+    All three are nanoseconds of a monotonic clock.
+    """
+
+    asked_ns: int
+    received_ns: int
+    answered_ns: int
+
+    def encode(self) -> bytes:
+        """Return the reply as a frame."""
+        header = BLOCK_HEADER.pack(TIME_REPLY, self.asked_ns)
+        return encode_frame(header + TIMES.pack(self.received_ns, self.answered_ns))
+
+
+def decode_sound(content: bytes, audio: AudioFormat) -> AudioBlock | StreamEnd | TimeReply:
     """Return what a frame's `content` holds of sound in the format `audio`.
 
-    Raises ProtocolError where it is neither a block nor the end.
+    Raises ProtocolError where it is none of what a listener is sent.
     """
     if len(content) < BLOCK_HEADER.size:
         raise ProtocolError("received a block of sound without a header")
@@ -877,6 +924,8 @@ def decode_sound(content: bytes, audio: AudioFormat) -> AudioBlock | StreamEnd:
     samples = content[BLOCK_HEADER.size :]
     if first_frame == END_OF_STREAM:
         return StreamEnd(escape(samples.decode(errors="replace"), 200))
+    if first_frame == TIME_REPLY and len(samples) == TIMES.size:
+        return TimeReply(captured_ns, *TIMES.unpack(samples))
     if len(samples) % audio.frame_bytes:
         raise ProtocolError("received a block of sound that ends inside a sample frame")
     return AudioBlock(first_frame, captured_ns, samples)
@@ -1064,6 +1113,11 @@ class ByteStream:
         """Break the connection under whoever waits in it. For any thread. Idempotent."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def stop_reading(self) -> None:
+        """End what whoever reads waits for; writing goes on. For any thread. Idempotent."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
 
     def limit_send_buffer(self, size: int) -> None:
         """Have the system keep about `size` bytes at most that the other side has not taken."""
@@ -1352,13 +1406,78 @@ class Connection(ByteStream):
             raise message.to_exception()
         return message
 
-    def receive_sound(self, audio: AudioFormat) -> AudioBlock | StreamEnd:
-        """Return the next block of sound in the format `audio`, or its end.
+    def receive_sound(self, audio: AudioFormat) -> AudioBlock | StreamEnd | TimeReply:
+        """Return the next block of sound in the format `audio`, its end, or the server's time.
 
         Blocks for up to ``AUDIO_TIMEOUT_S``. Raises ProtocolError, and what `read_frame` raises.
         """
         with self.limit(AUDIO_TIMEOUT_S):
             return decode_sound(self.read_frame(audio.max_block_bytes), audio)
+
+
+# --- time -----------------------------------------------------------------------------------
+
+# How fast a time line follows what it sees: fast at first, and slowly enough after half a minute
+# that the jitter of a sound card's callbacks, some milliseconds, moves it by some microseconds.
+LINE_BANDWIDTH_HZ = 0.02
+LINE_START_BANDWIDTH_HZ = 1.0
+LINE_SETTLING = 0.5  # of the time since the start: bandwidth x time
+# What is off by more for so long is a step in the sound (an xrun, a suspended machine), no jitter.
+LINE_STEP_S = 0.004
+LINE_STEP_PATIENCE_S = 0.5
+
+
+class TimeLine:
+    """When each sample frame passes a sound card: a straight line through jittery sightings.
+
+    A delay-locked loop of second order, after F. Adriaensen, "Using a DLL to filter time" (Linux
+    Audio Conference 2005). Not for two threads at once. Reads no clock: the caller gives the time.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self.has_stepped = False  # with the latest sighting: it begins anew there
+        self._begin(0, 0.0)
+        self._is_empty = True
+
+    def _begin(self, frame: int, time_s: float) -> None:
+        self._frame, self._time_s = frame, time_s
+        self._period_s = 1 / self._rate
+        self._age_s = 0.0
+        self._off_s = 0.0
+        self._is_empty = False
+
+    def see(self, frame: int, time_s: float) -> float:
+        """Note that `frame` was seen to pass at `time_s`; return when it does by the line.
+
+        `frame` must not be lower than any before. Steps where sightings are off for long.
+        """
+        frames = frame - self._frame
+        span_s = frames / self._rate
+        expected_s = self._time_s + frames * self._period_s
+        error_s = time_s - expected_s
+        self._off_s = self._off_s + span_s if abs(error_s) > LINE_STEP_S else 0.0
+        self.has_stepped = self._is_empty or self._off_s > LINE_STEP_PATIENCE_S
+        if self.has_stepped:
+            self._begin(frame, time_s)
+            return time_s
+        self._age_s += span_s
+        self._frame, self._time_s = frame, expected_s
+        if frames and not self._off_s:
+            self._correct(error_s, frames, span_s)
+        return self._time_s
+
+    def _correct(self, error_s: float, frames: int, span_s: float) -> None:
+        bandwidth_hz = max(
+            LINE_BANDWIDTH_HZ, min(LINE_START_BANDWIDTH_HZ, LINE_SETTLING / self._age_s)
+        )
+        omega = min(1.0, 2 * math.pi * bandwidth_hz * span_s)
+        self._time_s += math.sqrt(2) * omega * error_s
+        self._period_s += omega * omega * error_s / frames
+
+    def at(self, frame: float) -> float:
+        """Return when `frame` passes by the line, as of the latest sighting."""
+        return self._time_s + (frame - self._frame) * self._period_s
 
 
 # --- local network --------------------------------------------------------------------------

@@ -53,7 +53,7 @@ import sys
 import threading
 import time
 from array import array
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TextIO
@@ -89,6 +89,7 @@ from common import (
     Offer,
     Outcome,
     PeerClosed,
+    PeerStalled,
     Prefixes,
     ProtocolError,
     Results,
@@ -97,6 +98,8 @@ from common import (
     SoundCard,
     Start,
     StreamEnd,
+    TimeReply,
+    TimeRequest,
     Welcome,
     blocks_for,
     calculate_checksum,
@@ -925,6 +928,7 @@ def claim_patiently(path: str, patience: Deadline) -> PartialFile | None:
 
 STDIN = "-"
 DEFAULT_RATE = 48_000
+DEFAULT_SYNC_MS = 80
 # What may wait between capture and broadcaster; more has gathered only on a machine that stood.
 CAPTURE_LIMIT_MS = 2_000
 PACING_SLACK_S = 0.2
@@ -946,12 +950,18 @@ class CaptureQueue:
         self._next_frame = 0
         self._taken_frames = 0
         self._held: AudioBlock | None = None
+        self._line = common.TimeLine(audio.rate)
 
-    def put(self, samples: bytes) -> None:
-        """Hand over a block of about ``CAPTURE_BLOCK_MS``, numbered. Never blocks."""
+    def put(self, samples: bytes, ago_s: float = 0.0) -> None:
+        """Hand over a block of about ``CAPTURE_BLOCK_MS``, numbered. Never blocks.
+
+        Its last frame was captured `ago_s` before the call.
+        """
+        next_frame = self._next_frame + self.audio.frames_of(samples)
+        captured_s = self._line.see(next_frame, time.monotonic() - ago_s)
         if self._blocks.qsize() < self._limit_blocks:
-            self._blocks.put(AudioBlock(self._next_frame, time.time_ns(), samples))
-        self._next_frame += self.audio.frames_of(samples)
+            self._blocks.put(AudioBlock(self._next_frame, round(captured_s * 1e9), samples))
+        self._next_frame = next_frame
 
     def skip(self, seconds: float) -> None:
         """Count frames that nobody captured for so long, so that the numbers keep time."""
@@ -970,7 +980,7 @@ class CaptureQueue:
         try:
             first = self._held or self._blocks.get(timeout=timeout_s)
         except queue.Empty:
-            return AudioBlock(self._taken_frames, time.time_ns(), b"")
+            return AudioBlock(self._taken_frames, time.monotonic_ns(), b"")
         self._held = None
         return self._join_gathered(first) if first else None
 
@@ -1007,9 +1017,9 @@ class Microphone:
         """Begin to capture."""
         self._card.open(self.captured.audio, self._hand_over, self.captured.skip)
 
-    def _hand_over(self, samples: bytes | None, _frames: int, _ago_s: float) -> None:
-        """Take a block; PortAudio's thread calls this."""
-        self.captured.put(samples or b"")
+    def _hand_over(self, samples: bytes | None, frames: int, ago_s: float) -> None:
+        """Take a block, whose first frame was captured `ago_s` before; PortAudio's thread calls."""
+        self.captured.put(samples or b"", ago_s - frames / self.captured.audio.rate)
 
     def close(self) -> None:
         """Stop to capture."""
@@ -1481,6 +1491,9 @@ def check_sound_file(path: str) -> None:
 # --- sound: broadcaster ---------------------------------------------------------------------
 
 LISTENER_TIMEOUT_S = 5.0
+SILENCE_S = 3600.0  # of a client, which need not say anything
+REQUESTS_AT_ONCE = 200
+REQUESTS_PER_S = 20
 # Small writes take a multiple of their size in the system's buffers.
 SEND_BUFFER_MS = 200
 MIN_SEND_BUFFER_BYTES = 16 * 1024
@@ -1491,7 +1504,8 @@ class Listener:
     """One client's end of the broadcast: takes blocks as fast as its network does, or misses them.
 
     A block that was begun is always finished, so that the client can tell where the next one
-    starts. The broadcaster's thread offers; `finish` is for the client's own once it has stopped.
+    starts. The broadcaster's thread calls `offer`, `end` and `lose`; the client's own thread
+    `take_requests`, and `finish` after that.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -1499,13 +1513,15 @@ class Listener:
         self.missed_blocks = 0
         self.gone = threading.Event()
         self.loss: str | None = None
-        self._progress_s = time.monotonic()
+        self._progress_s = self._asked_s = time.monotonic()
+        self._requests: deque[tuple[int, int]] = deque(maxlen=REQUESTS_AT_ONCE)
+        self._requests_left: float = REQUESTS_AT_ONCE
 
     def offer(self, frame: bytes, now_s: float) -> None:
-        """Give a block to the system, or miss it. Never blocks."""
+        """Give a block to the system, behind what was asked for, or miss it. Never blocks."""
         sent_bytes = self.connection.sent_bytes
         try:
-            if not self.connection.offer(frame):
+            if not self.connection.offer(self._replies() + frame):
                 self.missed_blocks += 1
         except common.ConnectionLost:  # as every client ends that is stopped
             self.lose("")
@@ -1515,12 +1531,50 @@ class Listener:
         elif now_s - self._progress_s > LISTENER_TIMEOUT_S:
             self.lose(f"took nothing for {LISTENER_TIMEOUT_S:.0f} s")
 
+    def _replies(self) -> bytes:
+        """Return the answers to all requests for the time, as frames."""
+        replies = b""
+        while self._requests:
+            replies += TimeReply(*self._requests.popleft(), time.monotonic_ns()).encode()
+        return replies
+
     def lose(self, reason: str) -> None:
         """Send no more to this listener, and wake its thread. `reason` may be empty."""
         # So that nothing, not even a goodbye, goes out behind a block that was cut off.
         self.connection.wake()
         self.loss = reason
         self.gone.set()
+
+    def end(self) -> None:
+        """Have the client's thread finish, as no more sound comes. Idempotent."""
+        self.gone.set()
+        self.connection.stop_reading()
+
+    def take_requests(self) -> None:
+        """Take the client's requests for the time; blocks until it has left, or is to leave.
+
+        Raises ProtocolError where it sends anything else, or too much.
+        """
+        while not self.gone.is_set():
+            try:
+                with self.connection.limit(SILENCE_S):
+                    request = self.connection.receive(TimeRequest, max_bytes=common.MAX_HELLO_BYTES)
+            except PeerStalled:  # it need not ask
+                continue
+            except common.ConnectionLost:
+                if not self.gone.is_set():
+                    self.lose("")
+                return
+            self._spend_request()
+            self._requests.append((request.asked_ns, time.monotonic_ns()))
+
+    def _spend_request(self) -> None:
+        now_s = time.monotonic()
+        gained = (now_s - self._asked_s) * REQUESTS_PER_S
+        self._requests_left = min(REQUESTS_AT_ONCE, self._requests_left + gained) - 1
+        self._asked_s = now_s
+        if self._requests_left < 0:
+            raise ProtocolError("it asks for the time too often")
 
     def finish(self, reason: str) -> None:
         """Send what is unsent, the end of the sound, and `reason`; blocks a while at most.
@@ -1569,7 +1623,7 @@ class Broadcaster:
             self.listener_count = len(self._listeners)
             self.served_count += 1
             if self._ended:
-                listener.gone.set()
+                listener.end()
         return listener
 
     def remove(self, listener: Listener) -> None:
@@ -1588,7 +1642,7 @@ class Broadcaster:
         with self._lock:
             self._ended = True
         for listener in self._listeners:
-            listener.gone.set()
+            listener.end()
 
     def _send_round(self, block: AudioBlock, now_s: float) -> None:
         self.latest_samples = block.samples
@@ -1615,7 +1669,7 @@ def handle_audio_client(connection: Connection, broadcaster: Broadcaster) -> Non
         connection.limit_send_buffer(send_buffer_bytes(broadcaster.captured.audio))
         listener = broadcaster.add(connection)
         log.info("%s: listening", connection.peer)
-        listener.gone.wait()
+        listener.take_requests()
         broadcaster.remove(listener)
         reason = listener.loss
         if reason is None:
@@ -2195,7 +2249,7 @@ EXAMPLES = """examples:
 
 MODE_OPTIONS = {
     "file": ["folder", "overwrite"],
-    "audio": ["input", "rate", "channels", "list_devices"],
+    "audio": ["input", "rate", "channels", "sync", "list_devices"],
 }
 
 
@@ -2218,6 +2272,15 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
         type=common.number(int, 1, 2),
         metavar="N",
         help="1 for mono, 2 for stereo (1, or the file's own)",
+    )
+    sound.add_argument(
+        "--sync",
+        type=common.number(int, common.SYNC_MS[0], common.SYNC_MS[-1]),
+        nargs="?",
+        const=DEFAULT_SYNC_MS,
+        metavar="MS",
+        help="have all listeners play in step, MS after the capture "
+        f"({DEFAULT_SYNC_MS} if MS is left out)",
     )
     sound.add_argument("--list-devices", action="store_true", help="show the microphones and exit")
 
@@ -2355,7 +2418,7 @@ def make_audio_server(
         entrance,
         lambda connection: handle_audio_client(connection, broadcaster),
         max_clients=args.max_clients or MAX_LISTENERS,
-        sound=Sound(audio, secrets.token_hex(8)),
+        sound=Sound(audio, secrets.token_hex(8), args.sync),
     )
 
 

@@ -32,6 +32,8 @@ from common import (
     Sound,
     Start,
     StreamEnd,
+    TimeReply,
+    TimeRequest,
     Welcome,
     decode_message,
     decode_sound,
@@ -61,10 +63,11 @@ FILES = st.builds(
 )
 FOLDERS = FILES.map(lambda entry: Entry(entry.path, mtime_ns=entry.mtime_ns, is_folder=True))
 OUTCOMES = st.builds(Outcome, st.sampled_from(["saved", "already", "failed"]), TEXTS)
+SOUNDS = st.builds(Sound, FORMATS, TEXTS, st.none() | st.integers(10, 10_000))
 MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
     Hello: st.builds(Hello, st.integers(), TEXTS),
     Welcome: st.builds(Welcome, st.integers(), st.just("file"), st.none())
-    | st.builds(Welcome, st.integers(), st.just("audio"), st.builds(Sound, FORMATS, TEXTS)),
+    | st.builds(Welcome, st.integers(), st.just("audio"), SOUNDS),
     Error: st.builds(Error, TEXTS, st.booleans()),
     Offer: st.builds(Offer, st.lists(FILES | FOLDERS, max_size=10)),
     Held: st.builds(
@@ -76,6 +79,7 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
     Hashing: st.just(Hashing()),
     Prefixes: st.builds(Prefixes, st.lists(st.lists(TEXTS, max_size=5), max_size=10)),
     Start: st.builds(Start, st.lists(SIZES | OUTCOMES, max_size=10)),
+    TimeRequest: st.builds(TimeRequest, SIZES),
     Results: st.builds(Results, st.lists(st.tuples(INDEXES, OUTCOMES), max_size=10)),
 }
 KINDS = list(MESSAGES)
@@ -226,4 +230,10 @@ def test_the_end_of_the_sound_is_decoded_with_its_reason(reason: str) -> None:
 def test_any_bytes_are_sound_or_a_protocol_error(content: bytes, audio: AudioFormat) -> None:
     with contextlib.suppress(ProtocolError):
         sound = decode_sound(content, audio)
-        assert isinstance(sound, StreamEnd) or len(sound.samples) % audio.frame_bytes == 0
+        assert not isinstance(sound, AudioBlock) or len(sound.samples) % audio.frame_bytes == 0
+
+
+@given(times=st.tuples(SIZES, SIZES, SIZES))
+def test_the_servers_time_is_decoded_as_it_was_encoded(times: tuple[int, int, int]) -> None:
+    reply = TimeReply(*times)
+    assert decode_sound(content_of(reply.encode()), AudioFormat(48_000, 1)) == reply

@@ -103,7 +103,7 @@ class OurListener:
         frames = (size - common.BLOCK_HEADER.size) // common.SAMPLE_BYTES
         missed_frames = first_frame - (self._next_frame or first_frame)
         self._next_frame = first_frame + frames
-        delay_ms = (time.time_ns() - captured_ns) / 1e6 + frames / RATE * 1000
+        delay_ms = (time.monotonic_ns() - captured_ns) / 1e6 + frames / RATE * 1000
         self._tally.note(frames, delay_ms, missed_frames)
 
 

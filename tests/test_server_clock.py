@@ -1,0 +1,133 @@
+"""A player knows the server's clock, whatever the two clocks and the network between them do.
+
+Plain logic with made-up clocks and networks: no socket, no real time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import client
+import server
+from client import ServerClock, TimeExchange
+
+BLOCK_S = 0.0025
+
+Clock = Callable[[float], float]  # from true time to what it shows
+Delay = Callable[[random.Random], float]
+
+
+def drifting(offset_s: float, ppm: float) -> Clock:
+    return lambda true_s: offset_s + true_s * (1 + ppm / 1e6)
+
+
+def quiet(chance: random.Random) -> float:
+    return 100e-6 + chance.expovariate(1 / 20e-6)
+
+
+def queued(chance: random.Random) -> float:
+    """Return a delay as on a poor Wi-Fi: 3 ms in the mean, now and then a tenth of a second."""
+    return 300e-6 + chance.expovariate(1 / 3e-3) + (0.1 if chance.random() < 0.02 else 0)
+
+
+class Exchange:
+    """A client and a server that exchange the time over a made-up network."""
+
+    def __init__(self, server: Clock, up: Delay, down: Delay, seed: int = 1) -> None:
+        self.clock = ServerClock()
+        self.server = server
+        self._up, self._down = up, down
+        self._chance = random.Random(seed)
+        self._on_the_way: list[tuple[float, TimeExchange]] = []
+        self._block = 0
+        self.asked_at_s: list[float] = []
+
+    def run(self, until_s: float) -> None:
+        """Let blocks come until then; each is an opportunity to ask, as in `Listening`."""
+        while (now_s := self._block * BLOCK_S) < until_s:
+            self._block += 1
+            if self.clock.wants_request(now_s):
+                self.asked_at_s.append(now_s)
+                there_s = now_s + self._up(self._chance)
+                answered_s = there_s + self._chance.random() * BLOCK_S
+                back_s = answered_s + self._down(self._chance)
+                exchange = TimeExchange(
+                    now_s, self.server(there_s), self.server(answered_s), back_s
+                )
+                self._on_the_way.append((back_s, exchange))
+            for arrival in [each for each in self._on_the_way if each[0] <= now_s]:
+                self._on_the_way.remove(arrival)
+                self.clock.take(arrival[1])
+
+    def error_s(self) -> float:
+        """Return how far off the client is that asks for the server's time now."""
+        now_s = self._block * BLOCK_S
+        return now_s + self.clock.offset_at(now_s) - self.server(now_s)
+
+    def worst_error_s(self, from_s: float, until_s: float) -> float:
+        """Let time go by, and return how far off the client was at most between these moments."""
+        worst_s = 0.0
+        while from_s < until_s:
+            self.run(from_s)
+            worst_s = max(worst_s, abs(self.error_s()))
+            from_s += 0.1
+        return worst_s
+
+
+@given(offset_s=st.floats(-1e6, 1e6), ppm=st.floats(-100, 100), seed=st.integers(0, 1_000_000))
+@settings(max_examples=25, deadline=None)
+def test_on_a_quiet_network_the_servers_clock_is_known_within_50_us(
+    offset_s: float, ppm: float, seed: int
+) -> None:
+    exchange = Exchange(drifting(offset_s, ppm), quiet, quiet, seed)
+    assert exchange.worst_error_s(1.0, 60.0) < 50e-6
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_behind_queued_sound_the_servers_clock_is_known_within_half_a_millisecond(
+    seed: int,
+) -> None:
+    exchange = Exchange(drifting(5.0, 40), quiet, queued, seed)
+    assert exchange.worst_error_s(10.0, 120.0) < 500e-6
+
+
+def test_a_jump_of_the_clock_is_followed_within_a_second_of_the_next_burst() -> None:
+    steady = drifting(0.0, 20)
+    exchange = Exchange(lambda true_s: steady(true_s) + (5.0 if true_s > 40 else 0), quiet, quiet)
+    exchange.run(40.0)
+    exchange.run(40.0 + client.STEADY_INTERVAL_S + 1)
+    assert abs(exchange.error_s()) < 50e-6
+
+
+def test_one_exchange_that_is_far_off_moves_nothing() -> None:
+    exchange = Exchange(drifting(3.0, 10), quiet, quiet)
+    exchange.run(30.0)
+    before_s = exchange.error_s()
+    odd = TimeExchange(30.0, 33.5, 33.5, 30.0002)
+    for _ in range(client.BURST_REQUESTS):
+        exchange.clock.take(odd)
+    assert abs(exchange.error_s() - before_s) < 20e-6
+
+
+def test_requests_that_nobody_answers_are_asked_again() -> None:
+    clock = ServerClock()
+    asked = [clock.wants_request(number * BLOCK_S) for number in range(2_000)]
+    assert sum(asked) >= 4 * client.BURST_REQUESTS
+    assert not clock.is_known
+
+
+def test_a_player_asks_no_more_than_a_server_allows() -> None:
+    exchange = Exchange(drifting(3.0, 10), quiet, quiet)
+    exchange.run(120.0)
+    allowance: float = server.REQUESTS_AT_ONCE
+    for before_s, now_s in itertools.pairwise([0.0, *exchange.asked_at_s]):
+        gained = (now_s - before_s) * server.REQUESTS_PER_S
+        allowance = min(server.REQUESTS_AT_ONCE, allowance + gained) - 1
+        assert allowance > server.REQUESTS_AT_ONCE / 4
+    assert len(exchange.asked_at_s) < 120 * 5

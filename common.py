@@ -37,6 +37,7 @@ import json
 import math
 import os
 import queue
+import re
 import select
 import signal
 import socket
@@ -441,6 +442,8 @@ LENGTH = struct.Struct("!I")
 MAX_FRAME_BYTES = 1024 * 1024
 MAX_HELLO_BYTES = 4 * 1024
 MAX_BATCH_ENTRIES = 1000  # of files and folders in an offer
+# Of a modification time: the years from 1000 BC to 11,000, further than any file system goes.
+MAX_MTIME_NS = 2**68
 MAX_HELD_LENGTHS = 100  # of one file that a server may ask about
 # Measured with tests/bench/files.py: 1 MiB stays in a core's cache while it is received, hashed
 # and written; smaller blocks cost more hand-overs, larger ones more trips to memory.
@@ -449,6 +452,10 @@ SEGMENT_BYTES = 1024 * 1024
 END_OF_FILE = 0
 GIVEN_UP = 0xFFFFFFFF
 STILL_HERE = 0xFFFFFFFE
+
+MAX_UNCHECKED_BYTES = 64 * 1024
+MAX_JSON_VALUES = 32 * MAX_BATCH_ENTRIES  # of JSON in a longer frame; an offer has nine an entry
+JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 SAMPLE_BYTES = 2
 SAMPLE_RATES = range(1_000, 384_001)
@@ -496,6 +503,7 @@ def decode_message(content: bytes, expected: Iterable[type[Message]]) -> Message
 
     Raises ProtocolError where it is no such message.
     """
+    check_size(content)
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError):
@@ -507,6 +515,17 @@ def decode_message(content: bytes, expected: Iterable[type[Message]]) -> Message
         if fields["type"] == kind.__name__.lower():
             return kind.decode(fields)
     raise ProtocolError(f"unexpected message {escape(fields['type'], 40)!r}")
+
+
+def check_size(content: bytes) -> None:
+    """Raise ProtocolError where JSON would take far more memory than it has bytes.
+
+    ``[{},{},{}]`` does, at thirty times as many; strings do not.
+    """
+    if len(content) > MAX_UNCHECKED_BYTES:
+        bare = JSON_STRING.sub(b"", content)
+        if sum(map(bare.count, (b"{", b"[", b","))) > MAX_JSON_VALUES:
+            raise ProtocolError("received a message of too many parts")
 
 
 def require(fields: Fields, field: str, kind: type[T]) -> T:
@@ -616,7 +635,8 @@ class Error(NamedTuple):
 class Entry(NamedTuple):
     """A file or folder in an offer. `path` has "/" between folders.
 
-    A `size` of None is unknown until the end, as that of a pipe.
+    A `size` of None is unknown until the end, as that of a pipe. `mode` is the source's nine
+    permission bits, None where it has no such thing.
     """
 
     path: str
@@ -624,25 +644,32 @@ class Entry(NamedTuple):
     mtime_ns: int | None = None
     executable: bool = False
     is_folder: bool = False
+    mode: int | None = None
 
     def encode(self) -> Fields:
         """Return it as an item of an Offer."""
         fields = self._asdict()
         is_folder = fields.pop("is_folder")
-        return (
-            {"path": self.path, "mtime_ns": self.mtime_ns, "folder": True} if is_folder else fields
-        )
+        if self.mode is None:
+            del fields["mode"]
+        if is_folder:
+            del fields["size"], fields["executable"]
+            fields["folder"] = True
+        return fields
 
     @classmethod
     def decode(cls, item: Any) -> Entry:
         """Return the entry in an item of an Offer; raises ProtocolError."""
         if not isinstance(item, dict):
             raise ProtocolError("received an offer that is not one")
-        path, mtime_ns = require(item, "path", str), item.get("mtime_ns")
-        if mtime_ns is not None and abs(require(item, "mtime_ns", int)) >= 2**63:
+        path, mtime_ns, mode = require(item, "path", str), item.get("mtime_ns"), item.get("mode")
+        if mtime_ns is not None and abs(require(item, "mtime_ns", int)) > MAX_MTIME_NS:
             raise ProtocolError("received a message with a bad 'mtime_ns'")
+        if mode is not None and not 0 <= require(item, "mode", int) <= 0o777:
+            raise ProtocolError("received a message with a bad 'mode'")
         size = None if item.get("size") is None else require_size(item, "size")
-        return cls(path, size, mtime_ns, bool(item.get("executable")), bool(item.get("folder")))
+        executable, is_folder = bool(item.get("executable")), bool(item.get("folder"))
+        return cls(path, size, mtime_ns, executable, is_folder, mode)
 
 
 class Outcome(NamedTuple):
@@ -670,9 +697,12 @@ class Outcome(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """A batch of files and folders that the client would send."""
+    """A batch of files and folders that the client would send.
 
-    entries: Sequence[Entry]
+    What cannot be read of one is refused by itself: in its place stands an Outcome.
+    """
+
+    entries: Sequence[Entry | Outcome]
 
     def encode(self) -> Fields:
         """See `Message`."""
@@ -684,7 +714,14 @@ class Offer(NamedTuple):
         items = require(fields, "entries", list)
         if len(items) > MAX_BATCH_ENTRIES:
             raise ProtocolError(f"received an offer of more than {MAX_BATCH_ENTRIES} files")
-        return cls([Entry.decode(item) for item in items])
+        return cls([cls._decode_entry(item) for item in items])
+
+    @staticmethod
+    def _decode_entry(item: Any) -> Entry | Outcome:
+        try:
+            return Entry.decode(item)
+        except ProtocolError as error:
+            return Outcome("failed", str(error))
 
 
 class Held(NamedTuple):
@@ -1081,6 +1118,8 @@ class ByteStream:
         self._deadline: Deadline | None = None
         self._tls: TLS | None = None
         self._is_cut_off = False  # inside something that was being sent
+        self._heard_s = time.monotonic()
+        self._read_error: ConnectionLost | None = None  # that the next `read_some` raises
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -1216,6 +1255,46 @@ class ByteStream:
                 raise self._ended(inside=have > 0)
             have += count
 
+    def read_some(self, view: memoryview, seconds: float) -> int:
+        """Fill `view`, or as much as comes within `seconds`, at least a byte; return how much.
+
+        Blocks and raises as `read` does, but not before what has come has been returned.
+        """
+        if self._read_error is not None:
+            raise self._read_error
+        buffered = self._received.take(len(view))
+        have = len(buffered)
+        view[:have] = buffered
+        end_s = time.monotonic() + seconds
+        while have < len(view) and (not have or time.monotonic() < end_s):
+            try:
+                count = self._receive_into(view[have:])
+            except ConnectionLost as error:
+                self._read_error = error
+                count = 0
+            if not count:
+                self._read_error = self._read_error or self._ended(inside=True)
+                if have:
+                    break
+                raise self._read_error
+            have += count
+        return have
+
+    def silent_s(self) -> float:
+        """Return for how many seconds nothing has been received. For any thread."""
+        return time.monotonic() - self._heard_s
+
+    def is_gone(self) -> bool:
+        """Return whether the other side has hung up, and all is read that it had sent."""
+        if self.buffered():
+            return False
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def _wait_for(self, size: int, ahead: int = RECEIVE_BYTES) -> None:
         """Block until at least `size` bytes are buffered; raises as `read` does."""
         while (missing := size - len(self._received)) > 0:
@@ -1236,13 +1315,17 @@ class ByteStream:
         return bytes(record[: self._receive_into(memoryview(record))])
 
     def _receive_raw(self, size: int) -> bytes:
-        return self._retry(lambda: self._socket.recv(size), to_write=False)
+        data = self._retry(lambda: self._socket.recv(size), to_write=False)
+        self._heard_s = time.monotonic()
+        return data
 
     def _receive_into(self, view: memoryview) -> int:
         """Receive into `view`, decrypted; return how many bytes: none at a clean end."""
         tls = self._tls
         if tls is None:
-            return self._retry(lambda: self._socket.recv_into(view), to_write=False)
+            count = self._retry(lambda: self._socket.recv_into(view), to_write=False)
+            self._heard_s = time.monotonic()
+            return count
         while True:
             try:
                 count = tls.decrypt_into(view)

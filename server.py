@@ -687,7 +687,10 @@ class Reception:
             offer = self._connection.receive(Offer)
         except PeerClosed:
             return None
-        return [Incoming(index, entry) for index, entry in enumerate(offer.entries)]
+        return [
+            Incoming(index, entry if isinstance(entry, Entry) else Entry(""))
+            for index, entry in enumerate(offer.entries)
+        ]
 
     def receive_batch(self, batch: list[Incoming]) -> None:
         """Answer an offer, take what is then sent, and say what became of each entry."""

@@ -57,11 +57,14 @@ FILES = st.builds(
     Entry,
     TEXTS,
     st.none() | SIZES,
-    st.none() | st.integers(1 - 2**63, 2**63 - 1),
+    st.none() | st.integers(-(2**68), 2**68),
     st.booleans(),
     st.just(False),
+    st.none() | st.integers(0, 0o777),
 )
-FOLDERS = FILES.map(lambda entry: Entry(entry.path, mtime_ns=entry.mtime_ns, is_folder=True))
+FOLDERS = FILES.map(
+    lambda entry: Entry(entry.path, None, entry.mtime_ns, is_folder=True, mode=entry.mode)
+)
 OUTCOMES = st.builds(Outcome, st.sampled_from(["saved", "already", "failed"]), TEXTS)
 SOUNDS = st.builds(Sound, FORMATS, TEXTS, st.none() | st.integers(10, 10_000))
 MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
@@ -177,6 +180,32 @@ def test_a_message_that_is_not_expected_is_a_protocol_error() -> None:
 def test_lengths_that_nobody_can_hold_are_a_protocol_error(fields: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError):
         Held.decode(fields)
+
+
+def test_an_entry_that_cannot_be_read_is_refused_by_itself() -> None:
+    good = {"path": "a", "size": 1}
+    bad = [None, {}, {"path": 1}, {**good, "size": -1}, {**good, "mode": 0o1777}]
+    bad += [{**good, "mtime_ns": 2**68 + 1}, {**good, "mtime_ns": "now"}]
+    entries = Offer.decode({"entries": [good, *bad, good]}).entries
+    assert entries[0] == entries[-1] == Entry("a", 1)
+    for entry in entries[1:-1]:
+        assert isinstance(entry, Outcome)
+        assert entry.kind == "failed"
+
+
+@pytest.mark.parametrize("part", [b"{},", b"[],", b"0,", b'{"a":0},'])
+def test_what_would_fill_memory_is_refused_before_it_is_parsed(part: bytes) -> None:
+    content = b'{"type":"offer","entries":[' + part * (1024 * 1024 // len(part) - 10) + b"0]}"
+    with pytest.raises(ProtocolError, match="too many parts"):
+        decode_message(content, [Offer])
+
+
+def test_an_offer_of_the_longest_names_in_their_longest_form_is_parsed() -> None:
+    names = ['{[,\\u\u0007"' * 40] * MAX_BATCH_ENTRIES
+    offer = Offer([Entry(name, 1, 2, True, False, 0o755) for name in names])
+    content = encode_message(offer)[4:]
+    assert len(content) > 256 * 1024
+    assert decode_message(content, [Offer]) == offer
 
 
 def test_an_offer_has_a_thousand_entries_at_most() -> None:

@@ -39,6 +39,15 @@ END_OF_FILE = struct.pack("!I", 0)
 GIVEN_UP = struct.pack("!I", 0xFFFFFFFF)
 
 
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Return two connected TCP sockets of this machine."""
+    with socket.create_server((HOST, 0)) as listening:
+        near = socket.create_connection(listening.getsockname(), timeout=PEER_LIMIT_S)
+        far, _ = listening.accept()
+        far.settimeout(PEER_LIMIT_S)
+        return near, far
+
+
 class RawPeer:
     """One end of a connection, in the hands of a test. Use it in a ``with`` block."""
 

@@ -11,7 +11,7 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,15 +37,8 @@ from common import (
     calculate_checksum,
     escape,
 )
-
-
-def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """Return two connected TCP sockets of this machine."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        near = socket.create_connection(listener.getsockname(), timeout=60)
-        far, _ = listener.accept()
-        far.settimeout(60)
-        return near, far
+from peers import socket_pair
+from waiting import background
 
 
 @contextlib.contextmanager
@@ -54,16 +47,6 @@ def connected() -> Iterator[tuple[Connection, socket.socket]]:
     near, far = socket_pair()
     with far, Connection(near, "peer") as connection:
         yield connection, far
-
-
-@contextlib.contextmanager
-def background(work: Callable[[], object]) -> Iterator[None]:
-    """Run `work` in a thread, which must have ended soon after the ``with`` block."""
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    yield
-    thread.join(60)
-    assert not thread.is_alive()
 
 
 def send_in_pieces(sock: socket.socket, data: bytes, cuts: list[int]) -> None:

@@ -13,7 +13,8 @@ progress                ``Progress``: bars, on a terminal
 results                 ``ResultReader`` and ``Report``: what became of each file
 file mode               ``start_file_client`` and ``Sender``: batches, resuming, retries
 sound: jitter buffer    ``JitterBuffer``: plays evenly what arrives unevenly, and soon
-sound: outputs          ``SpeakerOutput``, ``RecordingOutput``: sound card, WAV file, pipe
+sound: outputs          ``Destination``, ``Output``, and the sound card: ``Speaker``
+sound: recordings       ``RecordingFiles``, ``Pipe``: WAV, FLAC and Opus, standard output
 sound: listening        ``start_audio_client``, ``Listening``: receives, comes back; ``Timeline``
 command line            ``main`` asks for what the arguments leave open
 ======================  ===========================================================
@@ -31,9 +32,9 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
-import itertools
 import math
 import os
 import queue
@@ -42,13 +43,12 @@ import shlex
 import socket
 import ssl
 import stat
-import struct
 import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import common
 from common import (
@@ -100,6 +100,7 @@ from common import (
 )
 
 if TYPE_CHECKING:
+    import wave
     from ipaddress import IPv4Interface, IPv6Interface
 
     from tqdm import tqdm
@@ -1561,20 +1562,27 @@ DRAIN_LIMIT_S = 2.0
 CARD_BUFFER_S = 0.15
 # Of the sound card's own buffer, how much may go by before a dropout is accepted as one.
 LATE_PATIENCE_S = 0.0025
-RECORDING_QUEUE_BYTES = 32 * 1024 * 1024  # five minutes of 48 kHz mono
-RECORDING_CLOSE_S = 10.0
-WAV_LIMIT_BYTES = 2**32 - 1
 
 
 class ReaderGone(SocketPairError):
     """Who read our standard output has closed it: nobody wants more."""
 
 
-class Output(Protocol):
-    """Where received sound goes."""
+class Destination(Protocol):
+    """Where the user wants the sound; found to be there before a server is."""
 
-    def begin(self, audio: AudioFormat) -> None:
-        """Take sound of this format from now on; raises SocketPairError where it cannot."""
+    def open(self, audio: AudioFormat) -> Output:
+        """Return what takes sound of this format; raises SocketPairError where it cannot be had.
+
+        Blocks while it is opened. The output before it has been closed.
+        """
+
+    def close(self) -> None:
+        """Release what is held without an output. May be called twice."""
+
+
+class Output(Protocol):
+    """Takes received sound of one format."""
 
     def write(self, samples: bytes, gap_frames: int) -> None:
         """Take `samples`, before which `gap_frames` were missed."""
@@ -1592,54 +1600,59 @@ class Output(Protocol):
         """Return a few words about the whole, for the end."""
 
 
-class SpeakerOutput:
-    """Plays through a sound card; PortAudio asks for each block when it needs it.
+class Speaker:
+    """A sound card, as a destination.
 
     The constructor starts PortAudio, which takes a while, and raises AudioUnavailable where
-    there is no such loudspeaker; the card itself is opened once the format is known.
+    there is no such loudspeaker.
     """
 
     def __init__(self, wanted: str | None, latency_ms: float | None, console: Console) -> None:
         self._latency_ms = latency_ms
         self._card = SoundCard(common.SPEAKER, wanted, console.complain)
-        self._buffer: JitterBuffer | None = None
+
+    def open(self, audio: AudioFormat) -> SpeakerOutput:
+        """Open the card; blocks for that."""
+        return SpeakerOutput(self._card, JitterBuffer(audio, self._latency_ms))
+
+    def close(self) -> None:
+        """Close the card."""
+        self._card.close()
+
+
+class SpeakerOutput:
+    """Plays through a sound card; PortAudio asks for each block when it needs it."""
+
+    def __init__(self, card: SoundCard, buffer: JitterBuffer) -> None:
+        self._card = card
+        self._buffer = buffer
         self._exchanged = threading.Condition()  # guards it, and tells of what was written
+        card.open(buffer.audio, self._exchange)
 
-    def begin(self, audio: AudioFormat) -> None:
-        """Open the card, unless it is open in this format already; blocks for that."""
-        if self._buffer is None or self._buffer.audio != audio:
-            buffer = JitterBuffer(audio, self._latency_ms)
-            self._card.open(audio, functools.partial(self._exchange, buffer))
-            self._buffer = buffer
-
-    def _exchange(
-        self, buffer: JitterBuffer, _samples: bytes | None, frames: int, _ahead_s: float
-    ) -> bytes:
-        """Return the next `frames` of `buffer`; PortAudio's thread calls this.
+    def _exchange(self, _samples: bytes | None, frames: int, _ahead_s: float) -> bytes:
+        """Return the next `frames`; PortAudio's thread calls this.
 
         Where they are not there, it waits a moment: what holds up all of the machine has the
         sound card ask for several blocks at once, often just before the sound comes that was
         held up as well.
         """
         with self._exchanged:
-            self._exchanged.wait_for(lambda: not buffer.lacks(frames), LATE_PATIENCE_S)
-            return buffer.read(frames)
+            self._exchanged.wait_for(lambda: not self._buffer.lacks(frames), LATE_PATIENCE_S)
+            return self._buffer.read(frames)
 
     def write(self, samples: bytes, gap_frames: int) -> None:
         """Hand over to the jitter buffer."""
-        if self._buffer is not None:
-            with self._exchanged:
-                self._buffer.write(samples, gap_frames)
-                self._exchanged.notify()
+        with self._exchanged:
+            self._buffer.write(samples, gap_frames)
+            self._exchanged.notify()
 
     def drain(self) -> None:
         """Play what is left, down to the last sample in the sound card's own buffer."""
-        if self._buffer is not None:
-            self._buffer.drain()
-            deadline = Deadline(DRAIN_LIMIT_S)
-            while self._buffer.fill_frames and deadline.remaining():
-                time.sleep(common.PLAYBACK_BLOCK_MS / 1000)
-            time.sleep(CARD_BUFFER_S)
+        self._buffer.drain()
+        deadline = Deadline(DRAIN_LIMIT_S)
+        while self._buffer.fill_frames and deadline.remaining():
+            time.sleep(common.PLAYBACK_BLOCK_MS / 1000)
+        time.sleep(CARD_BUFFER_S)
 
     def close(self) -> None:
         """Close the card."""
@@ -1647,16 +1660,12 @@ class SpeakerOutput:
 
     def status(self) -> str:
         """Return the buffer's fill and the dropouts so far."""
-        if self._buffer is None:
-            return ""
         fill_ms = self._buffer.audio.milliseconds(self._buffer.fill_frames)
         dropouts = count(self._buffer.statistics.dropouts, "dropout")
         return f"buffer {fill_ms:3.0f} ms  {dropouts}"
 
     def summary(self) -> str:
         """Return the dropouts so far, and what following the server's clock has taken."""
-        if self._buffer is None:
-            return ""
         seen = self._buffer.statistics
         return (
             f"{count(seen.dropouts, 'dropout')}, {count(seen.dropped_frames, 'frame')} dropped "
@@ -1664,104 +1673,354 @@ class SpeakerOutput:
         )
 
 
-class WavFile:
-    """A WAV file that is valid after every write, whatever then happens to this process.
+# --- sound: recordings ----------------------------------------------------------------------
 
-    Raises FileExistsError where there is a file of that name.
-    """
+RECORDING_QUEUE_BYTES = 32 * 1024 * 1024  # five minutes of 48 kHz mono
+RECORDING_CLOSE_S = 10.0
+MAX_RECORDINGS = 1_000  # of one name: the parts of a server's sound that changes its format
+WAV_LIMIT_BYTES = 2**32 - 1
+WAV_HEADER_BYTES = 44
+OPUS_RATE = 48_000
+OPUS_BITS_PER_S = 64_000  # and half of it more for each channel
+# What FFmpeg calls so many channels, in the order of a WAV file's.
+LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")
+# Names that end so are meant as files, of a kind that is not written.
+OTHER_ENDINGS = (
+    *(".mp3", ".ogg", ".oga", ".m4a", ".aac", ".mp4", ".aif", ".aiff", ".wave", ".w64", ".wma"),
+    *(".raw", ".pcm", ".au", ".caf", ".webm", ".mka"),
+)
 
-    HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
-    FORMAT_PCM = 1
 
-    def __init__(self, path: str, audio: AudioFormat) -> None:
-        self._audio = audio
-        self._data_bytes = 0
-        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - open as long as we are
-        self._write_header()
+Written = TypeVar("Written")
 
-    @property
-    def room_bytes(self) -> int:
-        """How much still fits: the sizes in a WAV file have 32 bits."""
-        most = WAV_LIMIT_BYTES - self.HEADER.size
-        return (most - self._data_bytes) // self._audio.frame_bytes * self._audio.frame_bytes
+
+class Create(Protocol):
+    """Makes a new file for a `Writer`: `RecordingFiles.create`."""
+
+    def __call__(self, begin: Callable[[BinaryIO], Written]) -> Written:
+        """Return what `begin` returns, which writes the beginning of the file."""
+
+
+class Writer(Protocol):
+    """Writes sound of one format somewhere; every method raises SocketPairError if it cannot."""
 
     def write(self, samples: bytes) -> None:
-        """Add `samples`, and only then count them in the header."""
-        write_all(self._file, samples)
-        self._data_bytes += len(samples)
-        self._write_header()
-
-    def _write_header(self) -> None:
-        audio = self._audio
-        riff_bytes = self.HEADER.size - 8 + self._data_bytes
-        header = self.HEADER.pack(
-            b"RIFF", riff_bytes, b"WAVE", b"fmt ", 16, self.FORMAT_PCM, audio.channels, audio.rate,
-            audio.rate * audio.frame_bytes, audio.frame_bytes, 8 * common.SAMPLE_BYTES,
-            b"data", self._data_bytes,
-        )  # fmt: skip
-        self._file.seek(0)
-        write_all(self._file, header)
-        self._file.seek(0, os.SEEK_END)
+        """Write all of `samples`; blocks until they are taken."""
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Finish what was written."""
 
 
-class WavWriter:
-    """Writes sound into a WAV file, and goes on in a next one where the first cannot take more.
+class Missed:
+    """How much sound a destination has not got, over all its outputs."""
+
+    def __init__(self) -> None:
+        self.milliseconds = 0.0
+
+    def describe(self) -> str:
+        """Return it in words, nothing where there was none."""
+        return f"missed {self.milliseconds:.0f} ms" if self.milliseconds else ""
+
+
+class RecordingOutput:
+    """Writes every frame as it was captured, from a thread of its own; gaps become silence.
+
+    A slow disk or reader is waited for, after ``RECORDING_QUEUE_BYTES`` have gathered. Ctrl+C
+    may come at any moment in the thread that hands over the sound: it cannot break a
+    SimpleQueue, but it can a Queue.
+    """
+
+    def __init__(self, writer: Writer, audio: AudioFormat, missed: Missed) -> None:
+        self._writer = writer
+        self._audio = audio
+        self._missed = missed
+        self._blocks: queue.SimpleQueue[tuple[bytes, int] | None] = queue.SimpleQueue()
+        self._written: queue.SimpleQueue[int] = queue.SimpleQueue()  # bytes of each block that was
+        self._waiting_bytes = 0
+        self._error: SocketPairError | None = None
+        self._thread = threading.Thread(target=self._run, name="recording", daemon=True)
+        self._thread.start()
+
+    def write(self, samples: bytes, gap_frames: int) -> None:
+        """Queue `samples`; blocks while too much waits. Raises what writing earlier ones did."""
+        if self._error:
+            raise self._error
+        while self._waiting_bytes > RECORDING_QUEUE_BYTES or not self._written.empty():
+            self._waiting_bytes -= self._written.get()
+        self._blocks.put((samples, gap_frames))
+        self._waiting_bytes += len(samples)
+
+    def _run(self) -> None:
+        while (block := self._blocks.get()) is not None:
+            try:
+                if not self._error:
+                    self._write(*block)
+            except SocketPairError as error:
+                self._error = error
+            finally:
+                self._written.put(len(block[0]))
+
+    def _write(self, samples: bytes, gap_frames: int) -> None:
+        self._missed.milliseconds += self._audio.milliseconds(gap_frames)
+        while gap_frames > 0:
+            frames = min(gap_frames, self._audio.rate)
+            self._writer.write(self._audio.silence(frames))
+            gap_frames -= frames
+        self._writer.write(samples)
+
+    def drain(self) -> None:
+        """Nothing to do: `close` writes what is queued."""
+
+    def close(self) -> None:
+        """Write what is queued, and finish the file. Raises SocketPairError."""
+        self._blocks.put(None)
+        self._thread.join(RECORDING_CLOSE_S)
+        if self._thread.is_alive():  # the reader of a pipe has stopped to read, say
+            raise SocketPairError("the last of the sound could not be written")
+        try:
+            self._writer.close()
+        finally:
+            if self._error:
+                raise self._error
+
+    def status(self) -> str:
+        """Return how much was missed so far."""
+        return self._missed.describe()
+
+    def summary(self) -> str:
+        """Return the same once more."""
+        return self.status()
+
+
+class RecordingFiles:
+    """Files that sound is recorded into, as a destination: the first as it was named.
 
     A file that is there already stays: ``talk.wav`` becomes ``talk (1).wav``. So do the next
-    files, which follow when one has reached 4 GiB, or the server came back in another format.
+    files, which follow when one is full, or the server came back in another format. Raises
+    SocketPairError where there can be no such file.
     """
 
     def __init__(self, path: str, console: Console) -> None:
         self._path = os.path.expanduser(path)
         self._console = console
-        self._audio: AudioFormat | None = None
-        self._file: WavFile | None = None
+        self._missed = Missed()
+        self._writer = find_writer(path)
         if not os.path.isdir(os.path.dirname(self._path) or "."):
             raise SocketPairError(f"cannot record into {escape(path)}: there is no such folder")
 
-    def begin(self, audio: AudioFormat) -> None:
-        """Take sound of this format; the file it goes into is opened."""
-        if audio != self._audio:
-            self._audio = audio
-            self._open_next()
+    def open(self, audio: AudioFormat) -> RecordingOutput:
+        """Return an output into the next file."""
+        return RecordingOutput(self._writer(self.create, audio), audio, self._missed)
 
-    def write(self, samples: bytes) -> None:
-        """Write all of `samples`; blocks for the disk."""
-        while samples:
-            assert self._file is not None
-            if not self._file.room_bytes:
-                self._open_next()
-            room_bytes = self._file.room_bytes
-            self._file.write(samples[:room_bytes])
-            samples = samples[room_bytes:]
+    def create(self, begin: Callable[[BinaryIO], Written]) -> Written:
+        """Make the next file, of which `begin` writes the beginning; return what `begin` does.
+
+        Raises SocketPairError.
+        """
+        stem, ending = os.path.splitext(self._path)
+        for number in range(MAX_RECORDINGS):
+            path = f"{stem} ({number}){ending}" if number else self._path
+            with contextlib.suppress(FileExistsError), told_as_recording():
+                written = create_file(path, begin)
+                self._console.say(f"Recording into {escape(path)}")
+                return written
+        shown = escape(self._path)
+        raise SocketPairError(f"there are {MAX_RECORDINGS:,} recordings {shown}: give another name")
+
+    def close(self) -> None:
+        """Nothing to do: each output closes its file."""
+
+
+def create_file(path: str, begin: Callable[[BinaryIO], Written]) -> Written:
+    """Make a file that has its beginning, written by `begin`, before it has its name.
+
+    Whatever happens to this process, no file of that name is empty, but on Windows. Raises
+    FileExistsError where there is one, and OSError.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    if sys.platform == "win32":
+        return begin(open(path, "xb"))
+    hidden = os.path.join(os.path.dirname(path), f".recording-{os.urandom(6).hex()}")
+    try:
+        written = begin(open(hidden, "xb"))  # noqa: SIM115 - the writer's from now on
+        give_name(hidden, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(hidden)
+    return written
+
+
+def give_name(hidden: str, path: str) -> None:
+    """Give a file its name, unless that is another's: raises FileExistsError."""
+    try:
+        os.link(hidden, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links
+        open(path, "xb").close()
+        os.replace(hidden, path)
+
+
+@contextlib.contextmanager
+def told_as_recording() -> Iterator[None]:
+    """Raise an OSError as the SocketPairError that its user reads, but for FileExistsError."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise SocketPairError(f"cannot record: {describe_error(error)}") from error
+
+
+class WavWriter:
+    """Writes a WAV file that is valid after every write, and the next where one is full."""
+
+    def __init__(self, create: Create, audio: AudioFormat) -> None:
+        self._create = create
+        self._audio = audio
+        self._open_next()
 
     def _open_next(self) -> None:
-        assert self._audio is not None
-        self.close()
-        stem, extension = os.path.splitext(self._path)
-        for number in itertools.count():
-            path = f"{stem} ({number}){extension}" if number else self._path
-            with contextlib.suppress(FileExistsError):
-                self._file = WavFile(path, self._audio)
-                self._console.say(f"Recording into {escape(path)}")
-                return
+        self._file, self._wav = self._create(self._begin)
+        # The sizes in a WAV file have 32 bits.
+        self._room_frames = (WAV_LIMIT_BYTES - WAV_HEADER_BYTES) // self._audio.frame_bytes
 
-    def explain(self, error: OSError) -> SocketPairError:
-        """Return what a failed write means to the user."""
-        return SocketPairError(f"cannot record: {describe_error(error)}")
+    def _begin(self, file: BinaryIO) -> tuple[BinaryIO, wave.Wave_write]:
+        import wave  # noqa: PLC0415  (only recordings need it)
+
+        wav = wave.open(file, "wb")  # noqa: SIM115 - open as long as we are
+        wav.setparams((self._audio.channels, common.SAMPLE_BYTES, self._audio.rate, 0, "NONE", ""))
+        wav.writeframes(b"")
+        file.flush()
+        return file, wav
+
+    def write(self, samples: bytes) -> None:
+        """Write all of `samples`, and only then count them in the header."""
+        while samples:
+            if not self._room_frames:
+                self.close()
+                self._open_next()
+            part = samples[: self._room_frames * self._audio.frame_bytes]
+            with told_as_recording():
+                self._wav.writeframes(part)
+            self._room_frames -= self._audio.frames_of(part)
+            samples = samples[len(part) :]
 
     def close(self) -> None:
         """Close the file; it is complete."""
-        if self._file:
-            self._file.close()
+        with told_as_recording(), self._file:
+            self._wav.close()
 
 
-class PipeWriter:
-    """Writes raw samples to standard output. Raises SocketPairError where it takes none."""
+class EncodedWriter:
+    """Writes FLAC or Opus by package ``av``, valid up to the last second at any moment."""
+
+    container: str
+    codec: str
+    options: Mapping[str, str] = {"flush_packets": "1"}
+
+    def __init__(self, create: Create, audio: AudioFormat) -> None:
+        if audio.channels > len(LAYOUTS):
+            raise SocketPairError(f"{self.container} cannot hold {audio.describe()}: record .wav")
+        self._audio = audio
+        self._layout = LAYOUTS[audio.channels - 1]
+        self._file, self._container, self._stream = create(self._begin)
+
+    def _begin(self, file: BinaryIO) -> tuple[BinaryIO, Any, Any]:
+        import av  # noqa: PLC0415  (only such recordings need it)
+
+        self._av = av
+        container = av.open(file, "w", format=self.container, options=dict(self.options))
+        stream = self.add_stream(container)
+        container.start_encoding()
+        file.flush()
+        return file, container, stream
+
+    def add_stream(self, container: Any) -> Any:
+        """Return the stream of `container` that takes the sound."""
+        return container.add_stream(self.codec, rate=self._audio.rate, layout=self._layout)
+
+    def write(self, samples: bytes) -> None:
+        """Encode `samples`; what is complete of it is written."""
+        if samples:
+            frame = self._av.AudioFrame("s16", self._layout, self._audio.frames_of(samples))
+            frame.planes[0].update(samples)
+            frame.sample_rate, frame.pts = self._audio.rate, None
+            self._encode(frame)
+
+    def _encode(self, frame: Any) -> None:
+        with self._told():
+            for packet in self._stream.encode(frame):
+                self._container.mux(packet)
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        with told_as_recording():
+            try:
+                yield
+            except self._av.error.FFmpegError as error:
+                raise SocketPairError(f"cannot record: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Write what is left, and how much there is in all."""
+        with self._told(), self._file:
+            self._encode(None)
+            self._container.close()
+
+
+class FlacWriter(EncodedWriter):
+    """Writes FLAC: every sample, in about half of the room."""
+
+    container = codec = "flac"
+
+
+class OpusWriter(EncodedWriter):
+    """Writes Opus, in a tenth of the room; at 48,000 Hz, which all else is converted to."""
+
+    container, codec = "opus", "libopus"
+    options: Mapping[str, str] = {"flush_packets": "1", "page_duration": "500000"}
+
+    def add_stream(self, container: Any) -> Any:
+        """Return the stream that takes the sound."""
+        stream = container.add_stream(self.codec, rate=OPUS_RATE, layout=self._layout)
+        stream.bit_rate = OPUS_BITS_PER_S * (1 + self._audio.channels) // 2
+        return stream
+
+
+WRITERS: Mapping[str, Callable[[Create, AudioFormat], Writer]] = {
+    ".wav": WavWriter,
+    ".flac": FlacWriter,
+    ".opus": OpusWriter,
+}
+
+
+def find_writer(path: str) -> Callable[[Create, AudioFormat], Writer]:
+    """Return what writes files with the ending of `path`; raises SocketPairError."""
+    ending = os.path.splitext(path)[1].lower()
+    if os.path.isdir(os.path.expanduser(path)):
+        raise SocketPairError(f"cannot record into {escape(path)}: it is a folder")
+    if ending not in WRITERS:
+        raise SocketPairError(
+            f"cannot record into {escape(path)}: only {', '.join(WRITERS)} are written"
+        )
+    if ending != ".wav":
+        check_av(ending)
+    return WRITERS[ending]
+
+
+def check_av(ending: str) -> None:
+    """Raise SocketPairError without package ``av``, which writes files of that ending."""
+    try:
+        import av  # noqa: F401, PLC0415  (only such recordings need it)
+    except ImportError:
+        advice = common.how_to_install("av")
+        raise SocketPairError(f"{ending} needs package av: {advice} (.wav does not)") from None
+
+
+class Pipe:
+    """Standard output, as a destination. Raises SocketPairError where it takes no sound."""
 
     def __init__(self) -> None:
         if sys.stdout is None:
@@ -1770,26 +2029,40 @@ class PipeWriter:
             raise SocketPairError(
                 "--output - is for another program or a file, not for a terminal: add | or >"
             )
-        self._file = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115
-        self._audio: AudioFormat | None = None
+        self._missed = Missed()
+        self._has_sound = False
 
-    def begin(self, audio: AudioFormat) -> None:
-        """Take sound of this format, which must not change: nothing in a pipe would tell."""
-        if self._audio not in (None, audio):
+    def open(self, audio: AudioFormat) -> RecordingOutput:
+        """Return the output, the one and only: nothing in a pipe would tell of another format."""
+        if self._has_sound:
             raise SocketPairError(
                 f"the server's sound is now {audio.describe()}, which ends it here"
             )
-        self._audio = audio
+        self._has_sound = True
+        return RecordingOutput(PipeWriter(), audio, self._missed)
+
+    def close(self) -> None:
+        """Nothing to do: standard output is not ours to close."""
+
+
+class PipeWriter:
+    """Writes raw samples to standard output."""
+
+    def __init__(self) -> None:
+        self._file = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115
 
     def write(self, samples: bytes) -> None:
-        """Write all of `samples`; blocks until the reader has taken them."""
-        write_all(self._file, samples)
+        """Write all of `samples`; blocks until the reader has taken them.
 
-    def explain(self, error: OSError) -> SocketPairError:
-        """Return what a failed write means to the user."""
-        if isinstance(error, BrokenPipeError):
-            return ReaderGone("standard output was closed")
-        return SocketPairError(f"cannot write to standard output: {describe_error(error)}")
+        Raises ReaderGone, SocketPairError.
+        """
+        try:
+            write_all(self._file, samples)
+        except BrokenPipeError as error:
+            raise ReaderGone("standard output was closed") from error
+        except OSError as error:
+            reason = describe_error(error)
+            raise SocketPairError(f"cannot write to standard output: {reason}") from error
 
     def close(self) -> None:
         """Nothing to do: standard output is not ours to close."""
@@ -1806,109 +2079,23 @@ def write_all(file: Any, data: bytes) -> None:
             view = view[written:]
 
 
-class RecordingOutput:
-    """Writes every frame as it was captured, from a thread of its own; gaps become silence.
-
-    A slow disk or reader is waited for, after ``RECORDING_QUEUE_BYTES`` have gathered. Ctrl+C
-    may come at any moment in the thread that hands over the sound: it cannot break a
-    SimpleQueue, but it can a Queue.
-    """
-
-    def __init__(self, writer: WavWriter | PipeWriter) -> None:
-        self.missed_ms = 0.0
-        self._writer = writer
-        self._audio: AudioFormat | None = None
-        self._blocks: queue.SimpleQueue[tuple[bytes, int] | None] = queue.SimpleQueue()
-        self._written: queue.SimpleQueue[int] = queue.SimpleQueue()  # bytes of each block that was
-        self._waiting_bytes = 0
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="recording", daemon=True)
-        self._thread.start()
-
-    def begin(self, audio: AudioFormat) -> None:
-        """Take sound of this format from now on, after all that was taken has been written."""
-        self._wait_until_waiting(0)
-        try:
-            self._writer.begin(audio)
-        except OSError as error:
-            raise self._writer.explain(error) from error
-        self._audio = audio
-
-    def write(self, samples: bytes, gap_frames: int) -> None:
-        """Queue `samples`; blocks while too much waits. Raises what writing earlier ones did."""
-        if self._error:
-            raise self._writer.explain(self._error)
-        self._wait_until_waiting(RECORDING_QUEUE_BYTES)
-        self._blocks.put((samples, gap_frames))
-        self._waiting_bytes += len(samples)
-
-    def _wait_until_waiting(self, most_bytes: int) -> None:
-        """Block until at most `most_bytes` have not been written yet."""
-        while self._waiting_bytes > most_bytes or not self._written.empty():
-            self._waiting_bytes -= self._written.get()
-
-    def _run(self) -> None:
-        while (block := self._blocks.get()) is not None:
-            try:
-                if not self._error:
-                    self._write(*block)
-            except OSError as error:
-                self._error = error
-            finally:
-                self._written.put(len(block[0]))
-
-    def _write(self, samples: bytes, gap_frames: int) -> None:
-        assert self._audio is not None
-        self.missed_ms += self._audio.milliseconds(gap_frames)
-        while gap_frames > 0:
-            frames = min(gap_frames, self._audio.rate)
-            self._writer.write(self._audio.silence(frames))
-            gap_frames -= frames
-        self._writer.write(samples)
-
-    def drain(self) -> None:
-        """Nothing to do: `close` writes what is queued."""
-
-    def close(self) -> None:
-        """Write what is queued, and close the file. Raises SocketPairError."""
-        self._blocks.put(None)
-        self._thread.join(RECORDING_CLOSE_S)
-        if self._thread.is_alive():  # the reader of a pipe has stopped to read, say
-            raise SocketPairError("the last of the sound could not be written")
-        self._writer.close()
-        if self._error:
-            raise self._writer.explain(self._error)
-
-    def status(self) -> str:
-        """Return how much was missed so far."""
-        return f"missed {self.missed_ms:.0f} ms" if self.missed_ms else ""
-
-    def summary(self) -> str:
-        """Return the same once more."""
-        return self.status()
-
-
-def open_outputs(
-    outputs: list[Output],
-    output: str | None,
-    record: str | None,
-    latency_ms: float | None,
-    console: Console,
-) -> None:
-    """Add to `outputs` where ``--output`` and ``--record`` want the sound.
+def find_destinations(
+    output: str | None, record: str | None, latency_ms: float | None, console: Console
+) -> Iterator[Destination]:
+    """Give where ``--output`` and ``--record`` want the sound.
 
     Raises SocketPairError where one cannot be had.
     """
     if record == STDOUT:
         raise SocketPairError("--record takes a file: use --output - for standard output")
     if output == STDOUT:
-        outputs.append(RecordingOutput(PipeWriter()))
-    elif output is not None and output.lower().endswith(".wav"):
-        outputs.append(RecordingOutput(WavWriter(output, console)))
+        yield Pipe()
+    elif output is not None and output.lower().endswith((*WRITERS, *OTHER_ENDINGS)):
+        yield RecordingFiles(output, console)
     else:
-        outputs.append(SpeakerOutput(output, latency_ms, console))
+        yield Speaker(output, latency_ms, console)
     if record is not None:
-        outputs.append(RecordingOutput(WavWriter(record, console)))
+        yield RecordingFiles(record, console)
 
 
 # --- sound: listening -----------------------------------------------------------------------
@@ -1952,10 +2139,15 @@ class Listening:
     """One run of the client: connects, receives, and comes back, until it is to end."""
 
     def __init__(
-        self, address: Address, outputs: list[Output], seconds: float | None, console: Console
+        self,
+        address: Address,
+        destinations: list[Destination],
+        seconds: float | None,
+        console: Console,
     ) -> None:
         self._address = address
-        self._outputs = outputs
+        self._destinations = destinations
+        self.outputs: list[Output] = []
         self.heard_s = 0.0  # received, with its gaps
         self._seconds = FOREVER_S if seconds is None else seconds
         self._deadline = Deadline(self._seconds)
@@ -2006,9 +2198,7 @@ class Listening:
         audio, stream, sync_ms = welcome.sound
         clock = ServerClock()
         self._timeline.begin(stream)
-        for output in self._outputs:
-            output.begin(audio)
-        self._audio = audio
+        self._open_outputs(audio)
         self._problem_told = False
         self._console.say(f"Listening to {connection.peer}, {audio.describe()} - Ctrl+C to stop")
         while not self._is_enough(audio):
@@ -2022,6 +2212,16 @@ class Listening:
                 self._console.say(f"The sound has ended: {received.reason}")
                 return
             self._pass_on(received, audio)
+
+    def _open_outputs(self, audio: AudioFormat) -> None:
+        """Have outputs for this format; those for another are closed first."""
+        if audio != self._audio:
+            for output in self.outputs:
+                output.close()
+            self.outputs = []
+            self._audio = audio
+            for destination in self._destinations:
+                self.outputs.append(destination.open(audio))
 
     def _is_enough(self, audio: AudioFormat) -> bool:
         """Return whether ``--seconds`` have been heard, or have gone by in silence."""
@@ -2038,7 +2238,7 @@ class Listening:
         gap_frames = min(self._timeline.advance(block, audio), wanted_frames)
         samples = block.samples[: (wanted_frames - gap_frames) * audio.frame_bytes]
         self.heard_s += (gap_frames + audio.frames_of(samples)) / audio.rate
-        for output in self._outputs:
+        for output in self.outputs:
             output.write(samples, gap_frames)
         self._latest_samples = samples
 
@@ -2047,13 +2247,13 @@ class Listening:
         meter = LevelMeter()
         while True:
             parts = [meter.show(self._latest_samples)]
-            parts += [output.status() for output in self._outputs]
+            parts += [output.status() for output in self.outputs]
             self._console.show_status("  ".join([*parts, format_duration(self.heard_s)]))
             time.sleep(common.STATUS_INTERVAL_S)
 
     def summarize(self) -> str:
         """Return what has been heard, in a line."""
-        parts = [output.summary() for output in self._outputs]
+        parts = [output.summary() for output in self.outputs]
         return ", ".join([f"heard {format_duration(self.heard_s)}", *filter(None, parts)])
 
 
@@ -2072,13 +2272,13 @@ def start_audio_client(  # noqa: PLR0913 - the command line's options
     has told the user whatever went wrong. See ``--help`` for `output` and `record`.
     """
     console = Console(quiet, data_on_stdout=output == STDOUT)
-    outputs: list[Output] = []
-    listening = Listening(address, outputs, seconds, console)
+    destinations: list[Destination] = []
+    listening = Listening(address, destinations, seconds, console)
     try:
-        with contextlib.suppress(ReaderGone), closing_all(outputs):
-            open_outputs(outputs, output, record, latency_ms, console)
+        with contextlib.suppress(ReaderGone), closing_all(listening, destinations):
+            destinations += find_destinations(output, record, latency_ms, console)
             threading.Thread(target=listening.show_status, name="status", daemon=True).start()
-            listen_until_stopped(listening, outputs)
+            listen_until_stopped(listening)
     except SocketPairError as error:
         console.end_status()
         console.complain(str(error))
@@ -2091,11 +2291,11 @@ def start_audio_client(  # noqa: PLR0913 - the command line's options
     return EXIT_OK
 
 
-def listen_until_stopped(listening: Listening, outputs: list[Output]) -> None:
+def listen_until_stopped(listening: Listening) -> None:
     """Listen, and let all come out; Ctrl+C is the usual way to stop once something was heard."""
     try:
         listening.run()
-        for output in outputs:
+        for output in listening.outputs:
             output.drain()
     except KeyboardInterrupt:
         if not listening.heard_s:
@@ -2103,13 +2303,15 @@ def listen_until_stopped(listening: Listening, outputs: list[Output]) -> None:
 
 
 @contextlib.contextmanager
-def closing_all(outputs: list[Output]) -> Iterator[None]:
-    """Close every output after the ``with`` block, also where closing another fails."""
+def closing_all(listening: Listening, destinations: list[Destination]) -> Iterator[None]:
+    """Close all outputs after the ``with`` block, and destinations, also where one fails."""
     with contextlib.ExitStack() as closing:
         try:
             yield
         finally:
-            for output in outputs:
+            for destination in destinations:
+                closing.callback(destination.close)
+            for output in listening.outputs:
                 closing.callback(output.close)
 
 
@@ -2140,9 +2342,11 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
     sound.add_argument(
         "--output",
         metavar="SPEAKER",
-        help="a loudspeaker's name or number, a .wav file, or - for raw 16-bit PCM",
+        help="a loudspeaker's name or number, a file (.wav .flac .opus), or - for raw 16-bit PCM",
     )
-    sound.add_argument("--record", metavar="FILE.wav", help="write what is played to a file, too")
+    sound.add_argument(
+        "--record", metavar="FILE", help="write it to a file as well: .wav, .flac or .opus"
+    )
     sound.add_argument(
         "--latency",
         type=common.number(float, 0, MAX_LATENCY_MS),

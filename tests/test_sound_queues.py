@@ -36,8 +36,7 @@ def test_ctrl_c_at_any_moment_of_recording_leaves_it_able_to_end(tmp_path: Path)
     moment, finished = 0, False
     while not finished:
         console = common.Console(quiet=True)
-        output = client.RecordingOutput(client.WavWriter(str(tmp_path / f"{moment}.wav"), console))
-        output.begin(MONO)
+        output = client.RecordingFiles(str(tmp_path / f"{moment}.wav"), console).open(MONO)
         sys.settrace(press_ctrl_c_after(moment))
         try:
             output.write(bytes(480), 0)

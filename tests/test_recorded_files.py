@@ -1,0 +1,276 @@
+"""What `--record` and `--output` write: WAV, FLAC and Opus, valid whenever the client is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import client
+import common
+from common import AudioFormat
+from sound import (
+    LIMIT_S,
+    MONO,
+    TONE_HZ,
+    Script,
+    ends_with_one_line,
+    level,
+    make_tone,
+    numbered_frames,
+    port_of,
+    read_wav,
+    write_wav,
+)
+from sound_card import RATE, wait_for
+from support import small_disk
+
+STEREO = AudioFormat(44_100, 2)
+QUIET = common.Console(quiet=True)
+ENDINGS = [".wav", ".flac", ".opus"]
+
+
+def decode(path: Path, audio: AudioFormat) -> bytes:
+    """Return what ffmpeg hears in a file, which must have no fault."""
+    command = ["ffmpeg", "-v", "error", "-xerror", "-i", str(path), "-f", "s16le"]
+    command += ["-ar", str(audio.rate), "-ac", str(audio.channels), "-"]
+    done = subprocess.run(command, check=True, timeout=60, capture_output=True)
+    assert not done.stderr
+    return done.stdout
+
+
+def codec_of(path: Path) -> str:
+    """Return what ffprobe takes a file for."""
+    command = ["ffprobe", "-v", "error", "-of", "json", "-show_streams", str(path)]
+    done = subprocess.run(command, check=True, timeout=60, capture_output=True)
+    (stream,) = json.loads(done.stdout)["streams"]
+    return str(stream["codec_name"])
+
+
+@pytest.fixture
+def sender(tmp_path: Path, silent_machine: dict[str, str]) -> Iterator[Script]:
+    """Give a server that plays a tone over and over."""
+    write_wav(tmp_path / "tone.wav", make_tone(1), MONO)
+    arguments = ("--port", "0", "--input", str(tmp_path / "tone.wav"))
+    with Script("server.py", *arguments, environment=silent_machine) as running:
+        running.wait_for("Ctrl+C to stop")
+        yield running
+
+
+def record(
+    sender: Script, path: Path, environment: dict[str, str], *more: str, option: str = "--output"
+) -> Script:
+    """Return a client that records."""
+    arguments = ("--port", port_of(sender), option, str(path), *more)
+    return Script("client.py", *arguments, environment=environment)
+
+
+# --- what is written ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("audio", [MONO, STEREO, AudioFormat(96_000, 6)])
+def test_flac_has_every_sample(tmp_path: Path, audio: AudioFormat) -> None:
+    sent = numbered_frames(30_001, audio.channels)
+    output = client.RecordingFiles(str(tmp_path / "talk.flac"), QUIET).open(audio)
+    for start in range(0, len(sent), 960 * audio.frame_bytes):
+        output.write(sent[start : start + 960 * audio.frame_bytes], 0)
+    output.close()
+    assert codec_of(tmp_path / "talk.flac") == "flac"
+    assert decode(tmp_path / "talk.flac", audio) == sent
+
+
+@pytest.mark.parametrize("audio", [MONO, STEREO])
+def test_opus_has_the_tone_and_the_length(tmp_path: Path, audio: AudioFormat) -> None:
+    sent = make_tone(2)
+    output = client.RecordingFiles(str(tmp_path / "talk.opus"), QUIET).open(audio)
+    for start in range(0, len(sent), 480):
+        output.write(sent[start : start + 480], 0)
+    output.close()
+    assert codec_of(tmp_path / "talk.opus") == "opus"
+    heard = decode(tmp_path / "talk.opus", MONO)
+    seconds = len(sent) / audio.frame_bytes / audio.rate
+    assert abs(len(heard) / 2 / RATE - seconds) < 0.001
+    pitch = TONE_HZ * audio.rate * audio.channels / RATE
+    assert level(heard[9_600:-9_600], pitch) > 9_000
+
+
+def test_a_tone_is_recorded_beside_the_pipe_that_it_goes_through(
+    sender: Script, tmp_path: Path, silent_machine: dict[str, str]
+) -> None:
+    recording = tmp_path / "talk.flac"
+    with (tmp_path / "heard.raw").open("wb") as heard:
+        arguments = ["--port", port_of(sender), "--output", "-", "--record", str(recording)]
+        arguments += ["--seconds", "2"]
+        with Script("client.py", *arguments, environment=silent_machine, stdout=heard) as listening:
+            assert listening.end() == common.EXIT_OK
+    samples = (tmp_path / "heard.raw").read_bytes()
+    assert len(samples) == 2 * RATE * 2
+    assert decode(recording, MONO) == samples
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_recording_is_valid_up_to_the_last_second_after_kill_9(
+    sender: Script, tmp_path: Path, silent_machine: dict[str, str], ending: str
+) -> None:
+    recording, beside = tmp_path / f"talk{ending}", tmp_path / "beside.wav"
+    with (
+        record(sender, recording, silent_machine) as killed,
+        record(sender, beside, silent_machine) as other,
+    ):
+        for script in (killed, other):
+            script.wait_for("Listening")
+        wait_for(lambda: beside.exists() and beside.stat().st_size > 4 * RATE * 2, "4 s of sound")
+        killed.kill()
+        least_s = beside.stat().st_size / RATE / 2
+    heard = decode(recording, MONO)
+    # Up to the last second, and another for the time between the starts of the two.
+    assert len(heard) / RATE / 2 > least_s - 2
+    assert level(heard[-RATE:], TONE_HZ) > 9_000
+
+
+def test_a_kill_at_its_birth_leaves_a_valid_wav_or_none(tmp_path: Path) -> None:
+    code = (
+        "import sys, client, common\n"
+        "files = client.RecordingFiles(sys.argv[1], common.Console(quiet=True))\n"
+        "print(flush=True)\n"
+        "while True: files.open(common.AudioFormat(48_000, 1)).close()\n"
+    )
+    for number in range(10):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        command = [sys.executable, "-c", code, str(folder / "talk.wav")]
+        environment = {**os.environ, "PYTHONPATH": str(Path(client.__file__).parent)}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            wait_for(lambda: len(os.listdir(folder)) > number, "recordings")  # noqa: B023
+            process.send_signal(signal.SIGKILL)
+        for path in folder.glob("*.wav"):
+            assert read_wav(path) == (MONO, b"")
+
+
+# --- names ----------------------------------------------------------------------------------
+
+
+def test_a_server_that_comes_back_in_the_same_format_goes_into_the_same_file(
+    tmp_path: Path, silent_machine: dict[str, str]
+) -> None:
+    write_wav(tmp_path / "sent.wav", numbered_frames(48_000), MONO)
+    arguments = ("--port", "0", "--input", str(tmp_path / "sent.wav"))
+    recording = tmp_path / "out" / "talk.wav"
+    recording.parent.mkdir()
+    with Script("server.py", *arguments, environment=silent_machine) as first:
+        first.wait_for("Ctrl+C to stop")
+        port = port_of(first)
+        listening = record(first, recording, silent_machine)
+        listening.wait_for("Listening")
+        first.kill()
+    again = ("--port", port, *arguments[2:])
+    with listening, Script("server.py", *again, environment=silent_machine):
+        listening.wait_for("Listening", times=2)
+        size = recording.stat().st_size
+        wait_for(lambda: recording.stat().st_size > size, "more sound", LIMIT_S)
+        assert listening.interrupt() == common.EXIT_OK
+    assert os.listdir(recording.parent) == ["talk.wav"]
+
+
+def test_recordings_of_one_name_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "MAX_RECORDINGS", 3)
+    files = client.RecordingFiles(str(tmp_path / "talk.wav"), QUIET)
+    for _ in range(3):
+        files.open(MONO).close()
+    with pytest.raises(common.SocketPairError, match="another name"):
+        files.open(MONO)
+    assert sorted(os.listdir(tmp_path)) == ["talk (1).wav", "talk (2).wav", "talk.wav"]
+
+
+def test_where_there_are_no_hard_links_a_recording_is_made_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    client.RecordingFiles(str(tmp_path / "talk.wav"), QUIET).open(MONO).close()
+    assert os.listdir(tmp_path) == ["talk.wav"]
+    assert read_wav(tmp_path / "talk.wav") == (MONO, b"")
+
+
+@pytest.mark.parametrize("option", ["--record", "--output"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("talk.mp3", "only .wav, .flac, .opus are written"),
+        ("folder.wav", "it is a folder"),
+        ("nowhere/talk.wav", "no such folder"),
+    ],
+)
+def test_what_cannot_be_recorded_into_is_a_line(
+    silent_machine: dict[str, str], tmp_path: Path, option: str, name: str, words: str
+) -> None:
+    (tmp_path / "folder.wav").mkdir()
+    arguments = ["--port", "1", option, str(tmp_path / name)]
+    if option == "--record":
+        arguments += ["--output", str(tmp_path / "beside.wav")]
+    with Script("client.py", *arguments, environment=silent_machine) as listening:
+        ends_with_one_line(listening, name, words)
+
+
+@pytest.mark.parametrize("name", ["", "talk", "talk.txt"])
+def test_a_folder_or_an_ending_that_is_not_written_is_refused_for_record(
+    silent_machine: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    arguments = ["--port", "1", "--output", str(tmp_path / "x.wav")]
+    arguments += ["--record", str(tmp_path / name)]
+    with Script("client.py", *arguments, environment=silent_machine) as listening:
+        ends_with_one_line(listening, "cannot record into")
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name} (*"))
+
+
+@pytest.mark.parametrize("ending", [".flac", ".opus"])
+def test_without_av_a_line_says_what_would_help(
+    silent_machine: dict[str, str], tmp_path: Path, ending: str
+) -> None:
+    (tmp_path / "av.py").write_text("raise ImportError('not here')\n")
+    environment = {**silent_machine, "PYTHONPATH": str(tmp_path)}
+    arguments = ("--port", "1", "--output", str(tmp_path / f"talk{ending}"))
+    with Script("client.py", *arguments, environment=environment) as listening:
+        ends_with_one_line(listening, "package av", "install")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_full_disk_ends_a_recording_with_a_line_and_what_was_written_is_valid(
+    tmp_path: Path, ending: str
+) -> None:
+    with small_disk(tmp_path / "disk", 1) as disk:
+        recording = disk / f"talk{ending}"
+        output = client.RecordingFiles(str(recording), QUIET).open(STEREO)
+        with pytest.raises(common.SocketPairError, match="cannot record: no space left"):
+            fill(output)
+        closing = threading.Thread(target=close_failed, args=(output,), daemon=True)
+        closing.start()
+        closing.join(LIMIT_S)
+        assert not closing.is_alive()
+        command = ["ffmpeg", "-v", "error", "-i", str(recording), "-f", "null", "-"]
+        subprocess.run(command, check=True, timeout=60)
+
+
+def fill(output: client.RecordingOutput) -> None:
+    """Write noise until that fails."""
+    for _ in range(6_000):
+        output.write(os.urandom(STEREO.frame_bytes * 4_410), 0)
+
+
+def close_failed(output: client.RecordingOutput) -> None:
+    """Close an output that has failed, and says so again."""
+    with pytest.raises(common.SocketPairError):
+        output.close()

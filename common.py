@@ -2783,6 +2783,13 @@ def number(kind: type[Number], low: Number, high: Number) -> Callable[[str], Num
     return parse
 
 
+def device_name(text: str) -> str:
+    """Return `text` as what a device, a file or standard input is named by, for argparse."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty name: see --list-devices")
+    return text
+
+
 class Terminated(BaseException):
     """Raised in the main thread by SIGTERM, as KeyboardInterrupt is by Ctrl+C."""
 

@@ -74,6 +74,7 @@ from common import (
     STILL_HERE,
     AudioBlock,
     AudioFormat,
+    AudioUnavailable,
     Blocks,
     Connection,
     Console,
@@ -934,6 +935,7 @@ DEFAULT_RATE = 48_000
 DEFAULT_SYNC_MS = 80
 # What may wait between capture and broadcaster; more has gathered only on a machine that stood.
 CAPTURE_LIMIT_MS = 2_000
+SILENCE_LIMIT_MS = 10_000
 PACING_SLACK_S = 0.2
 
 
@@ -1008,25 +1010,78 @@ class CaptureQueue:
         return AudioBlock(first.first_frame, last.captured_ns, b"".join(parts))
 
 
-class Microphone:
-    """Captures from a sound card. Raises AudioUnavailable where it cannot."""
+class Silence:
+    """Notices a microphone that gives nothing but zeros: no real one is that quiet."""
 
-    def __init__(self, wanted: str | None, captured: CaptureQueue) -> None:
-        self.captured = captured
-        self._card = SoundCard(common.MICROPHONE, wanted, log.warning)
-        self.name = self._card.name
+    def __init__(self, audio: AudioFormat) -> None:
+        self._limit_frames = audio.frames_in(SILENCE_LIMIT_MS)
+        self._audio = audio
+        self._frames = 0
+        self._is_told = False
+
+    def is_to_be_told(self, samples: bytes) -> bool:
+        """Count `samples`; return whether it is time to tell of the silence, once for all."""
+        is_silent = samples.count(0) == len(samples)
+        self._frames = self._frames + self._audio.frames_of(samples) if is_silent else 0
+        if self._is_told or self._frames < self._limit_frames:
+            return False
+        self._is_told = True
+        return True
+
+
+class Microphone:
+    """Captures from a sound card from the first moment on. Raises AudioUnavailable."""
+
+    def __init__(self, card: SoundCard, audio: AudioFormat) -> None:
+        self.name = card.name
+        self.captured = CaptureQueue(audio)
+        self._card = card
+        self._silence = Silence(audio)
+        card.open(audio, self._hand_over, self.captured.skip)
 
     def start(self) -> None:
-        """Begin to capture."""
-        self._card.open(self.captured.audio, self._hand_over, self.captured.skip)
+        """Nothing to do: it captures already."""
 
     def _hand_over(self, samples: bytes | None, frames: int, ago_s: float) -> None:
         """Take a block, whose first frame was captured `ago_s` before; PortAudio's thread calls."""
-        self.captured.put(samples or b"", ago_s - frames / self.captured.audio.rate)
+        captured = samples or b""
+        self.captured.put(captured, ago_s - frames / self.captured.audio.rate)
+        if self._silence.is_to_be_told(captured):
+            # The log may block, as PortAudio's thread must not.
+            threading.Thread(target=self._tell_of_silence, name="silence", daemon=True).start()
+
+    def _tell_of_silence(self) -> None:
+        log.warning(
+            "the microphone %s has given nothing but zeros for %d s: is it muted, or another one "
+            "meant (see --list-devices)?",
+            self.name,
+            SILENCE_LIMIT_MS // 1000,
+        )
 
     def close(self) -> None:
         """Stop to capture."""
         self._card.close()
+
+
+def open_microphone(wanted: str | None, rate: int | None, channels: int | None) -> Microphone:
+    """Return a microphone at `rate` and `channels`; raises AudioUnavailable.
+
+    What is left out is 48,000 Hz and mono where the device does that, else what it has itself.
+    """
+    with contextlib.ExitStack() as closing:
+        card = closing.enter_context(
+            contextlib.closing(SoundCard(common.MICROPHONE, wanted, log.warning))
+        )
+        usual = AudioFormat(rate or DEFAULT_RATE, channels or 1)
+        own = AudioFormat(rate or card.own_format.rate, channels or card.own_format.channels)
+        try:
+            microphone = Microphone(card, usual)
+        except AudioUnavailable:
+            if own == usual:
+                raise
+            microphone = Microphone(card, own)
+        closing.pop_all()
+    return microphone
 
 
 class PacedInput:
@@ -1085,13 +1140,19 @@ def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
     """Return what ``--input`` names, ready to start. Raises SocketPairError where there is none."""
     if args.input is not None and names_sound_file(args.input):
         return open_sound_file(args.input, args.rate, args.channels)
-    audio = AudioFormat(args.rate or DEFAULT_RATE, args.channels or 1)
     if args.input == STDIN:
-        if sys.stdin is None:
-            raise SocketPairError("cannot read standard input: it is closed")
-        read = whole_frames_reader(sys.stdin.buffer, audio)
-        return PacedInput("standard input", read, CaptureQueue(audio))
-    return Microphone(args.input, CaptureQueue(audio))
+        return open_standard_input(AudioFormat(args.rate or DEFAULT_RATE, args.channels or 1))
+    return open_microphone(args.input, args.rate, args.channels)
+
+
+def open_standard_input(audio: AudioFormat) -> PacedInput:
+    """Return raw PCM on standard input as an input; raises SocketPairError at a terminal."""
+    if sys.stdin.isatty():
+        raise SocketPairError(
+            "--input - is for another program or a file, not for a terminal: add | or <"
+        )
+    read = whole_frames_reader(sys.stdin.buffer, audio)
+    return PacedInput("standard input", read, CaptureQueue(audio))
 
 
 # --- sound: files ---------------------------------------------------------------------------
@@ -2261,6 +2322,7 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
     sound = parser.add_argument_group("audio mode")
     sound.add_argument(
         "--input",
+        type=common.device_name,
         metavar="MIC",
         help="a microphone's name or number, a sound file, or - for raw 16-bit PCM",
     )
@@ -2268,13 +2330,13 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
         "--rate",
         type=common.number(int, common.SAMPLE_RATES[0], common.SAMPLE_RATES[-1]),
         metavar="HZ",
-        help=f"samples a second ({DEFAULT_RATE}, or the file's own)",
+        help=f"samples a second ({DEFAULT_RATE}, or what the source has)",
     )
     sound.add_argument(
         "--channels",
         type=common.number(int, 1, 2),
         metavar="N",
-        help="1 for mono, 2 for stereo (1, or the file's own)",
+        help="1 for mono, 2 for stereo (1, or what the source has)",
     )
     sound.add_argument(
         "--sync",

@@ -8,12 +8,14 @@ sound system: the instance lives in a temporary folder, and ends with the ``with
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -167,6 +169,18 @@ class VirtualSoundCard:
         if self._process is not None:
             stop_process(self._process)
             self._process = None
+
+    @contextlib.contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Have the sound system answer nobody inside the ``with`` block."""
+        process = self._process
+        if process is None:
+            raise RuntimeError("the card is unplugged")
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGCONT)
 
     def pactl(self, *arguments: str) -> str:
         """Return what ``pactl`` prints; raises RuntimeError where it fails."""

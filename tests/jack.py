@@ -1,0 +1,61 @@
+"""A real JACK server without hardware: ``jackd`` with its dummy driver, of a name of its own."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+from collections.abc import Mapping
+
+from sound_card import stop_process, wait_for
+
+COMMAND_LIMIT_S = 20.0
+
+
+class JackServer:
+    """A JACK server whose one device is called ``system``. Use it in a ``with`` block."""
+
+    def __init__(self, rate: int = 44_100, period: int = 256) -> None:
+        self.name = f"socket-pair-{secrets.token_hex(4)}"
+        self._command = ["jackd", "--no-realtime", "-n", self.name, "-d", "dummy"]
+        self._command += ["-r", str(rate), "-p", str(period)]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def environment(self, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+        """Return an environment whose JACK server is this one."""
+        return {**base, "JACK_DEFAULT_SERVER": self.name}
+
+    def __enter__(self) -> JackServer:
+        try:
+            self.start()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            stop_process(self._process)
+
+    def start(self) -> None:
+        """Start the server; blocks until it takes clients."""
+        self._process = subprocess.Popen(
+            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_for(self._is_ready, "the start of JACK")
+
+    def _is_ready(self) -> bool:
+        found = subprocess.run(
+            ["jack_lsp", "-s", self.name],
+            env={**os.environ, "JACK_NO_START_SERVER": "1"},
+            capture_output=True,
+            timeout=COMMAND_LIMIT_S,
+            check=False,
+        )
+        return b"system:" in found.stdout
+
+    def kill(self) -> None:
+        """Kill the server without a chance to tell its clients."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(COMMAND_LIMIT_S)

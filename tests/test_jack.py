@@ -1,0 +1,104 @@
+"""JACK is used where a JACK device is named, and takes nobody along when it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import common
+from jack import JackServer
+from sound import Script, hears_tone, port_of, read_wav
+from sound_card import VirtualSoundCard
+
+
+@pytest.fixture
+def jack() -> Iterator[JackServer]:
+    with JackServer() as server:
+        yield server
+
+
+def start_server(environment: dict[str, str], *arguments: str) -> Script:
+    script = Script("server.py", "--port", "0", *arguments, environment=environment)
+    script.wait_for("Ctrl+C to stop")
+    return script
+
+
+def test_a_jack_server_that_dies_is_nothing_to_who_does_not_use_it(
+    card: VirtualSoundCard, jack: JackServer
+) -> None:
+    environment = jack.environment(card.environment)
+    with (
+        start_server(environment) as sender,
+        Script("client.py", "--port", port_of(sender), environment=environment) as player,
+    ):
+        player.wait_for("Listening")
+        jack.kill()
+        card.unplug()  # which has PortAudio started anew
+        player.wait_for("is gone")
+        sender.wait_for("is gone")
+        card.plug_in()
+        player.wait_for("is back")
+        sender.wait_for("is back")
+        assert hears_tone(card)
+        assert player.interrupt() == common.EXIT_OK
+        assert sender.interrupt() == common.EXIT_INTERRUPTED
+
+
+def test_jack_devices_that_die_are_waited_for(card: VirtualSoundCard, jack: JackServer) -> None:
+    environment = jack.environment(card.environment)
+    with (
+        start_server(environment, "--input", "system") as sender,
+        Script(
+            "client.py", "--port", port_of(sender), "--output", "system", environment=environment
+        ) as player,
+    ):
+        player.wait_for("Listening")
+        jack.kill()
+        player.wait_for("the loudspeaker system is gone")
+        sender.wait_for("the microphone system is gone")
+        jack.start()
+        player.wait_for("the loudspeaker system is back")
+        sender.wait_for("the microphone system is back")
+        assert player.interrupt() == common.EXIT_OK
+        assert sender.interrupt() == common.EXIT_INTERRUPTED
+
+
+def test_a_jack_microphone_is_recorded_at_its_own_rate(jack: JackServer, tmp_path: Path) -> None:
+    recording = tmp_path / "jack.wav"
+    with start_server(jack.environment(), "--input", "system") as sender:
+        arguments = ("--port", port_of(sender), "--output", str(recording), "--seconds", "1")
+        with Script("client.py", *arguments, environment=jack.environment()) as reader:
+            assert reader.end() == common.EXIT_OK
+    audio, samples = read_wav(recording)
+    assert audio == common.AudioFormat(44_100, 2)
+    assert audio.frames_of(samples) == 44_100
+
+
+def test_a_rate_that_the_device_cannot_do_is_refused_with_those_it_can(jack: JackServer) -> None:
+    arguments = ("--port", "0", "--input", "system", "--rate", "48000")
+    with Script("server.py", *arguments, environment=jack.environment()) as sender:
+        assert sender.end() == common.EXIT_FAILED
+        assert sender.lines == ["the microphone 'system' cannot do 48000 Hz; it can do 44100 Hz"]
+
+
+def test_jack_devices_are_listed_and_named_by_their_number(
+    card: VirtualSoundCard, jack: JackServer
+) -> None:
+    environment = jack.environment(card.environment)
+    with Script("server.py", "--list-devices", environment=environment) as listing:
+        assert listing.end() == common.EXIT_OK
+        lines = listing.lines
+    row = next(line for line in lines if "JACK Audio Connection Kit" in line)
+    assert "default" in next(line for line in lines if line.startswith("*"))
+    with start_server(environment, "--input", row.split()[0]) as sender:
+        assert "Broadcasting system, 44100 Hz stereo" in sender.text()
+
+
+def test_without_any_other_card_jack_is_the_default(
+    silent_machine: dict[str, str], jack: JackServer
+) -> None:
+    with start_server(jack.environment(silent_machine)) as sender:
+        assert "44100 Hz" in sender.text()
+        assert sender.interrupt() == common.EXIT_INTERRUPTED

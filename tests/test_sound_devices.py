@@ -1,0 +1,182 @@
+"""Which microphone or loudspeaker a name, a number or nothing means, and what it is used as."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import common
+import server
+from common import Device
+from sound import Script, ends_with_one_line, start_server
+from sound_card import ALSA_CONFIGURATION, VirtualSoundCard, wait_for
+
+# "gone" is a device that PulseAudio does not have: opening it fails, though it is in the list.
+# The last name is in Latin-1.
+DEVICES = b"""\
+pcm.usb { type null hint { show on description "-" } }
+pcm."usb one" { type null hint { show on description "-" } }
+pcm."usb two" { type null hint { show on description "-" } }
+pcm.gone { type pulse device gone hint { show on description "-" } }
+pcm.b\xe4d { type null hint { show on description "-" } }
+"""
+
+
+@pytest.fixture(scope="module")
+def many(card: VirtualSoundCard) -> Iterator[VirtualSoundCard]:
+    """Give the virtual card on a machine with more devices."""
+    configuration = card.folder / "asound.conf"
+    configuration.write_bytes(ALSA_CONFIGURATION.encode() + DEVICES)
+    yield card
+    configuration.write_text(ALSA_CONFIGURATION)
+
+
+def device(number: int, name: str, host_api: str = "ALSA") -> Device:
+    return Device(number, name, host_api, channels=2, rate=48_000)
+
+
+# --- by name --------------------------------------------------------------------------------
+
+
+def test_an_exact_name_wins_over_a_part_of_anothers(many: VirtualSoundCard) -> None:
+    with start_server(many, "--input", "usb") as sender:
+        assert "Broadcasting usb, " in sender.text()
+
+
+def test_a_part_of_several_names_is_an_error_that_lists_them(many: VirtualSoundCard) -> None:
+    with Script("server.py", "--input", "USB ", environment=many.environment) as sender:
+        ends_with_one_line(sender, "several", "usb one", "usb two")
+
+
+def test_a_part_of_one_name_is_enough(many: VirtualSoundCard) -> None:
+    with start_server(many, "--input", "B tw") as sender:
+        assert "Broadcasting usb two, " in sender.text()
+
+
+def test_a_name_that_is_not_utf_8_is_listed_and_can_be_used(many: VirtualSoundCard) -> None:
+    with Script("server.py", "--list-devices", environment=many.environment) as listing:
+        assert listing.end() == common.EXIT_OK
+        assert r"b\udce4d" in listing.text()
+    name = b"b\xe4d".decode("utf-8", "surrogateescape")
+    with start_server(many, "--input", name) as sender:
+        assert r"Broadcasting b\udce4d, " in sender.text()
+
+
+@pytest.mark.parametrize(("script", "option"), [("server", "--input"), ("client", "--output")])
+def test_an_empty_name_is_refused(card: VirtualSoundCard, script: str, option: str) -> None:
+    with Script(f"{script}.py", option, " ", environment=card.environment) as refused:
+        assert refused.end() == common.EXIT_USAGE
+        assert "empty name" in refused.lines[-1]
+
+
+def test_a_device_that_cannot_be_opened_is_a_line(many: VirtualSoundCard) -> None:
+    with Script("server.py", "--input", "gone", environment=many.environment) as sender:
+        ends_with_one_line(sender, "'gone' cannot be opened", "another program", "--input")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "numbers"),
+    [
+        ("Mic", [1]),
+        ("mic", [1]),
+        ("2", [2]),
+        ("mic (hw:7", [2]),
+        ("7", []),
+        ("MIC (", [2, 3]),
+        ("array", [4]),  # Windows shows one device by several sound systems
+        ("none of them", []),
+    ],
+)
+def test_what_a_wanted_name_means(wanted: str, numbers: list[int]) -> None:
+    devices = [
+        device(1, "Mic"),
+        device(2, "Mic (hw:7,0)"),
+        device(3, "Mic (hw:8,0)"),
+        device(4, "Microphone Array", "MME"),
+        device(5, "Microphone Array (long name)", "WASAPI"),
+    ]
+    assert [found.number for found in common.meant_devices(wanted, devices)] == numbers
+
+
+def test_a_device_is_known_again_by_its_name_and_its_sound_system() -> None:
+    assert device(1, "Mic").is_same(device(5, "Mic"))
+    assert not device(1, "Mic").is_same(device(1, "Mic", "JACK"))
+    assert not device(1, "Mic").is_same(device(1, "Mic 2"))
+
+
+# --- while it is used -----------------------------------------------------------------------
+
+
+def test_no_other_card_is_taken_for_one_that_is_lost(card: VirtualSoundCard) -> None:
+    configuration = card.folder / "asound.conf"
+    name = "room"
+    first = f'pcm."{name}" {{ type pulse hint {{ show on description "-" }} }}\n'
+    other = f'pcm."{name} of another" {{ type pulse hint {{ show on description "-" }} }}\n'
+    configuration.write_text(ALSA_CONFIGURATION + first + other)
+    try:
+        with start_server(card, "--input", name) as sender:
+            card.unplug()
+            configuration.write_text(ALSA_CONFIGURATION + other)
+            sender.wait_for("the microphone room is gone")
+            card.plug_in()
+            time.sleep(4 * common.CARD_RETRY_S)  # in which it could take the other one
+            assert "is back" not in sender.text()
+            configuration.write_text(ALSA_CONFIGURATION + first + other)
+            sender.wait_for("the microphone room is back")
+    finally:
+        configuration.write_text(ALSA_CONFIGURATION)
+
+
+def test_a_card_is_back_once_when_sound_flows_again(card: VirtualSoundCard) -> None:
+    with start_server(card) as sender:
+        card.pactl("suspend-source", "mic", "1")
+        card.pactl("suspend-sink", "micfeed", "1")
+        sender.wait_for("is gone")
+        time.sleep(2 * common.CARD_TIMEOUT_S)  # in which the device is opened, and opened again
+        assert "is back" not in sender.text()
+        card.pactl("suspend-sink", "micfeed", "0")
+        card.pactl("suspend-source", "mic", "0")
+        sender.wait_for("is back")
+        assert sender.text().count("is gone") == sender.text().count("is back") == 1
+
+
+def test_ctrl_c_ends_also_where_the_sound_system_hangs(card: VirtualSoundCard) -> None:
+    with start_server(card) as sender, card.hanging():
+        sender.wait_for("is gone")
+        assert sender.interrupt() == common.EXIT_INTERRUPTED
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, common.EXIT_INTERRUPTED), (signal.SIGTERM, common.EXIT_TERMINATED)],
+)
+@pytest.mark.parametrize("arguments", [("server.py",), ("client.py", "--list-devices")])
+def test_a_signal_while_the_sound_system_starts_ends(
+    card: VirtualSoundCard, arguments: tuple[str, ...], number: signal.Signals, status: int
+) -> None:
+    with card.hanging(), Script(*arguments, environment=card.environment) as script:
+        maps = Path(f"/proc/{script.popen.pid}/maps")
+        wait_for(lambda: "libpulse" in maps.read_text(), "the use of PulseAudio")
+        script.signal(number)
+        assert script.end() == status
+        assert script.lines == []
+
+
+# --- silence --------------------------------------------------------------------------------
+
+
+def test_a_microphone_that_is_silent_to_the_last_bit_is_mentioned_once() -> None:
+    silence = server.Silence(common.AudioFormat(48_000, 1))
+    second, noise = bytes(96_000), b"\0\1" * 48_000
+    told = [silence.is_to_be_told(part) for part in [second] * 9 + [noise] + [second] * 30]
+    assert told.count(True) == 1
+    assert told.index(True) == 19
+
+
+def test_the_silence_of_a_muted_microphone_is_a_line(card: VirtualSoundCard) -> None:
+    with start_server(card) as sender:
+        sender.wait_for("nothing but zeros for 10 s")

@@ -35,6 +35,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import math
 import os
 import queue
@@ -61,7 +62,6 @@ from common import (
     STILL_HERE,
     AudioBlock,
     AudioFormat,
-    Blocks,
     CodeWanted,
     Connection,
     ConnectionLost,
@@ -78,7 +78,6 @@ from common import (
     Offer,
     Outcome,
     PeerRefused,
-    PeerStalled,
     Prefixes,
     ProtocolError,
     Results,
@@ -102,8 +101,8 @@ from common import (
 if TYPE_CHECKING:
     import wave
     from ipaddress import IPv4Interface, IPv6Interface
+    from types import ModuleType
 
-    from tqdm import tqdm
     from zeroconf import ServiceInfo
 
 
@@ -388,113 +387,183 @@ def describe_mismatch(error: NotPaired) -> str:
 # Half of what a frame may hold, as JSON may need two characters for one.
 MAX_BATCH_CHARS = common.MAX_FRAME_BYTES // 2
 ENTRY_CHARS = 100  # of an offered entry, beside its path
+# After so long what has been looked up is offered: the server is not to wait for a slow disk.
+LOOK_UP_S = 1.0
+# Linux's virtual files (/proc, /sys) have no blocks, and say that they have 0 or 4096 bytes.
+MAX_DOUBTFUL_BYTES = 4096
+LEADS_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 STDIN = "-"
 
 
-class Source:
-    """A file or folder to send: where it is here, how it is offered, and what is known of it.
+class Source(NamedTuple):
+    """A file or folder as it was looked up: where it is here, and how it is offered.
 
-    `name` has "/" between folders. A `size` of None is unknown until it ends (standard input).
+    `found` is what the system said of a file whose size is known, None for anything else.
+    `offers` counts how often it has been offered before as something that it was not.
     """
 
-    def __init__(  # noqa: PLR0913  (what an offer says of a file)
-        self,
-        path: str,
-        name: str,
-        size: int | None = None,
-        mtime_ns: int | None = None,
-        *,
-        executable: bool = False,
-        is_folder: bool = False,
-    ) -> None:
-        self.path = path
-        self.name = name
-        self.size = size
-        self.mtime_ns = mtime_ns
-        self.executable = executable
-        self.is_folder = is_folder
-        self.found: os.stat_result | None = None
-        self.digests: dict[int, hashlib._Hash] = {}  # of so many first bytes
-        self.offset = 0  # of the first byte that the server needs
-        self.checksum = ""  # SHA-256 of all of it, once it has been read
-        self.begun = False  # reading it, for one that cannot be read twice
-        self.problem = ""  # why it cannot be sent, found here
-        self.decided = False  # by the server
-        self.shown = 0  # how many of its bytes the bar of all files has counted
+    path: str
+    entry: Entry
+    found: os.stat_result | None = None
+    offers: int = 0
 
-    @classmethod
-    def from_stat(cls, path: str, name: str, found: os.stat_result) -> Source:
-        """Return the source that a file with these properties is."""
-        executable = bool(found.st_mode & stat.S_IXUSR) and sys.platform != "win32"
-        source = cls(path, name, found.st_size, found.st_mtime_ns, executable=executable)
-        source.found = found
-        return source
+    @property
+    def name(self) -> str:
+        """Its path in the offer, with "/" between folders."""
+        return self.entry.path
 
     def beside(self, name: str) -> str:
         """Return the path at the server of what is called `name` in its place."""
         folder, slash, _ = self.name.rpartition("/")
         return folder + slash + name
 
-    def to_entry(self) -> Entry:
-        """Return it as an entry of an offer."""
-        return Entry(self.name, self.size, self.mtime_ns, self.executable, self.is_folder)
+    def look_up_again(self, found: os.stat_result | None) -> Source:
+        """Return it as a file with these properties, or as one of unknown size."""
+        entry = describe_file(self.name, found) if found else self.entry._replace(size=None)
+        return Source(self.path, entry, found, self.offers + 1)
 
-    def check_unchanged(self, file: BinaryIO) -> None:
-        """Raise FileChanged unless the open `file` is still as it was when it was looked up."""
-        if self.found is None:
-            return
-        then, now = self.found, os.fstat(file.fileno())
-        same = (now.st_size, now.st_mtime_ns) == (then.st_size, then.st_mtime_ns)
-        # The time of its status tells of changes whose modification time was set back. It also
-        # moves when another file takes the name, which does nothing to this one.
-        if not same or (now.st_ctime_ns != then.st_ctime_ns and now.st_nlink == then.st_nlink):
-            raise FileChanged
+
+class NamedFolder(NamedTuple):
+    """A folder that the user named, and what it is to be called at the server."""
+
+    path: str
+    name: str
+    identity: tuple[int, int]
 
 
 class Problem(Protocol):
     """Is told of what is not sent: its path, its name in an offer, why, and whether it failed."""
 
-    def __call__(self, path: str, name: str, reason: str, is_failure: bool = True) -> object:
+    def __call__(self, path: str, name: str, reason: str, is_failure: bool = True, /) -> object:
         """Take note of it."""
 
 
-def find_sources(paths: Iterable[str], name: str | None, on_problem: Problem) -> Iterator[Source]:
-    """Yield all that `paths` name: files, and what is in folders, ``-`` under `name`.
+def describe_file(name: str, found: os.stat_result) -> Entry:
+    """Return the entry of an offer that a file with these properties is."""
+    mtime_ns = found.st_mtime_ns if abs(found.st_mtime_ns) < common.MAX_MTIME_NS else None
+    mode = None if sys.platform == "win32" else found.st_mode & 0o777
+    is_executable = bool((mode or 0) & stat.S_IXUSR)
+    return Entry(name, found.st_size, mtime_ns, is_executable, mode=mode)
+
+
+def look_up_file(path: str, name: str, found: os.stat_result) -> Source:
+    """Return the source that a file with these properties is; reads it if its size is doubtful."""
+    entry = describe_file(name, found)
+    is_doubtful = not getattr(found, "st_blocks", 1) and found.st_size <= MAX_DOUBTFUL_BYTES
+    if is_doubtful and not has_size(path, found.st_size):
+        return Source(path, entry._replace(size=None))
+    return Source(path, entry, found)
+
+
+def has_size(path: str, size: int) -> bool:
+    """Return False if reading a file gives more or less than `size` bytes."""
+    try:
+        descriptor = open_for_reading(path)
+    except OSError:  # sending it will say so
+        return True
+    try:
+        return len(os.read(descriptor, size + 1)) == size
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def open_for_reading(path: str) -> int:
+    """Return a descriptor of a file. Does not wait for a writer, should it be a pipe by now."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+
+
+def look_up_named(
+    paths: Iterable[str], name: str | None, on_problem: Problem
+) -> list[Source | NamedFolder]:
+    """Return what the user's `paths` are, ``-`` under `name`.
 
     What cannot be sent is passed over after a call of `on_problem`.
     """
+    named: list[Source | NamedFolder] = []
     for path in paths:
-        if path == STDIN:
-            yield Source(STDIN, name or "")
-            continue
         try:
-            found = os.stat(path)
+            named.append(Source(STDIN, Entry(name or "")) if path == STDIN else look_up(path))
         except (OSError, ValueError) as error:
-            on_problem(path, path, describe_missing(error))
-            continue
-        # Not just basename(): "." and "folder/" have a name too.
-        offered = os.path.basename(os.path.abspath(path))
-        if stat.S_ISDIR(found.st_mode):
-            yield from walk_folder(path, offered, on_problem)
-        elif stat.S_ISREG(found.st_mode):
-            yield Source.from_stat(path, offered, found)
-        else:
-            on_problem(path, path, "not a file or a folder")
+            on_problem(path, path, describe_missing(path, error))
+        except NotAFile as error:
+            on_problem(path, path, str(error))
+    return named
 
 
-def describe_missing(error: OSError | ValueError) -> str:
+class NotAFile(SocketPairError):
+    """What was named is neither a file nor a folder."""
+
+    def __init__(self, mode: int) -> None:
+        reason = "not a file or a folder"
+        if stat.S_ISFIFO(mode):
+            command = common.command_line("client.py", "file", STDIN, "--name", "NAME")
+            reason = f"a pipe, not a file: send what a program prints by COMMAND | {command}"
+        super().__init__(reason)
+
+
+def look_up(path: str) -> Source | NamedFolder:
+    """Return what `path` is. Raises OSError, ValueError and NotAFile."""
+    found = os.stat(path)
+    if stat.S_ISDIR(found.st_mode):
+        return NamedFolder(path, name_of(path), (found.st_dev, found.st_ino))
+    if stat.S_ISREG(found.st_mode):
+        return look_up_file(path, name_of(path), found)
+    raise NotAFile(found.st_mode)
+
+
+def name_of(path: str, system: ModuleType = os.path) -> str:
+    r"""Return what a named file or folder is to be called at the server.
+
+    Not just its last part: ``.`` and ``folder/`` have a name, and so have ``/``, ``E:\`` and
+    ``\\server\share``. Raises OSError where the working folder is gone.
+    """
+    whole = str(system.abspath(path))
+    drive = str(system.splitdrive(whole)[0]).replace("\\", "/").rstrip(":/")
+    return str(system.basename(whole)) or drive.rpartition("/")[2] or "root"
+
+
+def describe_missing(path: str, error: OSError | ValueError) -> str:
     """Return why a file that the user named cannot be looked at."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    return describe_error(error) if isinstance(error, OSError) else "not a possible name"
+    if not isinstance(error, OSError):
+        return "not a possible name"
+    if not isinstance(error, FileNotFoundError):
+        return describe_error(error)
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        if not os.path.isabs(path):
+            return "the folder that this command runs in is gone: change to one that is there"
+    return "no such file"
 
 
-def walk_folder(path: str, name: str, on_problem: Problem) -> Iterator[Source]:
+def find_sources(
+    named: Iterable[Source | NamedFolder], left_out: tuple[int, int] | None, on_problem: Problem
+) -> Iterator[Source]:
+    """Yield all that is in what the user named.
+
+    `left_out` is the device and the inode of the server's own folder, if that is on this machine.
+    What cannot be sent is passed over after a call of `on_problem`.
+    """
+    for item in named:
+        if isinstance(item, Source):
+            yield item
+        elif item.identity == left_out:
+            on_problem(item.path, item.name, "the server's own folder, into which it would go")
+        else:
+            yield from walk_folder(item, left_out, on_problem)
+
+
+def walk_folder(
+    named: NamedFolder, left_out: tuple[int, int] | None, on_problem: Problem
+) -> Iterator[Source]:
     """Yield what is in a folder, and each folder after all that is in it.
 
     In that order the server can give each folder its modification time for good. Without
     recursion, for trees of any depth.
     """
+    path, name = named.path, named.name
     unfinished = [(path, name, iter(list_folder(path, name, on_problem)))]
     while unfinished:
         path, name, entries = unfinished[-1]
@@ -502,13 +571,21 @@ def walk_folder(path: str, name: str, on_problem: Problem) -> Iterator[Source]:
         if entry is None:
             unfinished.pop()
             with contextlib.suppress(OSError):
-                mtime_ns = os.stat(path).st_mtime_ns
-                yield Source(path, name, mtime_ns=mtime_ns, is_folder=True)
-        elif is_real_folder(entry):
-            below = f"{name}/{entry.name}"
-            unfinished.append((entry.path, below, iter(list_folder(entry.path, below, on_problem))))
+                yield look_up_folder(path, name)
+            continue
+        below = f"{name}/{entry.name}"
+        if not is_real_folder(entry):
+            yield from look_at(entry, below, on_problem)
+        elif left_out and is_same_folder(entry, left_out):
+            on_problem(entry.path, below, "the server's own folder, left out", False)
         else:
-            yield from look_at(entry, f"{name}/{entry.name}", on_problem)
+            unfinished.append((entry.path, below, iter(list_folder(entry.path, below, on_problem))))
+
+
+def look_up_folder(path: str, name: str) -> Source:
+    """Return the source that a folder is. Raises OSError."""
+    entry = describe_file(name, os.stat(path))
+    return Source(path, entry._replace(size=None, executable=False, is_folder=True))
 
 
 def is_real_folder(entry: os.DirEntry[str]) -> bool:
@@ -516,6 +593,16 @@ def is_real_folder(entry: os.DirEntry[str]) -> bool:
     with contextlib.suppress(OSError):  # look_at will say it
         is_junction = getattr(entry, "is_junction", bool)  # from Python 3.12 on
         return entry.is_dir(follow_symlinks=False) and not is_junction()
+    return False
+
+
+def is_same_folder(entry: os.DirEntry[str], identity: tuple[int, int]) -> bool:
+    """Tell whether a folder has this device and inode."""
+    with contextlib.suppress(OSError):
+        if sys.platform != "win32" and entry.inode() != identity[1]:
+            return False  # without a system call
+        found = os.stat(entry.path)
+        return (found.st_dev, found.st_ino) == identity
     return False
 
 
@@ -533,28 +620,33 @@ def look_at(entry: os.DirEntry[str], name: str, on_problem: Problem) -> Iterator
     """Yield the file that `entry` is or links to."""
     try:
         found = entry.stat()
+        if name.endswith(common.PARTIAL_SUFFIX):
+            on_problem(entry.path, name, "a server's unfinished file, left out", False)
+        elif stat.S_ISREG(found.st_mode):
+            yield look_up_file(entry.path, name, found)
+        elif stat.S_ISDIR(found.st_mode):
+            on_problem(entry.path, name, "a link to a folder, not followed", False)
+        else:
+            on_problem(entry.path, name, "not a file or a folder", False)
     except OSError as error:
-        on_problem(entry.path, name, describe_missing(error))
-        return
-    if stat.S_ISREG(found.st_mode):
-        yield Source.from_stat(entry.path, name, found)
-    elif stat.S_ISDIR(found.st_mode):
-        on_problem(entry.path, name, "a link to a folder, not followed", False)
-    else:
-        on_problem(entry.path, name, "not a file or a folder")
+        if entry.is_symlink() and error.errno in LEADS_NOWHERE:
+            on_problem(entry.path, name, "a broken link, left out", False)
+        else:
+            on_problem(entry.path, name, describe_missing(entry.path, error))
 
 
 def in_batches(sources: Iterable[Source]) -> Iterator[list[Source]]:
-    """Yield `sources` in lists that fit an offer."""
+    """Yield `sources` in lists that fit an offer, and of which none takes long to look up."""
     batch: list[Source] = []
-    chars = 0
+    chars, deadline = 0, Deadline(LOOK_UP_S)
     for source in sources:
         # What can be printed in ASCII takes one or two characters of JSON, anything else up to 12.
         plain = source.name.isascii() and source.name.isprintable()
         needed = ENTRY_CHARS + len(source.name) * (1 if plain else 12)
-        if batch and (len(batch) == common.MAX_BATCH_ENTRIES or chars + needed > MAX_BATCH_CHARS):
+        is_full = len(batch) == common.MAX_BATCH_ENTRIES or chars + needed > MAX_BATCH_CHARS
+        if batch and (is_full or not deadline.remaining()):
             yield batch
-            batch, chars = [], 0
+            batch, chars, deadline = [], 0, Deadline(LOOK_UP_S)
         batch.append(source)
         chars += needed
     if batch:
@@ -564,92 +656,192 @@ def in_batches(sources: Iterable[Source]) -> Iterator[list[Source]]:
 # --- progress -------------------------------------------------------------------------------
 
 LARGE_FILE_BYTES = 64 * 1024 * 1024
+# Beside the label: the percentage, a bar, sizes, times and the speed.
+GAUGE_CELLS = 48
+MIN_LABEL_CELLS = 8
+MAX_LABEL_CELLS = 40
+# What is drawn of these is the first for which there is room.
+SHAPES = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
+    "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt}",
+    "{desc}: {percentage:3.0f}% {rate_fmt}",
+)
+SHAPES_WITHOUT_TOTAL = ("{desc}: {n_fmt} [{elapsed}, {rate_fmt}]",)
+# The speed is the mean over so long. What is smaller than that, or quicker, has none.
+SPEED_WINDOW_S = 5.0
+MIN_MEASURED_BYTES = 1024 * 1024
+MIN_MEASURED_S = 0.001
+
+
+class Gauge:
+    """How far one thing is, of `total` bytes if that is known, and how fast it goes."""
+
+    def __init__(self, label: str, total: int | None, first: int = 0) -> None:
+        self.label = label
+        self.total = total
+        self._first = first
+        self._start = time.monotonic()
+        self._seen = [(self._start, first)]  # of the last ``SPEED_WINDOW_S``
+
+    def _speed(self, done: int) -> float | None:
+        """Return the bytes a second of late, None where that means nothing."""
+        now = time.monotonic()
+        while len(self._seen) > 1 and now - self._seen[1][0] > SPEED_WINDOW_S:
+            del self._seen[0]
+        then, before = self._seen[0]
+        self._seen.append((now, done))
+        if done - self._first < MIN_MEASURED_BYTES or now - then < MIN_MEASURED_S:
+            return None
+        return (done - before) / (now - then)
+
+    def draw(self, done: int, columns: int, draw_bar: Callable[..., str]) -> str:
+        """Return a line of at most so many columns, drawn by tqdm's ``format_meter``."""
+        done, speed = min(done, self.total or done), self._speed(done)
+        label = common.fit(self.label, max(MIN_LABEL_CELLS, columns - GAUGE_CELLS))
+        elapsed_s = time.monotonic() - self._start
+
+        def draw(shape: str, width: int | None) -> str:
+            if speed is None:
+                shape = shape.replace("<{remaining}", "").replace(", {rate_fmt}", "")
+                shape = shape.replace(" {rate_fmt}", "")
+            return draw_bar(
+                *(done, self.total or None, elapsed_s, width, label),
+                unit="B",
+                unit_scale=True,
+                rate=speed,
+                bar_format=shape,
+            )
+
+        shapes = SHAPES if self.total else SHAPES_WITHOUT_TOTAL
+        fitting = (
+            shape for shape in shapes if len(draw(shape.replace("{bar}", "#"), None)) <= columns
+        )
+        return draw(next(fitting, shapes[-1]), columns)
 
 
 class Progress:
-    """Bars with speed and time left: one for each large file, and one for all of many files.
+    """Shows on a terminal how far the sending is: a large file, or all of many files.
 
-    Draws nothing unless `shown`. Lines for people go through it, as a bar would be torn by them.
+    A thread draws it, so that it goes on while nothing moves. Every method is for any thread.
     """
 
-    def __init__(self, sources: Callable[[], Iterable[Source]], shown: bool) -> None:
-        self._tqdm = find_tqdm() if shown else None
-        self._sources = sources
-        self._all: tqdm[Any] | None = None
-        self._file: tqdm[Any] | None = None
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._draw_bar = find_bar() if console.has_status else None
+        self._in_transit: Callable[[], int] = int
+        self._all: Gauge | None = None
+        self._one: Gauge | None = None
+        self._decided_bytes = 0
+        self._moved: dict[str, int] = {}  # bytes of files that are not decided yet, by their paths
+        self._path = ""  # of the file under way
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
 
-    def begin(self) -> None:
-        """Show the bar of all files, now that a server takes them and nothing is to be asked."""
-        if self._tqdm:
-            sizes = [source.size or 0 for source in self._sources() if not source.is_folder]
-            if len(sizes) > 1:
-                self._all = self._bar(f"{len(sizes)} files", sum(sizes), leave=False)
+    def begin(self, is_single: bool, sizes: Callable[[], Iterable[int]]) -> None:
+        """Begin to show it; `sizes` tells those of all files, which may take a while."""
+        if self._draw_bar:
+            if not is_single:
+                self._all = Gauge("counting the files", None)
+                work = functools.partial(self._count, sizes)
+                threading.Thread(target=work, name="counting", daemon=True).start()
+            threading.Thread(target=self._run, name="progress", daemon=True).start()
 
-    def _bar(self, label: str, total: int | None, **options: Any) -> tqdm[Any]:
-        assert self._tqdm is not None
-        return self._tqdm(
-            total=total, desc=label, unit="B", unit_scale=True, dynamic_ncols=True, **options
-        )
+    def _count(self, sizes: Callable[[], Iterable[int]]) -> None:
+        found = list(sizes())
+        with self._lock:
+            if self._all:
+                self._all.label, self._all.total = count(len(found), "file"), sum(found)
 
-    def start(self, source: Source) -> None:
-        """Begin with a file, at its offset."""
-        large = source.size is None or source.size >= LARGE_FILE_BYTES
-        if self._tqdm and (large or self._all is None):
-            label = escape(source.name, 40)
-            alone = self._all is None
-            self._file = self._bar(label, source.size, initial=source.offset, leave=alone)
-        self.reach(source, source.offset)
+    def follow(self, in_transit: Callable[[], int]) -> None:
+        """Begin anew with a connection, of whose bytes `in_transit` have not arrived."""
+        with self._lock:
+            self._in_transit = in_transit
+            self._moved.clear()
 
-    def reach(self, source: Source, done: int) -> None:
-        """Show that the first `done` bytes of a file are at the server, or on their way."""
-        if self._file is not None:
-            self._file.update(done - self._file.n)
-        if self._all is not None:
-            self._all.update(done - source.shown)
-            source.shown = done
+    def _run(self) -> None:
+        while not self._closed.wait(common.STATUS_INTERVAL_S):
+            with self._lock:
+                self._show(self._in_transit())
 
-    def finish(self) -> None:
-        """Be done with a file."""
-        if self._file is not None:  # a bar without a total has no truth value
-            self._file.close()
-            self._file = None
+    def _show(self, in_transit: int) -> None:
+        gauge, done = self._all, self._decided_bytes + sum(self._moved.values())
+        if self._one:
+            gauge, done = self._one, self._moved.get(self._path, 0)
+        if gauge and self._draw_bar:
+            done = max(0, done - in_transit)
+            self._console.show_status(gauge.draw(done, self._console.columns, self._draw_bar))
+
+    def start(self, source: Source, done: int, verb: str = "") -> None:
+        """Begin with a file, of which `done` bytes need nothing any more."""
+        if self._draw_bar is None:
+            return
+        size = source.entry.size
+        with self._lock:
+            self._path = source.path
+            self._moved[source.path] = done
+            self._one = None
+            if not self._all or size is None or size >= LARGE_FILE_BYTES:
+                self._one = Gauge(verb + escape(source.name, MAX_LABEL_CELLS), size, done)
+                self._show(0)
+
+    def move(self, size: int) -> None:
+        """Note that so many bytes more of the file are on their way."""
+        if self._draw_bar is None:
+            return
+        with self._lock:
+            self._moved[self._path] = self._moved.get(self._path, 0) + size
+
+    def decide(self, source: Source, is_saved: bool) -> None:
+        """Count a file as done; one that is alone leaves its bar behind if `is_saved`."""
+        if self._draw_bar is None:
+            return
+        with self._lock:
+            moved = self._moved.pop(source.path, 0)
+            self._decided_bytes += source.entry.size or moved
+            one = self._one if source.path == self._path else None
+            if one:
+                self._one = None
+                if is_saved and not self._all:
+                    done = source.entry.size or moved
+                    text = one.draw(done, self._console.columns, self._draw_bar)
+                    self._console.leave_status(text)
+            if self._all and self._decided_bytes == self._all.total:
+                self._show(0)
 
     def close(self) -> None:
-        """Take the bars down, or leave their last state, as a terminal's lines."""
-        self.finish()
-        if self._all is not None:
-            self._all.close()
-            self._all = None
-
-    def say(self, text: str) -> None:
-        """Print a line on standard output, above the bars."""
-        if self._tqdm:
-            self._tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-        else:
-            common.say(text)
-
-    def complain(self, text: str) -> None:
-        """Print a line on standard error, above the bars."""
-        if self._tqdm:
-            self._tqdm.write(text, file=sys.stderr)
-        else:
-            complain(text)
+        """Take it off the screen. Idempotent."""
+        self._closed.set()
+        with self._lock:
+            self._all = self._one = None
+            self._console.end_status()
 
 
-def find_tqdm() -> type[tqdm[Any]] | None:
-    """Return tqdm where it is installed; files go without it too."""
+def find_bar() -> Callable[..., str] | None:
+    """Return what draws a bar where tqdm is installed; files go without it too."""
     try:
         from tqdm import tqdm  # noqa: PLC0415  (only a terminal needs it, and it takes a while)
     except ImportError:
         complain(f"no progress bars without tqdm: {common.how_to_install('tqdm')}")
         return None
-    return tqdm
+    return tqdm.format_meter
 
 
 # --- results --------------------------------------------------------------------------------
 
-ALREADY = "Already there"
+HOW = {"saved": "Saved", "already": "Already there"}
+
+
+class Sent(NamedTuple):
+    """A file of which all was sent: its SHA-256, and what else there is to say."""
+
+    checksum: str
+    note: str = ""
+
+
+class NotSent(NamedTuple):
+    """A file that was given up here, and why; no reason if it is offered again."""
+
+    reason: str
 
 
 class FolderTally:
@@ -662,56 +854,79 @@ class FolderTally:
 
 
 class Report:
-    """Tells the user what becomes of what was named, and keeps count.
+    """Tells the user what becomes of what was named, and keeps count. For any thread.
 
     A file that was named has a line of its own; those in a folder share the folder's.
     """
 
-    def __init__(self, progress: Progress, quiet: bool, verbose: bool) -> None:
-        self.failed = 0
-        self._progress = progress
-        self._quiet = quiet
+    def __init__(self, console: Console, verbose: bool) -> None:
+        self._console = console
         self._verbose = verbose
+        self._lock = threading.Lock()
+        self._failed = 0
         self._folders: dict[str, FolderTally] = {}
+
+    @property
+    def failed(self) -> int:
+        """How many files and folders have failed."""
+        with self._lock:
+            return self._failed
 
     def _tally(self, name: str) -> FolderTally:
         return self._folders.setdefault(name.partition("/")[0], FolderTally())
 
+    def complain(self, text: str) -> None:
+        """Say what is in the way of all."""
+        self._console.complain(text)
+
     def problem(self, path: str, name: str, reason: str, is_failure: bool = True) -> None:
         """Report what was not sent, or was not saved: its path, its offered name, and why."""
-        self.failed += is_failure
-        if "/" in name:
-            self._tally(name).failed += is_failure
-        self._progress.complain(f"{escape(name if path == STDIN else path)}: {reason}")
+        with self._lock:
+            self._failed += is_failure
+            if "/" in name:
+                self._tally(name).failed += is_failure
+        self._console.complain(f"{escape(name if path == STDIN else path)}: {reason}")
 
-    def resumed(self, source: Source) -> None:
+    def resumed(self, source: Source, offset: int) -> None:
         """Report that some of a file is at the server already."""
-        if not self._quiet:
-            there = format_bytes(source.offset)
-            self._progress.say(f"{escape(source.path)}: going on after the first {there}")
+        there = format_bytes(offset)
+        self._console.say(f"{escape(source.path)}: going on after the first {there}")
 
-    def saved(self, source: Source, name: str, how: str) -> None:
-        """Report a file that stands at the server as `name` now, or a folder that is complete."""
-        named = "/" not in source.name
-        if source.is_folder:
-            if named:
-                self._folder_saved(source, name)
-            return
-        if not named:
-            tally = self._tally(source.name)
-            tally.files += 1
-            tally.bytes += source.size or 0
-            tally.already += how == ALREADY
-        if not self._quiet and (named or self._verbose or name != source.name):
-            self._progress.say(
-                f"{how} as {escape(name)}, SHA-256 matches ({source.checksum[:8]}...)"
+    def decided(self, source: Source, outcome: Outcome, sent: Sent | None) -> None:
+        """Report what the server says has become of what was `sent`.
+
+        Raises ProtocolError where it has saved a file that was not.
+        """
+        if outcome.kind == "failed":
+            reason = f"at the server: {escape(outcome.text)}"
+            self.problem(source.path, source.name, reason)
+        elif source.entry.is_folder:
+            self._folder_saved(source, source.beside(outcome.text))
+        elif sent is None:
+            raise ProtocolError("received a result of a file that was not sent")
+        else:
+            self._saved(source, outcome, sent)
+
+    def _saved(self, source: Source, outcome: Outcome, sent: Sent) -> None:
+        name, is_named = source.beside(outcome.text), "/" not in source.name
+        if not is_named:
+            with self._lock:
+                tally = self._tally(source.name)
+                tally.files += 1
+                tally.bytes += source.entry.size or 0
+                tally.already += outcome.kind == "already"
+        if is_named or self._verbose or name != source.name or sent.note:
+            self._console.say(
+                f"{HOW[outcome.kind]} as {escape(name)}, "
+                f"SHA-256 matches ({sent.checksum[:8]}...){sent.note}"
             )
 
     def _folder_saved(self, source: Source, name: str) -> None:
-        tally = self._folders.pop(source.name, FolderTally())
-        if self._quiet:
+        if "/" in source.name:
             return
-        files = common.count(tally.files, "file")
+        with self._lock:
+            tally = self._folders.pop(source.name, FolderTally())
+        files = count(tally.files, "file")
         text = f"Saved {escape(name)}/ with {files} ({format_bytes(tally.bytes)})"
         if tally.files:
             text += ", every SHA-256 matches"
@@ -719,7 +934,43 @@ class Report:
             text += f", {tally.already} there already"
         if tally.failed:
             text += f", without {tally.failed} that failed"
-        self._progress.say(text)
+        self._console.say(text)
+
+
+class Batch:
+    """The sources of an offer, and what has become of each. For the two threads of a transfer."""
+
+    def __init__(self, sources: list[Source]) -> None:
+        self.sources = sources
+        self._lock = threading.Lock()
+        self._undecided = set(range(len(sources)))
+        self._ends: dict[int, Sent | NotSent] = {}
+
+    def undecided(self) -> list[int]:
+        """Return the indexes of those of which the server has not said what became of them."""
+        with self._lock:
+            return sorted(self._undecided)
+
+    def is_done(self) -> bool:
+        """Tell whether the server has said of each what has become of it."""
+        return not self._undecided
+
+    def is_decided(self, index: int) -> bool:
+        """Tell whether the server has said what has become of it."""
+        return index not in self._undecided
+
+    def end(self, index: int, end: Sent | NotSent) -> None:
+        """Note how the sending of a file has ended; before the server can know of it."""
+        with self._lock:
+            self._ends[index] = end
+
+    def decide(self, index: int) -> tuple[Source, Sent | NotSent | None]:
+        """Return one that is decided now, and how its sending had ended. Raises ProtocolError."""
+        with self._lock:
+            if index not in self._undecided:
+                raise ProtocolError("received a result of a file that was not sent")
+            self._undecided.remove(index)
+            return self.sources[index], self._ends.get(index)
 
 
 class ResultReader:
@@ -730,10 +981,12 @@ class ResultReader:
     the reading raised: ConnectionLost, ProtocolError or PeerRefused.
     """
 
-    def __init__(self, connection: Connection, sources: dict[int, Source], report: Report) -> None:
+    def __init__(
+        self, connection: Connection, batch: Batch, decide: Callable[[Batch, int, Outcome], None]
+    ) -> None:
         self._connection = connection
-        self._waiting = sources
-        self._report = report
+        self._batch = batch
+        self._decide = decide
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="results", daemon=True)
 
@@ -742,84 +995,82 @@ class ResultReader:
         return self
 
     def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
-        if isinstance(error, ConnectionLost):
-            self._thread.join(1.0)  # perhaps the server has said why
+        if error is None:
+            self._thread.join()
+        elif isinstance(error, ConnectionLost):
+            self._thread.join(LAST_WORDS_S)  # perhaps the server has said why
+        cause = self._error
         if error is not None:
             self._connection.wake()
-        self._thread.join()
-        if self._error is not None and (error is None or isinstance(error, ConnectionLost)):
-            raise self._error
+            self._thread.join()
+        if cause is not None and (error is None or isinstance(error, ConnectionLost)):
+            raise cause
 
     def _run(self) -> None:
         try:
-            while self._waiting:
-                for index, outcome in self._receive().entries:
-                    if index not in self._waiting:
-                        raise ProtocolError("received a result of a file that was not sent")
-                    settle(self._waiting.pop(index), outcome, self._report)
+            while not self._batch.is_done():
+                entries = self._connection.receive(Results).entries
+                if not entries:
+                    raise ProtocolError("received results without a result")
+                for index, outcome in entries:
+                    self._decide(self._batch, index, outcome)
         except Exception as error:  # noqa: BLE001  (raised again in the other thread)
             self._error = error
             # The sending may wait for a server that takes nothing any more, and is told nothing.
             self._connection.wake()
 
-    def _receive(self) -> Results:
-        """Return the next results; waits as long as the sending goes on."""
-        while True:
-            sent_bytes = self._connection.sent_bytes
-            try:
-                return self._connection.receive(Results)
-            except PeerStalled:
-                if self._connection.sent_bytes == sent_bytes:
-                    raise
-
-
-def settle(source: Source, outcome: Outcome, report: Report) -> None:
-    """Report what the server says has become of `source`. Raises ProtocolError."""
-    source.decided = True
-    if source.problem:
-        report.problem(source.path, source.name, source.problem)
-    elif outcome.kind == "failed":
-        report.problem(source.path, source.name, escape(outcome.text))
-    elif not (source.checksum or source.is_folder):
-        raise ProtocolError("received a result of a file that was not read")
-    else:
-        how = ALREADY if outcome.kind == "already" else "Saved"
-        report.saved(source, source.beside(outcome.text), how)
-
 
 # --- file mode ------------------------------------------------------------------------------
 
+DEFAULT_RETRY_S = 60.0
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+LAST_WORDS_S = 1.0
 STILL_HERE_INTERVAL_S = common.PROGRESS_TIMEOUT_S / 4
+# What is read and sent at once: as much as takes no longer than this.
+PACE_S = 0.5
+MIN_PACE_BYTES = 16 * 1024
+# A file that is not what was offered is looked up and offered anew, so often.
+MAX_OFFERS = 3
+# Files up to this are read in one go, and sent together.
+SMALL_FILE_BYTES = 64 * 1024
+# Who may ask for the SHA-256 of any length learns a file byte by byte.
+MIN_PREFIX_BYTES = 4096
+# Signs of life, one a second, that a server may send before it decides on a batch: for looking
+# it up, and for hashing what it holds.
+MAX_LOOK_UP_SIGNS = 600
+MIN_HASHED_BYTES_PER_S = 1_000_000
 
 
-def start_file_client(
+def start_file_client(  # noqa: PLR0913 - the command line's options
     address: Address,
     paths: Sequence[str],
     *,
     name: str | None = None,
     quiet: bool = False,
     verbose: bool = False,
+    retry_s: float = DEFAULT_RETRY_S,
 ) -> int:
     """Send the files and folders at `paths` (``-``: standard input, under `name`) to a server.
 
-    Blocks until all are sent or have failed. Returns the exit status, and has told the user
-    whatever went wrong: 1 unless every one of them stands at the server, verified.
+    Blocks until all are sent or have failed; a server that is lost on the way is waited for, for
+    `retry_s` at a time. Returns the exit status, and has told the user whatever went wrong: 1
+    unless every one of them stands at the server, verified.
     """
-    shown = sys.stderr is not None and sys.stderr.isatty() and not quiet
-    progress = Progress(
-        lambda: find_sources(paths, name, lambda path, name, reason, is_failure=True: None), shown
-    )
-    report = Report(progress, quiet, verbose)
-    sender = Sender(address, report, progress)
+    console = Console(quiet)
+    progress, report = Progress(console), Report(console, verbose)
+    sender = Sender(address, report, progress, retry_s)
     try:
-        sender.send(in_batches(find_sources(paths, name, report.problem)))
+        named = look_up_named(paths, name, report.problem)
+        if named:
+            sender.send(named)
     except SocketPairError as error:
-        progress.complain(str(error))
+        progress.close()
+        console.complain(str(error))
         return EXIT_FAILED
     except KeyboardInterrupt:
+        line_end = "" if console.is_showing_status else "\n"  # behind the terminal's ^C
         progress.close()
-        complain("\ninterrupted: the same command goes on from here" if sender.has_moved else "")
+        console.complain(f"{line_end}interrupted: the same command goes on from here")
         raise
     finally:
         progress.close()
@@ -827,209 +1078,458 @@ def start_file_client(
     return EXIT_FAILED if report.failed else EXIT_OK
 
 
-class Sender:
-    """Brings batches to a server, over as many connections as it takes."""
+class Backlog:
+    """What is still to be sent, in batches. For the two threads of a transfer."""
 
-    def __init__(self, address: Address, report: Report, progress: Progress) -> None:
+    def __init__(self, sources: Iterator[Source]) -> None:
+        self._batches = in_batches(sources)
+        self._returned: list[Source] = []
+        self._lock = threading.Lock()
+
+    def give_back(self, sources: Iterable[Source]) -> None:
+        """Have `sources` be offered again."""
+        with self._lock:
+            self._returned += sources
+
+    def take(self) -> list[Source]:
+        """Return the next batch, none at the end; blocks while it is looked up."""
+        with self._lock:
+            returned, self._returned = self._returned, []
+        if not returned:
+            return next(self._batches, [])
+        batch, *rest = in_batches(returned)
+        self.give_back(itertools.chain.from_iterable(rest))
+        return batch
+
+
+class Sender:
+    """Brings what the user named to a server, over as many connections as it takes."""
+
+    def __init__(
+        self, address: Address, report: Report, progress: Progress, retry_s: float
+    ) -> None:
         self._address = address
         self._report = report
         self._progress = progress
-        self._connection: Connection | None = None
-        self._batches: Iterator[list[Source]] = iter(())
-        self._next: list[Source] = []  # the batch after the one under way, looked up meanwhile
-        self._offered: list[Source] | None = None  # the batch that the server knows of
-        self._was_connected = False
-        self._moved = False  # since the last time that the connection was lost
+        self._retry_s = retry_s
+        self._upload: Upload | None = None
         self.has_moved = False  # anything, ever
 
     def close(self) -> None:
-        """Hang up. May be called twice."""
-        if self._connection:
-            self._connection.close()
-            self._connection = self._offered = None
+        """Hang up. Idempotent."""
+        if self._upload:
+            self._upload.close()
+            self._upload = None
 
-    def send(self, batches: Iterator[list[Source]]) -> None:
-        """Send all batches; blocks until each file in them is decided.
+    def send(self, named: Sequence[Source | NamedFolder]) -> None:
+        """Send all that is named; blocks until each file in it is decided.
 
         Comes back to a lost server after growing waits; raises ConnectionLost in the end,
         PeerRefused and ProtocolError at once.
         """
-        self._batches = batches
-        waits = iter(RETRY_WAITS_S)
-        batch = next(batches, [])
-        while batch:
-            try:
-                self._send_once(self._connected(), batch)
-            except ConnectionLost as error:
-                self.close()
-                if self._moved:
-                    waits, self._moved = iter(RETRY_WAITS_S), False
-                wait_s = next(waits, None) if self._was_connected else None
-                if wait_s is None:
-                    raise
-                self._progress.complain(f"{error}; trying again in {wait_s:g} s")
-                time.sleep(wait_s)
-            batch = [source for source in batch if not self._is_done(source)]
-            if not batch:
-                batch, self._next = self._next or next(batches, []), []
-
-    def _is_done(self, source: Source) -> bool:
-        if source.begun and not source.decided:
-            self._report.problem(
-                source.path, source.name, "standard input cannot be sent a second time"
-            )
-            return True
-        return source.decided
-
-    def _connect(self) -> Connection:
-        """Return a new connection; one that was lost before may be refused for a while."""
-        try:
-            return connect(self._address, "file")[0]
-        except SocketPairError as error:
-            if self._was_connected and not isinstance(error, ConnectionLost):
-                raise ConnectionLost(str(error)) from error
-            raise
-
-    def _connected(self) -> Connection:
-        if self._connection is None:
-            self._connection = self._connect()
-            if not self._was_connected:
-                self._progress.begin()
-            self._was_connected = True
-        return self._connection
-
-    def _send_once(self, connection: Connection, batch: list[Source]) -> None:
-        """Send what the server needs of a batch, and offer it the next one."""
-        for source in batch:
-            source.problem = ""
-        self._offer(connection, batch)
-        wanted = self._settle_or_want(batch, self._receive_start(connection, batch))
-        with ResultReader(connection, dict(wanted), self._report):
-            for source in wanted.values():
-                if not source.is_folder:
-                    self._send_file(connection, source)
-            # While the server is still busy, so that it never waits for our looking up files.
-            self._next = self._next or next(self._batches, [])
-            self._offer(connection, self._next)
-
-    def _offer(self, connection: Connection, batch: list[Source]) -> None:
-        if batch and self._offered is not batch:
-            connection.send(Offer([source.to_entry() for source in batch]))
-            self._offered = batch
-        connection.flush()
-
-    def _settle_or_want(
-        self, batch: list[Source], verdicts: Sequence[int | Outcome]
-    ) -> dict[int, Source]:
-        """Report those that the server has decided on already; return the others by index."""
-        wanted: dict[int, Source] = {}
-        for index, (source, verdict) in enumerate(zip(batch, verdicts, strict=True)):
-            if isinstance(verdict, Outcome):
-                if verdict.kind == "already" and source.size not in source.digests:
-                    raise ProtocolError("received a start of a file that was not compared")
-                settle(source, verdict, self._report)
-                self._progress.reach(source, source.size or 0)
-                continue
-            source.offset = verdict
-            if source.offset and source.offset not in source.digests:
-                raise ProtocolError("received an offset that was not asked about")
-            if source.offset:
-                self._report.resumed(source)
-            wanted[index] = source
-        return wanted
-
-    def _receive_start(
-        self, connection: Connection, batch: list[Source]
-    ) -> Sequence[int | Outcome]:
-        """Return the server's verdicts, after answering what it asks about what it holds."""
+        connection, welcome = connect(self._address, "file")
+        backlog = Backlog(find_sources(named, welcome.folder, self._report.problem))
+        is_single = len(named) == 1 and isinstance(named[0], Source)
+        self._progress.begin(
+            is_single, lambda: sizes_of(find_sources(named, welcome.folder, ignore))
+        )
+        waits = self._waits()
         while True:
-            message = connection.receive(Start, Held, Hashing)
+            upload = self._upload = Upload(connection, backlog, self._report, self._progress)
+            try:
+                upload.run()
+                return
+            except ConnectionLost as error:
+                if upload.has_moved():
+                    self.has_moved, waits = True, self._waits()
+                self.close()
+                connection = self._reconnect(waits, error)
+
+    def _waits(self) -> Iterator[float]:
+        """Yield how long to wait before each next try, as long as the server is waited for."""
+        deadline = Deadline(self._retry_s)
+        for wait_s in itertools.chain(RETRY_WAITS_S, itertools.repeat(RETRY_WAITS_S[-1])):
+            if not deadline.remaining():
+                return
+            yield min(wait_s, deadline.remaining())
+
+    def _reconnect(self, waits: Iterator[float], error: ConnectionLost) -> Connection:
+        """Return a new connection, after waiting for a server that was lost by `error`."""
+        for wait_s in waits:
+            self._report.complain(f"{error}; trying again in {wait_s:.2g} s")
+            time.sleep(wait_s)
+            try:
+                return connect(self._address, "file")[0]
+            except ConnectionLost as again:
+                error = again
+            except SocketPairError as again:  # it may be busy for a while
+                error = ConnectionLost(str(again))
+        raise ConnectionLost(
+            f"{error}; gave up after {self._retry_s:g} s: what has arrived is kept, "
+            "and the same command goes on from there"
+        ) from error
+
+
+def ignore(_path: str, _name: str, _reason: str, _is_failure: bool = True) -> None:
+    """Take no note of what cannot be sent: somebody else does."""
+
+
+def sizes_of(sources: Iterable[Source]) -> Iterator[int]:
+    """Yield the sizes of files, as far as they are known."""
+    return (source.entry.size or 0 for source in sources if not source.entry.is_folder)
+
+
+class OfferAgain(SocketPairError):
+    """A file is not what was offered, and what it is now can be offered in its place."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__("it changed before it was sent")
+        self.source = source
+
+
+class UnderWay(NamedTuple):
+    """A file being sent: what is left begins at `offset`; `digest` is that of all before."""
+
+    source: Source
+    number: int  # in its batch
+    offset: int
+    digest: hashlib._Hash
+
+
+class Pace:
+    """How much to read and send at once, so that no step takes long on a slow disk or line."""
+
+    def __init__(self) -> None:
+        self.step_bytes = SMALL_FILE_BYTES
+        self._start = time.monotonic()
+
+    def __enter__(self) -> None:
+        self._start = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        """Choose the next step by how long this one took."""
+        took_s = time.monotonic() - self._start
+        if took_s > PACE_S:
+            self.step_bytes = max(MIN_PACE_BYTES, self.step_bytes // 2)
+        elif took_s < PACE_S / 4:
+            self.step_bytes = min(common.SEGMENT_BYTES, self.step_bytes * 2)
+
+
+class Upload:
+    """The conversation with the server over one connection; see "the wire" in common.py.
+
+    Each batch goes through four steps: it is offered, looked up at the server, its files are under
+    way, and each is decided.
+    """
+
+    def __init__(
+        self, connection: Connection, backlog: Backlog, report: Report, progress: Progress
+    ) -> None:
+        self._connection = connection
+        self._backlog = backlog
+        self._report = report
+        self._progress = progress
+        self._offered: list[Batch] = []
+        self._pace = Pace()
+        self._stdin_is_begun = False
+        self._file_bytes = 0  # handed over to the connection
+        progress.follow(connection.in_transit)
+
+    def close(self) -> None:
+        """Hang up; what is not decided goes back to where it was taken from. Idempotent."""
+        left = [batch.sources[index] for batch in self._offered for index in batch.undecided()]
+        if left:
+            self._connection.abort()
+        self._connection.close()
+        self._give_back(left)
+        self._offered = []
+
+    def _give_back(self, sources: Iterable[Source]) -> None:
+        for source in sources:
+            if source.path == STDIN and self._stdin_is_begun:
+                reason = "standard input cannot be sent a second time"
+                self._report.problem(source.path, source.name, reason)
+            else:
+                self._backlog.give_back([source])
+
+    def has_moved(self) -> bool:
+        """Tell whether the server has got anything of a file, as far as is known."""
+        return self._file_bytes > self._connection.in_transit()
+
+    def run(self) -> None:
+        """Send all of the backlog; blocks until each file is decided.
+
+        Raises ConnectionLost, PeerRefused and ProtocolError.
+        """
+        batch = self._offer()
+        while batch.sources:
+            transfers = self._look_up(batch)
+            with ResultReader(self._connection, batch, self._decide):
+                for transfer in transfers:
+                    self._transfer(batch, transfer)
+                # While the server is still busy, so that it never waits for our looking up.
+                following = self._offer()
+            self._offered.remove(batch)
+            batch = following if following.sources else self._offer()
+
+    # offered
+
+    def _offer(self) -> Batch:
+        """Offer the next batch, if there is one, and send what is queued."""
+        batch = Batch(self._backlog.take())
+        if batch.sources:
+            self._offered.append(batch)
+            self._connection.send(Offer([source.entry for source in batch.sources]))
+        self._connection.flush()
+        return batch
+
+    # looked up
+
+    def _look_up(self, batch: Batch) -> list[UnderWay]:
+        """Return what the server needs, after answering what it asks about what it holds."""
+        signs_left = MAX_LOOK_UP_SIGNS
+        digests: dict[int, Digests] | None = None
+        while signs_left:
+            message = self._connection.receive(Start, Held, Hashing)
+            if isinstance(message, Start):
+                return self._begin(batch, message, digests or {})
             if isinstance(message, Held):
-                self._answer_held(connection, batch, message)
-            elif isinstance(message, Start):
-                if len(message.entries) != len(batch):
-                    raise ProtocolError("received a start for another offer")
-                return message.entries
+                if digests is not None:
+                    raise ProtocolError("received a second held")
+                digests = self._compare(batch, message)
+                longest = sum(max(lengths, default=0) for _, lengths in message.entries)
+                signs_left += longest // MIN_HASHED_BYTES_PER_S
+            signs_left -= 1
+        raise ProtocolError("received signs of life without end")
 
-    def _answer_held(self, connection: Connection, batch: list[Source], held: Held) -> None:
-        keepalive = Keepalive(lambda: connection.send(Hashing()))
-        answers = []
+    def _compare(self, batch: Batch, held: Held) -> dict[int, Digests]:
+        """Answer with the SHA-256 of what the server holds of its files; return them by index."""
+        keepalive = Keepalive(lambda: self._connection.send(Hashing()))
+
+        def advance(size: int) -> None:
+            self._progress.move(size)
+            keepalive(size)
+
+        found: dict[int, Digests] = {}
         for index, lengths in held.entries:
-            if index >= len(batch) or batch[index].size is None:
+            if index >= len(batch.sources):
                 raise ProtocolError("received a held of what was not offered")
-            hash_prefixes(batch[index], lengths, keepalive)
-            answers.append([digest.hexdigest() for digest in batch[index].digests.values()])
-        connection.send(Prefixes(answers))
+            if batch.sources[index].entry.size is None:
+                raise ProtocolError("received a held of what has no size")
+            source = batch.sources[index]
+            self._progress.start(source, 0, "comparing ")
+            found[index] = hash_prefixes(source, lengths, advance)
+        self._connection.send(
+            Prefixes(
+                [
+                    [found[index][n].hexdigest() if n in found[index] else "" for n in lengths]
+                    for index, lengths in held.entries
+                ]
+            )
+        )
+        return found
 
-    def _send_file(self, connection: Connection, source: Source) -> None:
+    def _begin(self, batch: Batch, start: Start, digests: Mapping[int, Digests]) -> list[UnderWay]:
+        """Report those that the server has decided on already; return the others."""
+        if len(start.entries) != len(batch.sources):
+            raise ProtocolError("received a start for another offer")
+        transfers = []
+        for index, (source, verdict) in enumerate(zip(batch.sources, start.entries, strict=True)):
+            known = digests.get(index, {})
+            if isinstance(verdict, Outcome):
+                if verdict.kind == "already" and source.entry.size in known:
+                    batch.end(index, Sent(known[source.entry.size].hexdigest()))
+                self._decide(batch, index, verdict)
+                continue
+            if verdict and verdict not in known:
+                raise ProtocolError("received an offset that was not asked about")
+            if verdict:
+                self._report.resumed(source, verdict)
+            transfers.append(UnderWay(source, index, verdict, known.get(verdict, hashlib.sha256())))
+        return transfers
+
+    # under way
+
+    def _transfer(self, batch: Batch, transfer: UnderWay) -> None:
         """Send a file from its offset on, then its SHA-256; or give it up."""
-        self._progress.start(source)
+        source = transfer.source
+        if source.entry.is_folder:
+            return
+        self._progress.start(source, transfer.offset)
         try:
-            digest = self._send_content(connection, source)
+            end: Sent | NotSent = self._send_small(transfer) or self._send_large(batch, transfer)
         except ConnectionLost:
             raise
+        except OfferAgain as error:
+            self._backlog.give_back([error.source])
+            end = NotSent("")
         except (OSError, SocketPairError) as error:
-            source.problem = describe_error(error)
-            connection.queue(LENGTH.pack(GIVEN_UP))
+            end = NotSent(describe_error(error))
+        batch.end(transfer.number, end)
+        if isinstance(end, Sent):
+            self._connection.queue(LENGTH.pack(END_OF_FILE) + bytes.fromhex(end.checksum))
         else:
-            source.checksum = digest.hexdigest()
-            connection.queue(LENGTH.pack(END_OF_FILE) + digest.digest())
+            self._connection.queue(LENGTH.pack(GIVEN_UP))
+
+    def _send_small(self, transfer: UnderWay) -> Sent | None:
+        """Send a small file in one go, if it is still as it was offered; else return None."""
+        source, size = transfer.source, transfer.source.entry.size
+        if source.found is None or size is None or size > SMALL_FILE_BYTES or transfer.offset:
+            return None
+        descriptor = open_for_reading(source.path)
+        try:
+            content = os.read(descriptor, size + 1)
+            if len(content) != size or not is_same(source.found, os.fstat(descriptor)):
+                return None
         finally:
-            self._progress.finish()
+            os.close(descriptor)
+        if size:
+            self._connection.queue(LENGTH.pack(size) + content)
+            self._count(size)
+        return Sent(hashlib.sha256(content).hexdigest())
 
-    def _send_content(self, connection: Connection, source: Source) -> hashlib._Hash:
-        """Send a file's segments, hashed meanwhile; return the digest of the whole file.
+    def _send_large(self, batch: Batch, transfer: UnderWay) -> Sent:
+        """Send a file step by step, hashed meanwhile.
 
-        Raises OSError, and SocketPairError where it changed or is not wanted any more.
+        Raises OSError, OfferAgain, and SocketPairError where it changed or is not wanted any more.
         """
-        digest = source.digests.get(source.offset) or hashlib.sha256()
-        sent = source.offset
-        with open_source(source) as file:
-            source.check_unchanged(file)
-            with blocks_for(source.size, digest.update) as blocks:
-                for segment in read_segments(connection, source, file, blocks):
-                    if source.decided:
-                        raise SocketPairError("the server has failed it")
-                    blocks.give(segment)  # is hashed while it is sent
-                    connection.send_segment(segment)
-                    sent += len(segment)
-                    self._progress.reach(source, sent)
-                    self._moved = self.has_moved = True
-            source.check_unchanged(file)
-        return digest
+        source, digest = transfer.source, transfer.digest
+        left = sys.maxsize if source.entry.size is None else source.entry.size - transfer.offset
+        with self._open(transfer) as file:
+            check_offer(source, file)
+            with blocks_for(source.entry.size, digest.update) as blocks:
+                while left:
+                    with self._pace:
+                        block = blocks.take()[: min(left, self._pace.step_bytes)]
+                        size = self._fill(block, file, source)
+                        if not size:
+                            break
+                        if batch.is_decided(transfer.number):
+                            raise SocketPairError("the server has failed it")
+                        blocks.give(block[:size])  # is hashed while it is sent
+                        self._connection.send_segment(block[:size])
+                        self._count(size)
+                    left -= size
+            if source.found is None:
+                return Sent(digest.hexdigest())
+            return self._check_sent(source, source.found, file, digest)
+
+    def _count(self, size: int) -> None:
+        self._file_bytes += size
+        self._progress.move(size)
+
+    def _open(self, transfer: UnderWay) -> BinaryIO:
+        """Open a file at its offset, or standard input, without buffer. Raises OSError."""
+        if transfer.source.path == STDIN:
+            self._stdin_is_begun = True
+            return open(0, "rb", buffering=0, closefd=False)
+        file = open_file(transfer.source)
+        file.seek(transfer.offset)
+        return file
+
+    def _fill(self, view: memoryview, file: BinaryIO, source: Source) -> int:
+        """Fill `view` from `file`, as far as that takes no longer than ``PACE_S``.
+
+        Return the bytes read: none at the end.
+        """
+        have, deadline = 0, Deadline(PACE_S)
+        while have < len(view):
+            if source.path == STDIN and not self._wait_for_stdin(deadline if have else None):
+                break
+            size = file.readinto(view[have:])  # type: ignore[attr-defined]
+            have += size or 0
+            if not (size and deadline.remaining()):
+                break
+        return have
+
+    def _wait_for_stdin(self, deadline: Deadline | None) -> bool:
+        """Block until standard input has something, or until `deadline`; return whether it has.
+
+        Tells the server meanwhile that we live.
+        """
+        if sys.platform == "win32":
+            return True  # select() there knows sockets only: a pipe silent for a minute is cut off
+        while True:
+            seconds = deadline.remaining() if deadline else STILL_HERE_INTERVAL_S
+            if select.select([0], [], [], seconds)[0]:
+                return True
+            if deadline:
+                return False
+            self._still_here()
+
+    def _still_here(self) -> None:
+        self._connection.write(LENGTH.pack(STILL_HERE))
+
+    def _check_sent(
+        self, source: Source, found: os.stat_result, file: BinaryIO, digest: hashlib._Hash
+    ) -> Sent:
+        """Return how a file has been sent that was `found` so, if what was sent is still in it.
+
+        Raises FileChanged, and OfferAgain where it is not as large as the system says.
+        """
+        now, checksum = os.fstat(file.fileno()), digest.hexdigest()
+        position = file.tell()
+        if now.st_size == found.st_size and (position < now.st_size or file.read(1)):
+            raise offer_again(source, None)
+        if is_same(found, now):
+            return Sent(checksum)
+        has_grown = now.st_size > found.st_size
+        if position < found.st_size or not (has_grown or is_as_offered(found, now)):
+            raise FileChanged
+        file.seek(0)
+        keepalive = Keepalive(self._still_here)
+        if calculate_checksum(file.fileno(), found.st_size, on_progress=keepalive) != checksum:
+            raise FileChanged
+        return Sent(checksum, ", as it was: it has grown since" if has_grown else "")
+
+    # decided
+
+    def _decide(self, batch: Batch, index: int, outcome: Outcome) -> None:
+        """Report what the server says has become of a file; the results' thread calls it too."""
+        source, end = batch.decide(index)
+        is_saved = outcome.kind != "failed" and not isinstance(end, NotSent)
+        self._progress.decide(source, is_saved)
+        if not isinstance(end, NotSent):
+            self._report.decided(source, outcome, end)
+        elif end.reason:
+            self._report.problem(source.path, source.name, end.reason)
 
 
-def hash_prefixes(source: Source, lengths: Sequence[int], keepalive: Keepalive) -> None:
-    """Set the digests of the first `lengths` bytes of a file, read once; blocks until done.
+Digests = dict[int, "hashlib._Hash"]  # of the first bytes of a file, by how many
 
-    Leaves out those for which it cannot be read so far, and all where it changes meanwhile.
+
+def hash_prefixes(
+    source: Source, lengths: Sequence[int], on_progress: Callable[[int], object]
+) -> Digests:
+    """Return the digests of the first `lengths` bytes of a file, read once; blocks until done.
+
+    Leaves out those for which it cannot be read so far, those that are too near to the one before,
+    and all where it changes meanwhile.
     """
-    digests: dict[int, hashlib._Hash] = {}
-    source.digests = digests
+    digests: Digests = {}
     digest, done = hashlib.sha256(), 0
     try:
-        with open_source(source) as file:
-            source.check_unchanged(file)
-            with contextlib.suppress(FileShrunk):  # one held is longer
-                for length in sorted(lengths):
-                    source.checksum = calculate_checksum(
-                        file.fileno(), length - done, digest=digest, on_progress=keepalive
-                    )
-                    digests[length], done = digest.copy(), length
-            source.check_unchanged(file)
-    except (OSError, FileChanged):  # sending it will say so
+        with open_file(source) as file:
+            for length in sorted(set(lengths)):
+                if length != source.entry.size and length < done + MIN_PREFIX_BYTES:
+                    continue
+                calculate_checksum(
+                    file.fileno(), length - done, digest=digest, on_progress=on_progress
+                )
+                digests[length], done = digest.copy(), length
+            now = os.fstat(file.fileno())
+            if source.found and not is_as_offered(source.found, now):
+                digests.clear()  # sending it will say so
+    except FileShrunk:  # one held is longer
+        pass
+    except OSError:
         digests.clear()
+    return digests
 
 
-def open_source(source: Source) -> BinaryIO:
-    """Open a file at its offset, or standard input, without buffer. Raises OSError."""
-    if source.path == STDIN:
-        source.begun = True
-        return open(0, "rb", buffering=0, closefd=False)
-    # Not to wait for a writer, should it have become a pipe meanwhile.
-    descriptor = os.open(
-        source.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-    )
+def open_file(source: Source) -> BinaryIO:
+    """Open a file without buffer. Raises OSError."""
+    descriptor = open_for_reading(source.path)
     try:
         return open(descriptor, "rb", buffering=0)
     except OSError:  # it is a folder by now
@@ -1037,48 +1537,39 @@ def open_source(source: Source) -> BinaryIO:
         raise
 
 
-def read_segments(
-    connection: Connection, source: Source, file: BinaryIO, blocks: Blocks
-) -> Iterator[memoryview]:
-    """Yield what is left of a file in blocks' filled parts; blocks while it reads.
+def is_as_offered(then: os.stat_result, now: os.stat_result) -> bool:
+    """Tell whether a file has the size and the modification time that it had."""
+    return (now.st_size, now.st_mtime_ns) == (then.st_size, then.st_mtime_ns)
 
-    Raises SocketPairError where a file ends earlier than its offer said.
+
+def is_same(then: os.stat_result, now: os.stat_result) -> bool:
+    """Tell whether nothing at all has happened to a file.
+
+    The time of its status also tells of changes whose modification time was set back; but it moves
+    for a new name or mode as well, and on some file systems for nothing.
     """
-    if source.size is None:
-        while count := fill(block := blocks.take(), file, lambda: wait_for_input(connection)):
-            yield block[:count]
+    return is_as_offered(then, now) and now.st_ctime_ns == then.st_ctime_ns
+
+
+def check_offer(source: Source, file: BinaryIO) -> None:
+    """Raise OfferAgain unless the open `file` is what was offered, or FileChanged in the end.
+
+    One that always grows counts as what was offered.
+    """
+    if source.found is None:
         return
-    file.seek(source.offset)
-    left = source.size - source.offset
-    while left:
-        block = blocks.take()[:left]
-        if fill(block, file) < len(block):
-            raise FileChanged
-        left -= len(block)
-        yield block
+    now = os.fstat(file.fileno())
+    is_growing = source.offers and now.st_size > source.found.st_size
+    if not is_as_offered(source.found, now) and not is_growing:
+        raise offer_again(source, now)
 
 
-def fill(view: memoryview, file: BinaryIO, wait: Callable[[], object] = lambda: None) -> int:
-    """Fill `view` from `file`, with a call of `wait` before each read; return the bytes read.
-
-    Less than there is room for means that the file has ended.
-    """
-    have = 0
-    while have < len(view):
-        wait()
-        count = file.readinto(view[have:])  # type: ignore[attr-defined]
-        if not count:
-            break
-        have += count
-    return have
-
-
-def wait_for_input(connection: Connection) -> None:
-    """Block until standard input has something, and tell the server meanwhile that we live."""
-    if sys.platform == "win32":
-        return  # select() there knows sockets only: a pipe silent for a minute is cut off
-    while not select.select([0], [], [], STILL_HERE_INTERVAL_S)[0]:
-        connection.write(LENGTH.pack(STILL_HERE))
+def offer_again(source: Source, found: os.stat_result | None) -> SocketPairError:
+    """Return what to raise for a file that is as `found` rather than as it was offered."""
+    is_file = found is None or stat.S_ISREG(found.st_mode)
+    if is_file and source.offers < MAX_OFFERS:
+        return OfferAgain(source.look_up_again(found))
+    return FileChanged()
 
 
 # --- sound: jitter buffer -------------------------------------------------------------------
@@ -2331,7 +2822,7 @@ EXAMPLES = """examples:
 
 
 MODE_OPTIONS = {
-    "file": ["name"],
+    "file": ["name", "retry"],
     "audio": ["output", "record", "latency", "seconds", "list_devices"],
 }
 
@@ -2365,7 +2856,7 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the command line's arguments; exits with status 2 where they are wrong."""
-    parser = common.make_parser("Send files to server.py, or play its sound.", EXAMPLES)
+    parser = common.make_parser("Send files to server.py, or play its sound.", EXAMPLES, None)
     common.add_address_arguments(parser, "where the server is")
     parser.add_argument(
         "--find", action="store_true", help="show the servers on the local network, to pick one"
@@ -2375,9 +2866,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     files = parser.add_argument_group("file mode")
     files.add_argument("--name", help="what standard input is to be called at the server")
+    files.add_argument(
+        "--retry",
+        type=common.number(float, 0, FOREVER_S),
+        default=DEFAULT_RETRY_S,
+        metavar="SECONDS",
+        help="how long a server that was lost on the way is waited for (%(default)g)",
+    )
     add_audio_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     common.refuse_other_mode(parser, args, MODE_OPTIONS)
+    take_path_for_mode(parser, args)
     from_stdin = args.paths.count(STDIN)
     if args.paths and args.mode == "audio":
         parser.error("audio mode takes no PATH")
@@ -2398,16 +2897,38 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def take_path_for_mode(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Have ``client.py report.pdf`` mean ``client.py file report.pdf``; else exit with status 2."""
+    if args.mode is None or args.mode in common.MODES:
+        return
+    if args.mode != STDIN and not os.path.lexists(args.mode):
+        parser.error(
+            f"{args.mode!r} is neither a mode nor a file that is there: did you mean "
+            f"{common.command_line('client.py', 'file', args.mode)}"
+        )
+    args.paths.insert(0, args.mode)
+    args.mode = "file"
+
+
 def ask_for_path() -> str:
-    """Ask for a file's name until there is an answer; Tab completes it on a terminal."""
+    """Ask for a file's name until it is one that is there; Tab completes it on a terminal."""
     if sys.stdin.isatty():
         complete_paths()
     while True:
         answer = common.ask("File name: ")
-        if answer.strip() == STDIN:
-            common.say("standard input needs a name: client.py file - --name NAME")
-        elif answer.strip():
-            return clean_path(answer)
+        if not answer.strip():
+            continue
+        path = clean_path(answer)
+        if path == STDIN:
+            command = common.command_line("client.py", "file", STDIN, "--name", "NAME")
+            common.say(f"standard input needs a name: {command}")
+        elif look_up_named([path], None, tell_problem):
+            return path
+
+
+def tell_problem(path: str, _name: str, reason: str, _is_failure: bool = True) -> None:
+    """Say why a path that was typed cannot be sent."""
+    common.say(f"{escape(path)}: {reason}")
 
 
 def clean_path(answer: str) -> str:
@@ -2433,25 +2954,10 @@ def complete_paths() -> None:
         import readline  # noqa: PLC0415  (only a prompt on a terminal needs it)
     except ImportError:
         return
-    readline.set_completer_delims("")
-    readline.set_completer(lambda text, state: next(iter(matching_paths(text)[state:]), None))
+    readline.set_completer_delims("")  # without a completer, it completes the names of files
     # macOS's Python has libedit there, which binds keys in words of its own.
     libedit = "libedit" in (readline.__doc__ or "")
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
-
-
-def matching_paths(text: str) -> list[str]:
-    """Return the paths that begin with `text`, folders with a slash behind them."""
-    folder, start = os.path.split(text)
-    try:
-        with os.scandir(os.path.expanduser(folder) or ".") as entries:
-            return sorted(
-                os.path.join(folder, entry.name) + ("/" if entry.is_dir() else "")
-                for entry in entries
-                if entry.name.startswith(start)
-            )
-    except OSError:
-        return []
 
 
 def main(argv: Sequence[str]) -> int:
@@ -2465,12 +2971,17 @@ def main(argv: Sequence[str]) -> int:
     if mode == "audio":
         with common.quiet_libraries(args.verbose):
             return listen(args)
+    address = Address(args.host, args.port, args.code, args.open)
+    if not args.paths:
+        connect(address, "file")[0].close()  # holds no place there while the user types
+        args.paths = [ask_for_path()]
     return start_file_client(
-        Address(args.host, args.port, args.code, args.open),
-        args.paths or [ask_for_path()],
+        address,
+        args.paths,
         name=args.name,
         quiet=args.quiet,
         verbose=args.verbose,
+        retry_s=args.retry,
     )
 
 

@@ -159,6 +159,25 @@ def escape(text: str, limit: int = 500) -> str:
     )
 
 
+def cells(text: str) -> int:
+    """Return how many columns of a terminal a line takes: wide characters take two."""
+    if text.isascii():
+        return len(text)
+    import unicodedata  # noqa: PLC0415  (few lines need it)
+
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        for char in text
+    )
+
+
+def fit(text: str, columns: int) -> str:
+    """Return `text`, or as much of its beginning as so many columns of a terminal hold."""
+    while cells(text) > columns:
+        text = text[: min(len(text) - 1, columns)]
+    return text
+
+
 def format_bytes(count: float) -> str:
     """Return a number of bytes in decimal units, as ``1.2 GB``."""
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
@@ -278,8 +297,9 @@ def ask_mode() -> str:
     """Ask for the mode until the answer is one."""
     while True:
         answer = ask("Mode (file/audio): ").strip().lower()
-        if answer in MODES:
-            return answer
+        for mode in MODES:
+            if answer and mode.startswith(answer):
+                return mode
         say("please type file or audio")
 
 
@@ -448,6 +468,7 @@ MAX_HELD_LENGTHS = 100  # of one file that a server may ask about
 # Measured with tests/bench/files.py: 1 MiB stays in a core's cache while it is received, hashed
 # and written; smaller blocks cost more hand-overs, larger ones more trips to memory.
 SEGMENT_BYTES = 1024 * 1024
+PARTIAL_SUFFIX = ".socketpair-part"  # of the names of files that are not complete
 # Lengths of segments that are none.
 END_OF_FILE = 0
 GIVEN_UP = 0xFFFFFFFF
@@ -591,22 +612,33 @@ class Sound(NamedTuple):
 
 
 class Welcome(NamedTuple):
-    """The answer to a Hello; `sound` is there in audio mode, and there alone."""
+    """The answer to a Hello; `sound` is there in audio mode, and there alone.
+
+    `folder` is the device and the inode of the folder that files go to, told on this machine alone:
+    a client that sends a folder around it leaves it out.
+    """
 
     protocol: int
     mode: str
     sound: Sound | None = None
+    folder: tuple[int, int] | None = None
 
     def encode(self) -> Fields:
         """See `Message`."""
         sound = {} if self.sound is None else self.sound.encode()
-        return {"protocol": self.protocol, "mode": self.mode, **sound}
+        folder = {} if self.folder is None else {"folder": self.folder}
+        return {"protocol": self.protocol, "mode": self.mode, **sound, **folder}
 
     @classmethod
     def decode(cls, fields: Fields) -> Welcome:
         """See `Message`."""
         protocol, mode = require(fields, "protocol", int), require(fields, "mode", str)
-        return cls(protocol, mode, Sound.decode(fields) if mode == "audio" else None)
+        if mode == "audio":
+            return cls(protocol, mode, Sound.decode(fields))
+        match fields.get("folder"):
+            case [int(device), int(inode)]:
+                return cls(protocol, mode, folder=(device, inode))
+        return cls(protocol, mode)
 
 
 class Error(NamedTuple):
@@ -977,6 +1009,11 @@ def decode_sound(content: bytes, audio: AudioFormat) -> AudioBlock | StreamEnd |
 HANDSHAKE_TIMEOUT_S = 10.0
 PROGRESS_TIMEOUT_S = 60.0
 LINGER_TIMEOUT_S = 1.0
+FLUSH_INTERVAL_S = 1.0
+LINGER = struct.Struct("HH" if sys.platform == "win32" else "ii")
+# An idle connection is asked after so many seconds, so often, and then counts as broken.
+KEEPALIVE_OPTIONS = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+SO_NWRITE = 0x1024
 KEEPALIVE_INTERVAL_S = 1.0
 # Something comes every KEEPALIVE_INTERVAL_S: after so long without any sound the server is gone.
 AUDIO_TIMEOUT_S = 4.0
@@ -1114,6 +1151,7 @@ class ByteStream:
         self._socket = sock
         self._received = ReceiveBuffer()
         self._queued = bytearray()
+        self._queued_until = 0.0
         self._unsent = memoryview(b"")  # of what `offer` has accepted
         self._deadline: Deadline | None = None
         self._tls: TLS | None = None
@@ -1122,6 +1160,7 @@ class ByteStream:
         self._read_error: ConnectionLost | None = None  # that the next `read_some` raises
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_alive(sock)
 
     def close(self) -> None:
         """Close the socket and wake whoever waits in it. Never blocks. Idempotent."""
@@ -1157,6 +1196,22 @@ class ByteStream:
         """End what whoever reads waits for; writing goes on. For any thread. Idempotent."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
+
+    def abort(self) -> None:
+        """Close the socket, and have the other side know at once that nothing more comes.
+
+        What the system has still to send is thrown away. Never blocks. Idempotent.
+        """
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER.pack(1, 0))
+        self._socket.close()
+
+    def in_transit(self) -> int:
+        """Return how many bytes the other side has not got yet, as far as the system tells.
+
+        For any thread.
+        """
+        return len(self._queued) + count_unacknowledged(self._socket)
 
     def limit_send_buffer(self, size: int) -> None:
         """Have the system keep about `size` bytes at most that the other side has not taken."""
@@ -1194,9 +1249,15 @@ class ByteStream:
 
     def _wait(self, *, to_write: bool) -> None:
         """Block until the socket can be read, or written; raises PeerStalled."""
-        deadline = self._deadline or Deadline(PROGRESS_TIMEOUT_S)
-        if not wait_for_socket(self._socket, deadline.remaining(), to_write=to_write):
-            raise PeerStalled(deadline.seconds)
+        while True:
+            deadline = self._deadline or Deadline(PROGRESS_TIMEOUT_S)
+            arrived = self.sent_bytes - count_unacknowledged(self._socket)
+            if wait_for_socket(self._socket, deadline.remaining(), to_write=to_write):
+                return
+            # On a slow line, what the system has taken already goes on for long.
+            has_moved = self.sent_bytes - count_unacknowledged(self._socket) > arrived
+            if self._deadline or not has_moved:
+                raise PeerStalled(deadline.seconds)
 
     # encryption
 
@@ -1349,9 +1410,14 @@ class ByteStream:
         self._seal_and_send(memoryview(data))
 
     def queue(self, data: bytes | memoryview) -> None:
-        """Keep `data` for the next `flush`; sends by itself once a good deal has gathered."""
+        """Keep `data` for the next `flush`.
+
+        Sends by itself once a good deal has gathered, or some of it has waited for a second.
+        """
+        if not self._queued:
+            self._queued_until = time.monotonic() + FLUSH_INTERVAL_S
         self._queued += data
-        if len(self._queued) >= SEND_BYTES:
+        if len(self._queued) >= SEND_BYTES or time.monotonic() >= self._queued_until:
             self.flush()
 
     def flush(self) -> None:
@@ -1411,6 +1477,32 @@ class ByteStream:
             self.sent_bytes += count
             view = view[count:]
         self._is_cut_off = False
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Have the system find out within half a minute that an idle peer is gone without a word."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE_OPTIONS:
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def count_unacknowledged(sock: socket.socket) -> int:
+    """Return how many bytes the system has taken that have not arrived; 0 where it does not tell.
+
+    By SIOCOUTQ (tcp(7)), or SO_NWRITE of macOS.
+    """
+    with contextlib.suppress(OSError, ValueError):  # closed
+        if sys.platform == "linux":
+            import fcntl  # noqa: PLC0415  (Windows has none)
+            import termios  # noqa: PLC0415
+
+            found = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+            return int.from_bytes(found, sys.byteorder)
+        if sys.platform == "darwin":
+            return sock.getsockopt(socket.SOL_SOCKET, SO_NWRITE)
+    return 0
 
 
 def wait_for_socket(sock: socket.socket, seconds: float, *, to_write: bool) -> bool:
@@ -2655,14 +2747,35 @@ class Console:
             self._show("")
             put(text)
 
+    @property
+    def has_status(self) -> bool:
+        """Whether there is a terminal that shows a status line."""
+        return self._has_status
+
+    @property
+    def is_showing_status(self) -> bool:
+        """Whether there is a status line right now."""
+        return self._has_status and self._status_width > 0
+
+    @property
+    def columns(self) -> int:
+        """How wide a status line may be: the terminal's width without what Ctrl+C adds."""
+        import shutil  # noqa: PLC0415  (it takes a while, and files do without)
+
+        return max(1, shutil.get_terminal_size().columns - 1 - len(CTRL_C_ECHO))
+
     def show_status(self, text: str) -> None:
         """Replace the status line; does nothing without a terminal."""
         with self._lock:
             if self._has_status and not self._is_held:
-                import shutil  # noqa: PLC0415  (it takes a while, and files do without)
+                self._show(fit(text, self.columns))
 
-                room = shutil.get_terminal_size().columns - 1 - len(CTRL_C_ECHO)
-                self._show(text[: max(0, room)])
+    def leave_status(self, text: str) -> None:
+        """Leave `text` as a line where the status line is; does nothing without a terminal."""
+        with self._lock:
+            if self._has_status:
+                self._show("")
+                complain(fit(text, self.columns))
 
     @contextlib.contextmanager
     def without_status(self) -> Iterator[None]:
@@ -2687,12 +2800,13 @@ class Console:
         return True
 
     def _show(self, text: str) -> None:
-        if self._has_status:
-            shown = text
+        if self._has_status and (text or self._status_width):
+            width = cells(text)
+            shown = text + " " * (self._status_width - width)
             if not text:  # clear also what Ctrl+C has left behind the line
                 shown = " " * (self._status_width + len(CTRL_C_ECHO)) + "\r"
-            print(f"\r{shown:<{self._status_width}}", end="", file=sys.stderr, flush=True)
-            self._status_width = len(text)
+            print(f"\r{shown}", end="", file=sys.stderr, flush=True)
+            self._status_width = width
 
 
 def format_duration(seconds: float) -> str:
@@ -2716,14 +2830,25 @@ EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
 
-def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """Return a parser with the arguments that both scripts have."""
+def make_parser(
+    description: str, examples: str, modes: Sequence[str] | None = MODES
+) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that both scripts have.
+
+    Without `modes`, the caller checks the mode.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("mode", nargs="?", choices=MODES, help="asked for if left out")
+    parser.add_argument(
+        "mode",
+        nargs="?",
+        choices=modes,
+        metavar=f"{{{','.join(MODES)}}}",
+        help="asked for if left out",
+    )
     parser.add_argument("--version", action="version", version=f"Socket Pair {__version__}")
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-v", "--verbose", action="store_true", help="say more")

@@ -138,7 +138,7 @@ MAX_PATH_CHARS = 16 * 1024
 MAX_NAME_BYTES = 255
 MAX_SUFFIX_BYTES = 50
 MAX_KNOWN_FOLDERS = 10_000
-PARTIAL_SUFFIX = ".socketpair-part"
+PARTIAL_SUFFIX = common.PARTIAL_SUFFIX
 WINDOWS_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{port}{number}" for port in ("COM", "LPT") for number in "123456789\u00b9\u00b2\u00b3"
 }

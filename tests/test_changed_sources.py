@@ -1,56 +1,113 @@
-"""A file that changes while it is sent is refused."""
+"""A file whose content changes while it is sent is refused; any other change does no harm."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import client
-from common import Keepalive
 from support import (
     MIB,
     Proxy,
+    Result,
     Server,
     contents,
     hold_and,
     make_file,
     posix,
-    wait_for,
 )
 
 
 @posix
-def test_a_change_whose_time_is_set_back_is_noticed(tmp_path: Path) -> None:
-    path = make_file(tmp_path / "file", 1000)
-    found = os.stat(path)
-    source = client.Source.from_stat(str(path), "file", found)
-    with open(path, "rb", buffering=0) as file:
-        source.check_unchanged(file)
-        wait_for(lambda: set_back(path, found) != found.st_ctime_ns, what="the clock moves on")
-        with pytest.raises(client.FileChanged):
-            source.check_unchanged(file)
+def test_a_change_whose_time_is_set_back_is_noticed(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "log", 40 * MIB)
+    found = os.stat(source)
+
+    def change() -> None:
+        with open(source, "r+b") as file:
+            file.write(b"other")
+        os.utime(source, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+    result = send_and(server, source, change)
+    assert result.status == 1
+    assert result.error_lines == [f"{source}: it changed while it was sent"]
+    assert contents(server.folder) == {}
 
 
-def set_back(path: Path, found: os.stat_result) -> int:
-    """Change a file and restore its modification time; return the time of its status."""
-    path.write_bytes(bytes(found.st_size))
-    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
-    return os.stat(path).st_ctime_ns
+def send_and(server: Server, source: Path, change: Callable[[], object]) -> Result:
+    """Send a file of 40 MiB, and `change` it when 16 MiB have passed."""
+    with (
+        Proxy(server.port, hold_at=16 * MIB) as proxy,
+        server.client(source, port=proxy.port) as client,
+    ):
+        hold_and(server, proxy, client, change)
+        return client.wait()
 
 
 @posix
+@pytest.mark.parametrize("how", ["mode", "name", "link"])
+def test_a_file_of_which_only_the_metadata_change_is_sent(
+    server: Server, tmp_path: Path, how: str
+) -> None:
+    source = make_file(tmp_path / "log", 40 * MIB)
+    content = source.read_bytes()
+    changes: dict[str, Callable[[], object]] = {
+        "mode": lambda: source.chmod(0o600),
+        "name": lambda: source.rename(tmp_path / "other"),
+        "link": lambda: os.link(source, tmp_path / "other"),
+    }
+    result = send_and(server, source, changes[how])
+    assert result.status == 0, result
+    assert contents(server.folder) == {"log": content}
+
+
+def test_a_file_that_only_grows_is_sent_as_it_was_offered(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "log", 40 * MIB)
+    content = source.read_bytes()
+
+    def grow() -> None:
+        with open(source, "ab") as file:
+            file.write(b"more")
+
+    result = send_and(server, source, grow)
+    assert result.status == 0, result
+    assert "as it was: it has grown since" in result.stdout
+    assert contents(server.folder) == {"log": content}
+
+
+def test_a_file_that_grows_and_changes_is_refused(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "log", 40 * MIB)
+
+    def change() -> None:
+        with open(source, "r+b") as file:
+            file.write(b"other")
+            file.seek(0, os.SEEK_END)
+            file.write(b"more")
+
+    result = send_and(server, source, change)
+    assert result.status == 1
+    assert contents(server.folder) == {}
+
+
 def test_a_file_that_changes_while_it_is_compared_counts_as_changed(tmp_path: Path) -> None:
-    path = make_file(tmp_path / "file", 1000)
-    source = client.Source.from_stat(str(path), "file", os.stat(path))
+    path = make_file(tmp_path / "file", 10_000)
+    source = client.look_up_file(str(path), "file", os.stat(path))
     with open(path, "ab") as file:
         file.write(b"more")
-    client.hash_prefixes(source, [1000], Keepalive(lambda: None))
-    assert source.digests == {}
+    assert client.hash_prefixes(source, [10_000], lambda size: None) == {}
 
 
-@pytest.mark.parametrize("how", ["grows", "shrinks", "is truncated", "changes", "is touched"])
+def test_lengths_that_would_tell_a_file_byte_by_byte_are_not_answered(tmp_path: Path) -> None:
+    path = make_file(tmp_path / "file", 10_000)
+    source = client.look_up_file(str(path), "file", os.stat(path))
+    asked = [1, 2, 4096, 4097, 9000, 10_000]
+    assert list(client.hash_prefixes(source, asked, lambda size: None)) == [4096, 9000, 10_000]
+
+
+@pytest.mark.parametrize("how", ["shrinks", "is truncated", "changes", "is touched"])
 def test_a_file_that_changes_while_it_is_sent_is_refused(
     server: Server, tmp_path: Path, how: str
 ) -> None:
@@ -62,10 +119,7 @@ def test_a_file_that_changes_while_it_is_sent_is_refused(
             os.utime(source)
             return
         with open(source, "r+b") as file:
-            if how == "grows":
-                file.seek(0, os.SEEK_END)
-                file.write(b"more")
-            elif how == "changes":
+            if how == "changes":
                 file.seek(-100, os.SEEK_END)
                 file.write(b"other")
             else:

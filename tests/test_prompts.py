@@ -15,6 +15,7 @@ from support import (
     Process,
     Server,
     contents,
+    free_port,
     make_file,
     run_script,
     sha256,
@@ -87,9 +88,9 @@ def test_the_mode_may_be_typed_in_capitals_and_with_blanks(script: str, tmp_path
     [("server.py", ()), ("client.py", ()), ("client.py", ("file",))],
 )
 def test_end_of_input_at_a_prompt_ends_with_one_line(
-    script: str, args: tuple[str, ...], tmp_path: Path
+    server: Server, script: str, args: tuple[str, ...], tmp_path: Path
 ) -> None:
-    result = run_script(script, *args, cwd=tmp_path)
+    result = run_script(script, *args, f"--port={server.port}", cwd=tmp_path)
     assert result.status == 1
     assert [line for line in result.error_lines if line] == [
         line for line in result.error_lines if "end of input" in line
@@ -139,6 +140,58 @@ def test_the_file_prompt_takes_names_as_people_write_them(
     assert result.status == 0, result
     assert result.stdout.startswith("File name: \nFile name: "), "an empty answer is asked again"
     assert contents(server.folder) == {name: source.read_bytes()}
+
+
+def test_a_path_that_is_not_there_is_asked_for_again(server: Server, tmp_path: Path) -> None:
+    make_file(tmp_path / "report.pdf", 100)
+    typed = b"report.pfd\n-\nreport.pdf\n"
+    result = run_script("client.py", "file", f"--port={server.port}", stdin=typed, cwd=tmp_path)
+    assert result.status == 0, result
+    lines = result.stdout.splitlines()
+    assert lines[:2] == ["File name: report.pfd", "report.pfd: no such file"]
+    assert lines[3].startswith("standard input needs a name: ")
+    assert set(contents(server.folder)) == {"report.pdf"}
+
+
+def test_the_server_is_tried_before_a_path_is_asked_for(tmp_path: Path) -> None:
+    result = run_script("client.py", f"--port={free_port()}", stdin=b"file\nx\n", cwd=tmp_path)
+    assert result.status == 1
+    assert "File name" not in result.stdout
+    assert result.error_lines[0].startswith("no server at ")
+
+
+def test_no_place_is_held_at_the_server_while_the_user_types(inbox: Path, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file", 10)
+    with (
+        Server(inbox, "--max-clients", "1") as server,
+        server.client(cwd=tmp_path, terminal=True) as waiting,
+    ):
+        waiting.expect("File name: ")
+        assert server.send(source).status == 0
+
+
+@pytest.mark.parametrize("typed", ["f", "F", "fi", " File "])
+def test_the_beginning_of_a_mode_will_do(server: Server, tmp_path: Path, typed: str) -> None:
+    make_file(tmp_path / "x", 10)
+    stdin = f"{typed}\nx\n".encode()
+    result = run_script("client.py", f"--port={server.port}", stdin=stdin, cwd=tmp_path)
+    assert result.status == 0, result
+    assert set(contents(server.folder)) == {"x"}
+
+
+def test_a_file_in_place_of_the_mode_is_sent(server: Server, tmp_path: Path) -> None:
+    make_file(tmp_path / "report.pdf", 10)
+    make_file(tmp_path / "other", 20)
+    command = ("report.pdf", "other", f"--port={server.port}")
+    assert run_script("client.py", *command, cwd=tmp_path).status == 0
+    assert set(contents(server.folder)) == {"report.pdf", "other"}
+
+
+def test_a_mode_that_is_neither_mode_nor_file_is_told(tmp_path: Path) -> None:
+    result = run_script("client.py", "reprot.pdf", cwd=tmp_path)
+    assert result.status == 2
+    assert "did you mean" in result.error_lines[-1]
+    assert "file reprot.pdf" in result.error_lines[-1]
 
 
 def test_tab_completes_names_in_a_terminal(server: Server, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_folder_without_permission_fails_and_the_others_arrive(
     with Server(inbox, wrapper=WITHOUT_PRIVILEGE) as server:
         result = server.send(closed, source)
     assert result.status == 1
-    assert result.error_lines[0] == f"{closed / 'x'}: permission denied"
+    assert result.error_lines[0] == f"{closed / 'x'}: at the server: permission denied"
     assert contents(inbox) == {"closed/": b"", "file": source.read_bytes()}
 
 
@@ -112,7 +112,7 @@ def test_a_file_too_large_for_the_disk_is_refused_before_it_is_sent(
         assert link.passed < 2 * MIB
     assert result.status == 1
     (line,) = result.error_lines
-    assert line.startswith(f"{large}: the disk is too full (17.8 MB needed, ")
+    assert line.startswith(f"{large}: at the server: the disk is too full (17.8 MB needed, ")
     assert contents(disk) == {"small": small.read_bytes()}
 
 
@@ -141,7 +141,7 @@ def test_a_disk_that_fills_up_in_the_middle_is_survived(disk: Path, tmp_path: Pa
         hold_and(server, link, client, lambda: make_file(disk / "other", 4 * MIB))
         result = client.wait()
         assert result.status == 1
-        assert result.error_lines == [f"{large}: no space left on device"]
+        assert result.error_lines == [f"{large}: at the server: no space left on device"]
         assert visible(disk) == ["other", "small"]
         assert partials(disk) == []
         assert "large: no space left on device" in server.stderr()
@@ -156,7 +156,7 @@ def test_a_pipe_larger_than_the_disk_stops_soon(disk: Path, tmp_path: Path) -> N
     with Server(disk) as server, open("/dev/zero", "rb") as endless:
         result = server.send("-", "--name", "endless", small, stdin=endless.fileno())
         assert result.status == 1
-        assert result.error_lines == ["endless: no space left on device"]
+        assert result.error_lines == ["endless: at the server: no space left on device"]
         assert contents(disk) == {"small": small.read_bytes()}
 
 
@@ -166,7 +166,9 @@ def test_a_folder_where_a_file_should_go_stays(server: Server, tmp_path: Path) -
     make_file(server.folder / "name" / "inside", 10)
     result = server.send(source, other)
     assert result.status == 1
-    assert result.error_lines == [f"{source}: a folder of that name is there already"]
+    assert result.error_lines == [
+        f"{source}: at the server: a folder of that name is there already"
+    ]
     assert set(contents(server.folder)) == {"name/", "name/inside", "other"}
 
 
@@ -188,7 +190,10 @@ def test_a_file_where_a_folder_should_go_stays(server: Server, tmp_path: Path) -
     make_file(server.folder / "name", 10)
     result = server.send(tree, other)
     assert result.status == 1
-    assert f"{tree / 'deep' / 'x'}: a file stands where a folder should go" in result.error_lines
+    assert (
+        f"{tree / 'deep' / 'x'}: at the server: a file stands where a folder should go"
+        in result.error_lines
+    )
     assert set(contents(server.folder)) == {"name", "other"}
     assert (server.folder / "name").stat().st_size == 10
 
@@ -202,5 +207,8 @@ def test_links_in_the_folder_lead_no_file_out(server: Server, tmp_path: Path) ->
     up = make_file(tmp_path / "up" / "outside" / "x", 1000).parent.parent
     result = server.send(tree, up)
     assert result.status == 1
-    assert f"{tree / 'x'}: a symbolic link there leads out of the folder" in result.error_lines
+    assert (
+        f"{tree / 'x'}: at the server: a symbolic link there leads out of the folder"
+        in result.error_lines
+    )
     assert os.listdir(outside) == []

@@ -92,7 +92,14 @@ def test_another_protocol_is_told_so(server: Server, protocol: int) -> None:
         (WELCOME + message("start", entries=[{"offset": 5}]), "not asked about"),
         (WELCOME + message("start", entries=[{"offset": -1}]), "bad 'offset'"),
         (WELCOME + message("held", entries=[[7, [1]]]), "a held of what was not offered"),
+        (WELCOME + 2 * message("held", entries=[]), "a second held"),
+        (WELCOME + 700 * message("hashing"), "signs of life without end"),
+        (WELCOME + message("start", entries=[{"already": "x"}]), "not sent"),
         (WELCOME + message("results", entries=[]), "unexpected message"),
+        (
+            WELCOME + message("start", entries=[{"offset": 0}]) + message("results", entries=[]),
+            "results without a result",
+        ),
         (
             WELCOME + message("start", entries=[{"failed": "\x1b[2J"}]),
             r"\x1b[2J",
@@ -113,3 +120,18 @@ def test_a_server_that_talks_nonsense_is_one_line(tmp_path: Path, answer: bytes,
     assert result.status == 1
     assert told in result.stderr
     assert control_codes(result.stderr) == set()
+
+
+def test_a_checksum_is_claimed_only_of_all_that_was_sent(tmp_path: Path) -> None:
+    """A server that saves after a comparison of the beginning alone has got nothing."""
+    source = make_file(tmp_path / "file", 10_000)
+    answer = (
+        WELCOME
+        + message("held", entries=[[0, [5000]]])
+        + message("start", entries=[{"saved": "file"}])
+    )
+    with FakeServer(answer) as fake:
+        result = send(fake.port, source)
+    assert result.status == 1
+    assert "SHA-256 matches" not in result.stdout
+    assert "a result of a file that was not sent" in result.stderr

@@ -1,0 +1,101 @@
+"""Whatever the user names has a name at the server, or a line that says why it is not sent."""
+
+from __future__ import annotations
+
+import ntpath
+import os
+import posixpath
+from pathlib import Path
+
+import pytest
+
+import client
+from support import Server, contents, linux, make_file, make_partial, posix
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("/", "root"), ("//", "root"), ("/usr/", "usr"), ("/usr/.", "usr")],
+)
+def test_a_root_has_a_name(path: str, name: str) -> None:
+    assert client.name_of(path, posixpath) == name
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("E:\\", "E"),
+        ("\\\\server\\share", "share"),
+        ("\\\\server\\share\\", "share"),
+        ("\\\\server\\share\\x", "x"),
+        ("C:\\Users\\me\\", "me"),
+    ],
+)
+def test_a_drive_and_a_share_have_a_name(path: str, name: str) -> None:
+    assert client.name_of(path, ntpath) == name
+
+
+@posix
+@pytest.mark.parametrize("year", [1601, 2300, 9999])
+def test_a_date_far_away_does_no_harm(server: Server, tmp_path: Path, year: int) -> None:
+    source = make_file(tmp_path / "old", 10)
+    after = make_file(tmp_path / "after", 20)
+    seconds = int((year - 1970) * 365.2425 * 86_400)
+    os.utime(source, (seconds, seconds))
+    result = server.send(source, after)
+    assert result.status == 0, result
+    assert set(contents(server.folder)) == {"old", "after"}
+
+
+@posix
+def test_a_broken_link_in_a_folder_is_a_line_and_no_failure(server: Server, tmp_path: Path) -> None:
+    tree = make_file(tmp_path / "tree" / "x", 10).parent
+    (tree / "broken").symlink_to("nowhere")
+    (tree / "loop").symlink_to("loop")
+    result = server.send(tree)
+    assert result.status == 0, result
+    assert result.error_lines == [
+        f"{tree / name}: a broken link, left out" for name in ("broken", "loop")
+    ]
+    assert "without" not in result.stdout
+
+
+@posix
+def test_a_pipe_that_is_named_is_told_how_it_can_be_sent(server: Server, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    result = server.send(tmp_path / "pipe")
+    assert result.status == 1
+    (line,) = result.error_lines
+    assert line.startswith(f"{tmp_path / 'pipe'}: a pipe, not a file: ")
+    assert line.endswith(" file - --name NAME")
+
+
+@linux
+@pytest.mark.parametrize("path", [".", "x"])
+def test_a_deleted_working_folder_is_named(server: Server, tmp_path: Path, path: str) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    delete = f'cd {folder} && rmdir {folder} && exec "$0" "$@"'
+    result = server.send(path, wrapper=("sh", "-c", delete))
+    assert result.status == 1
+    assert "the folder that this command runs in is gone" in result.stderr
+
+
+@linux
+def test_virtual_files_arrive_with_what_they_hold(server: Server, tmp_path: Path) -> None:
+    virtual = ["/proc/version", "/sys/kernel/mm/transparent_hugepage/enabled"]
+    result = server.send(*virtual)
+    assert result.status == 0, result
+    for path in virtual:
+        content = Path(path).read_bytes()
+        assert content
+        assert (server.folder / Path(path).name).read_bytes() == content
+
+
+def test_unfinished_files_of_a_server_are_left_out(server: Server, tmp_path: Path) -> None:
+    tree = make_file(tmp_path / "tree" / "x", 10).parent
+    partial = make_partial(tree, "y", b"begins")
+    result = server.send(tree)
+    assert result.status == 0, result
+    assert result.error_lines == [f"{partial}: a server's unfinished file, left out"]
+    assert set(contents(server.folder)) == {"tree/", "tree/x"}

@@ -1,0 +1,314 @@
+"""A server in this process that lies at each step: the client believes nothing unchecked, and ends.
+
+Where an honest one serves it, both sides of the conversation are in this process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import client
+from common import (
+    END_OF_FILE,
+    GIVEN_UP,
+    LENGTH,
+    Error,
+    Hashing,
+    Held,
+    Hello,
+    Message,
+    Offer,
+    Outcome,
+    Prefixes,
+    Results,
+    Start,
+    Welcome,
+)
+from conversation import honest_server, read_message, say, welcome
+from support import HOST, MIB, FakeServer, RawPeer, contents, make_file, make_partial
+
+SIZE = 5000
+SAVED = Outcome("saved", "file")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a client that has lost its server not come back."""
+    monkeypatch.setattr(client, "RETRY_WAITS_S", ())
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    """Fail where a test has left behind a thread of the client's."""
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name == "results"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return make_file(tmp_path / "file", SIZE)
+
+
+def send(serve: Callable[[RawPeer], object], *paths: Path) -> int:
+    """Run a client in this process to its end, served by `serve`; return its exit status."""
+    with FakeServer(serve) as fake:
+        return client.start_file_client(client.Address(HOST, fake.port), [*map(str, paths)])
+
+
+def steps(*answers: bytes) -> Callable[[RawPeer], None]:
+    """Return what shakes hands, takes the offer, says `answers` one after another, and hangs up."""
+
+    def serve(peer: RawPeer) -> None:
+        welcome(peer)
+        assert isinstance(read_message(peer, Offer), Offer)
+        for answer in answers:
+            peer.send(answer)
+        peer.hang_up()
+        peer.read_all()
+
+    return serve
+
+
+def read_file(peer: RawPeer) -> tuple[bytes, bytes | None]:
+    """Return a file that the client sends, and its digest; None where it gave up."""
+    content = b""
+    while (length := LENGTH.unpack(peer.read(LENGTH.size))[0]) != END_OF_FILE:
+        if length == GIVEN_UP:
+            return content, None
+        content += peer.read(length)
+    return content, peer.read(hashlib.sha256().digest_size)
+
+
+def check_one_line(capsys: pytest.CaptureFixture[str], told: str) -> None:
+    """Fail unless the client told its user just that, in a harmless line, and claimed nothing."""
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert told in line
+    assert line.isprintable()
+    assert "matches" not in said.out
+
+
+# --- an honest server ---------------------------------------------------------------------------
+
+
+def test_both_sides_in_one_process_bring_a_tree_over(
+    inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tmp_path / "tree"
+    for number in range(1500):  # two offers
+        make_file(tree / f"{number % 7}" / f"{number}", number * 13 % 800, seed=number)
+    large = make_file(tmp_path / "large", 3 * MIB + 1)
+    (tree / "empty").mkdir()
+    inbox.mkdir()
+    make_partial(inbox, "large", large.read_bytes()[: 2 * MIB])
+    assert send(honest_server(inbox), large, tree) == 0
+    assert contents(inbox) == {
+        "large": large.read_bytes(),
+        "tree/": b"",
+        **{f"tree/{name}": content for name, content in contents(tree).items()},
+    }
+    said = capsys.readouterr()
+    assert "large: going on after the first 2.1 MB" in said.out
+    assert "Saved tree/ with 1500 files" in said.out
+    assert said.err == ""
+    assert send(honest_server(inbox), large, tree) == 0
+    assert "Already there as large" in capsys.readouterr().out
+
+
+# --- lies before the transfer -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (say(Start([])), "start for another offer"),
+        (say(Start([0, 0])), "start for another offer"),
+        (say(Start([SIZE])), "offset that was not asked about"),
+        (say(Start([SIZE + 1])), "offset that was not asked about"),
+        (say(Start([SAVED])), "a file that was not"),
+        (say(Start([Outcome("already", "file")])), "a file that was not compared"),
+        (say(Start([Outcome("failed", "\x1b[2J")])), r"\x1b[2J"),
+        (say(Held([(1, [10])])), "not offered"),
+        (say(Held([(0, [10])]), Start([9])), "offset that was not asked about"),
+        (say(Held([(0, [SIZE + 1])]), Start([SIZE + 1])), "offset that was not asked about"),
+        (say(Held([(0, [10])]), Start([Outcome("already", "file")])), "not compared"),
+        (say(Results([(0, SAVED)])), "unexpected message"),
+        (say(Prefixes([])), "unexpected message"),
+        (say(Hello(1, "file")), "unexpected message"),
+        (say(Error("no \x1b[2J thanks")), r"no \x1b[2J thanks"),
+        (say(Hashing(), Hashing(), Error("enough")), "enough"),
+        (b"\xff" * 8, "not Socket Pair's protocol"),
+        (b"", "closed the connection"),
+        (say(Start([0]))[:-1], "connection lost"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else repr(value)[6:60],
+)
+def test_a_lie_before_the_transfer_is_one_line(
+    file: Path, answer: bytes, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert send(steps(answer), file) == 1
+    check_one_line(capsys, told)
+
+
+@pytest.mark.parametrize(
+    "answer", [Welcome(1, "file"), Welcome(7, "file"), Hello(1, "file"), Start([0])], ids=str
+)
+def test_a_wrong_handshake_is_one_line(
+    file: Path, answer: Message, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def serve(peer: RawPeer) -> None:
+        read_message(peer, Hello)
+        peer.send(say(answer))
+        peer.hang_up()
+        peer.read_all()
+
+    assert send(serve, file) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# --- lies about results -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("results", "told"),
+    [
+        (Results([(0, SAVED)]), "a file that was not"),
+        (Results([(1, SAVED)]), "a file that was not sent"),
+        (Results([(-1, SAVED)]), "received a"),
+        (Results([(0, Outcome("failed", "\x1b[2J"))]), r"\x1b[2J"),
+        (Error("out of \x1b[2J order"), r"out of \x1b[2J order"),
+        (Start([0]), "unexpected message"),
+    ],
+    ids=str,
+)
+def test_a_result_before_the_file_was_sent_is_not_believed(
+    tmp_path: Path, results: Message, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = make_file(tmp_path / "file", 40 * MIB)
+
+    def serve(peer: RawPeer) -> None:
+        welcome(peer)
+        read_message(peer, Offer)
+        peer.send(say(Start([0])))
+        peer.read(1000)
+        peer.send(say(results))
+        peer.read_all()
+
+    assert send(serve, file) == 1
+    check_one_line(capsys, told)
+
+
+@pytest.mark.parametrize(
+    ("results", "told"),
+    [
+        ([(1, SAVED)], "a file that was not sent"),
+        ([(0, SAVED), (0, SAVED)], "a file that was not sent"),
+        ([(0, SAVED), (7, SAVED)], "a file that was not sent"),
+    ],
+)
+def test_a_result_of_another_file_ends_it(
+    file: Path,
+    results: list[tuple[int, Outcome]],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def serve(peer: RawPeer) -> None:
+        welcome(peer)
+        read_message(peer, Offer)
+        peer.send(say(Start([0])))
+        assert read_file(peer)[0] == file.read_bytes()
+        peer.send(say(Results(results)))
+        peer.read_all()
+
+    assert send(serve, file) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_a_name_at_the_server_is_shown_harmless(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def serve(peer: RawPeer) -> None:
+        welcome(peer)
+        read_message(peer, Offer)
+        peer.send(say(Start([0])))
+        read_file(peer)
+        peer.send(say(Results([(0, Outcome("saved", "\x1b[2J\nfile"))])))
+        peer.read_all()
+
+    assert send(serve, file) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.isprintable()
+
+
+def test_a_file_that_fails_at_the_server_is_given_up_and_the_next_is_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = make_file(tmp_path / "first", 40 * MIB)
+    second = make_file(tmp_path / "second", SIZE)
+    sent: list[tuple[bytes, bytes | None]] = []
+
+    def serve(peer: RawPeer) -> None:
+        welcome(peer)
+        read_message(peer, Offer)
+        peer.send(say(Start([0, 0])))
+        peer.send(say(Results([(0, Outcome("failed", "no room"))])))
+        sent.extend(read_file(peer) for _ in range(2))
+        peer.send(say(Results([(1, Outcome("saved", "second"))])))
+        peer.read_all()
+
+    assert send(serve, first, second) == 1
+    assert len(sent[0][0]) < 40 * MIB
+    assert sent[0][1] is None
+    assert sent[1] == (second.read_bytes(), hashlib.sha256(second.read_bytes()).digest())
+    said = capsys.readouterr()
+    assert said.err == f"{first}: no room\n"
+    assert "Saved as second" in said.out
+
+
+@pytest.mark.parametrize("read", [0, 1000, 3 * MIB])
+def test_hanging_up_in_the_middle_is_one_line(
+    tmp_path: Path, read: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the server takes nothing more of what is being sent, and never resets."""
+    file = make_file(tmp_path / "file", 40 * MIB)
+    over = threading.Event()
+
+    def serve(peer: RawPeer) -> None:
+        welcome(peer)
+        read_message(peer, Offer)
+        peer.send(say(Start([0])))
+        peer.read(read)
+        peer.hang_up()
+        over.wait(60)
+
+    with FakeServer(serve) as fake:
+        assert client.start_file_client(client.Address(HOST, fake.port), [str(file)]) == 1
+        over.set()
+    check_one_line(capsys, "closed the connection")
+
+
+def test_prefixes_are_those_of_the_file(file: Path) -> None:
+    answers: list[Message] = []
+    lengths = [0, 1, 100, SIZE, SIZE + 1]
+
+    def serve(peer: RawPeer) -> None:
+        welcome(peer)
+        read_message(peer, Offer)
+        peer.send(say(Held([(0, lengths)])))
+        answers.append(read_message(peer, Prefixes))
+        peer.send(say(Start([100])))
+        content, digest = read_file(peer)
+        assert content == file.read_bytes()[100:]
+        assert digest == hashlib.sha256(file.read_bytes()).digest()
+        peer.send(say(Results([(0, SAVED)])))
+        peer.read_all()
+
+    assert send(serve, file) == 0
+    whole = file.read_bytes()
+    expected = [hashlib.sha256(whole[:length]).hexdigest() for length in lengths[:-1]]
+    assert answers == [Prefixes([expected])]

@@ -1,0 +1,314 @@
+"""A client in this process that lies at each step: the server saves nothing wrong, and ends."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import pytest
+
+from common import (
+    END_OF_FILE,
+    GIVEN_UP,
+    LENGTH,
+    SEGMENT_BYTES,
+    STILL_HERE,
+    Entry,
+    Error,
+    Hashing,
+    Held,
+    Hello,
+    Message,
+    Offer,
+    Outcome,
+    Prefixes,
+    Results,
+    Start,
+    encode_frame,
+)
+from conversation import read_message, real_server, say, segments
+from peers import RawPeer
+from support import contents, make_partial, partials, wait_for
+
+CONTENT = b"what is sent " * 40
+HELD = CONTENT[:200]
+OFFER = Offer([Entry("file", len(CONTENT))])
+GOOD = hashlib.sha256(HELD).hexdigest()
+REST = segments(CONTENT[len(HELD) :], hashlib.sha256(CONTENT).digest())
+
+
+@pytest.fixture(autouse=True)
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """Return what the server logs."""
+    caplog.set_level(logging.INFO, "socket-pair")
+    return caplog
+
+
+def start_of(peer: RawPeer) -> Start:
+    message = read_message(peer, Start)
+    assert isinstance(message, Start)
+    return message
+
+
+def outcomes_of(peer: RawPeer, count: int = 1) -> dict[int, Outcome]:
+    """Return the next results, at least `count` of them."""
+    found: dict[int, Outcome] = {}
+    while len(found) < count:
+        message = read_message(peer, Results)
+        assert isinstance(message, Results), message
+        found |= dict(message.entries)
+    return found
+
+
+def is_refused(peer: RawPeer) -> bool:
+    """Return whether the server says why it ends the conversation, and ends it."""
+    message = read_message(peer, Results)
+    return isinstance(message, Error) and bool(message.error) and peer.read_all() == b""
+
+
+# --- an honest client ---------------------------------------------------------------------------
+
+
+def test_files_folders_and_pipes_are_saved(inbox: Path) -> None:
+    entries = [
+        Entry("file", len(CONTENT)),
+        Entry("tree/empty", 0),
+        Entry("tree", is_folder=True),
+        Entry("pipe"),
+    ]
+    inbox.mkdir()
+    with real_server(inbox) as peer:
+        peer.send(say(Offer(entries)))
+        assert start_of(peer).entries == [0, 0, 0, 0]
+        peer.send(segments(CONTENT) + segments(b"") + LENGTH.pack(STILL_HERE) + segments(b"piped"))
+        names = ["file", "empty", "tree", "pipe"]
+        assert outcomes_of(peer, 4) == {
+            index: Outcome("saved", name) for index, name in enumerate(names)
+        }
+    assert contents(inbox) == {"file": CONTENT, "pipe": b"piped", "tree/": b"", "tree/empty": b""}
+
+
+def test_offers_may_come_before_the_last_one_is_done(inbox: Path) -> None:
+    inbox.mkdir()
+    with real_server(inbox) as peer:
+        peer.send(
+            say(OFFER) + segments(CONTENT) + say(Offer([Entry("next", 4)])) + segments(b"next")
+        )
+        assert start_of(peer).entries == [0]
+        assert outcomes_of(peer) == {0: Outcome("saved", "file")}
+        assert start_of(peer).entries == [0]
+        assert outcomes_of(peer) == {0: Outcome("saved", "next")}
+
+
+# --- about what is held -------------------------------------------------------------------------
+
+
+def resume(peer: RawPeer, answer: bytes) -> None:
+    """Offer a file whose beginning the server has; answer its question with `answer`."""
+    peer.send(say(OFFER))
+    assert read_message(peer, Held) == Held([(0, [len(HELD)])])
+    peer.send(answer)
+
+
+def test_the_right_prefix_is_resumed(inbox: Path) -> None:
+    make_partial(inbox, "file", HELD)
+    with real_server(inbox) as peer:
+        resume(peer, say(Hashing(), Hashing(), Prefixes([[GOOD]])))
+        assert start_of(peer).entries == [len(HELD)]
+        peer.send(REST)
+        assert outcomes_of(peer) == {0: Outcome("saved", "file")}
+    assert contents(inbox) == {"file": CONTENT}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [],
+        [""],
+        ["0" * 64],
+        [GOOD.upper()],
+        [GOOD[:-1]],
+        [GOOD + "0"],
+        ["0" * 64, GOOD],
+    ],
+    ids=lambda answer: repr(answer)[:30],
+)
+def test_any_other_prefix_begins_anew(inbox: Path, answer: list[str]) -> None:
+    make_partial(inbox, "file", HELD)
+    with real_server(inbox) as peer:
+        resume(peer, say(Prefixes([answer])))
+        assert start_of(peer).entries == [0]
+        peer.send(segments(CONTENT))
+        assert outcomes_of(peer) == {0: Outcome("saved", "file")}
+    assert contents(inbox) == {"file": CONTENT}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [Prefixes([]), Prefixes([[GOOD], [GOOD]]), OFFER, Hello(1, "file"), Error("\x1b[2J")],
+    ids=lambda answer: type(answer).__name__,
+)
+def test_an_answer_to_another_question_ends_it_and_keeps_what_is_held(
+    inbox: Path, answer: Message, log: pytest.LogCaptureFixture
+) -> None:
+    partial = make_partial(inbox, "file", HELD)
+    with real_server(inbox) as peer:
+        resume(peer, say(answer))
+        assert isinstance(answer, Error) or is_refused(peer)
+    (record,) = log.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().isprintable()
+    assert partial.read_bytes() == HELD
+
+
+def test_a_prefix_that_was_confirmed_is_still_checked_against_the_whole(inbox: Path) -> None:
+    """As when its file changes after it was asked."""
+    other = b"another content " * 30
+    make_partial(inbox, "file", HELD)
+    with real_server(inbox) as peer:
+        resume(peer, say(Prefixes([[GOOD]])))
+        assert start_of(peer).entries == [len(HELD)]
+        rest = CONTENT[len(HELD) :]
+        peer.send(segments(rest, hashlib.sha256((other + rest)[: len(CONTENT)]).digest()))
+        assert outcomes_of(peer)[0].kind == "failed"
+    assert set(contents(inbox)) <= {path.name for path in partials(inbox)}
+
+
+def test_a_file_counts_as_there_already_only_by_its_checksum(inbox: Path) -> None:
+    inbox.mkdir()
+    (inbox / "file").write_bytes(CONTENT)
+    whole = hashlib.sha256(CONTENT).hexdigest()
+    with real_server(inbox) as peer:
+        for answer, verdict in ((whole, Outcome("already", "file")), (GOOD, 0)):
+            peer.send(say(OFFER))
+            assert read_message(peer, Held) == Held([(0, [len(CONTENT)])])
+            peer.send(say(Prefixes([[answer]])))
+            assert start_of(peer).entries == [verdict]
+        peer.send(segments(CONTENT[::-1]))
+        assert outcomes_of(peer) == {0: Outcome("saved", "file (1)")}
+    assert contents(inbox) == {"file": CONTENT, "file (1)": CONTENT[::-1]}
+
+
+# --- about the content --------------------------------------------------------------------------
+
+
+DIGEST = hashlib.sha256(CONTENT).digest()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        segments(CONTENT[:-1], DIGEST),
+        segments(CONTENT[:-1] + b"?", DIGEST),
+        segments(b"", DIGEST),
+        segments(CONTENT[:-1]),
+        segments(CONTENT, bytes(32)),
+        encode_frame(CONTENT) + LENGTH.pack(GIVEN_UP),
+        LENGTH.pack(GIVEN_UP),
+    ],
+    ids=["cut", "changed", "empty", "short", "no digest", "given up late", "given up"],
+)
+def test_what_is_not_as_it_was_offered_is_not_saved_and_the_next_file_is(
+    inbox: Path, said: bytes
+) -> None:
+    inbox.mkdir()
+    with real_server(inbox) as peer:
+        peer.send(say(OFFER))
+        assert start_of(peer).entries == [0]
+        peer.send(said)
+        assert outcomes_of(peer)[0].kind == "failed"
+        assert "file" not in contents(inbox)
+        peer.send(say(Offer([Entry("next", 4)])) + segments(b"next"))
+        assert start_of(peer).entries == [0]
+        assert outcomes_of(peer) == {0: Outcome("saved", "next")}
+    assert contents(inbox)["next"] == b"next"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        encode_frame(CONTENT + b"?"),
+        encode_frame(CONTENT) + encode_frame(b"?"),
+        LENGTH.pack(SEGMENT_BYTES + 1),
+        LENGTH.pack(STILL_HERE - 1),
+    ],
+    ids=["one more", "another segment", "too long", "a length that is none"],
+)
+def test_a_segment_that_cannot_be_ends_the_conversation(inbox: Path, said: bytes) -> None:
+    inbox.mkdir()
+    with real_server(inbox) as peer:
+        peer.send(say(OFFER))
+        assert start_of(peer).entries == [0]
+        peer.send(said)
+        assert is_refused(peer)
+    assert "file" not in contents(inbox)
+
+
+# --- hanging up ---------------------------------------------------------------------------------
+
+STEPS = {
+    "nothing": b"",
+    "an offer": say(OFFER),
+    "half an answer": say(OFFER, Prefixes([[GOOD]]))[:-10],
+    "an answer": say(OFFER, Prefixes([[GOOD]])),
+    "half a length": say(OFFER, Prefixes([[GOOD]])) + b"\0\0",
+    "half a segment": say(OFFER, Prefixes([[GOOD]])) + REST[:20],
+    "a segment": say(OFFER, Prefixes([[GOOD]])) + encode_frame(CONTENT[len(HELD) :]),
+    "half a digest": say(OFFER, Prefixes([[GOOD]])) + REST[:-1],
+}
+
+
+@pytest.mark.parametrize("how", ["hang up", "reset"])
+@pytest.mark.parametrize("said", STEPS.values(), ids=STEPS.keys())
+def test_hanging_up_at_any_step_keeps_what_there_was(inbox: Path, said: bytes, how: str) -> None:
+    make_partial(inbox, "file", HELD)
+    with real_server(inbox) as peer:
+        peer.send(said)
+        if how == "reset":
+            peer.reset()
+        else:
+            peer.hang_up()
+            peer.read_all()
+    ((name, content),) = contents(inbox).items()
+    assert name.startswith(".file.")
+    assert CONTENT.startswith(content)
+    assert content.startswith(HELD)
+    with real_server(inbox) as peer:  # and the next run goes on from there
+        peer.send(say(OFFER))
+        held = read_message(peer, Held)
+        assert held == Held([(0, [len(content)])])
+        peer.send(say(Prefixes([[hashlib.sha256(content).hexdigest()]])))
+        assert start_of(peer).entries == [len(content)]
+        rest = CONTENT[len(content) :]
+        end = LENGTH.pack(END_OF_FILE) + hashlib.sha256(CONTENT).digest()
+        peer.send((encode_frame(rest) if rest else b"") + end)
+        assert outcomes_of(peer) == {0: Outcome("saved", "file")}
+    assert contents(inbox) == {"file": CONTENT}
+
+
+def test_one_name_offered_twice_is_saved_twice(inbox: Path) -> None:
+    inbox.mkdir()
+    with real_server(inbox) as peer:
+        peer.send(say(Offer([Entry("file", 3), Entry("file", 3)])))
+        assert start_of(peer).entries == [0, 0]
+        peer.send(segments(b"one") + segments(b"two"))
+        assert outcomes_of(peer, 2) == {
+            0: Outcome("saved", "file"),
+            1: Outcome("saved", "file (1)"),
+        }
+    assert contents(inbox) == {"file": b"one", "file (1)": b"two"}
+
+
+def test_a_partial_file_that_is_written_to_meanwhile_is_not_trusted(inbox: Path) -> None:
+    inbox.mkdir()
+    with real_server(inbox) as peer:
+        peer.send(say(OFFER))
+        assert start_of(peer).entries == [0]
+        peer.send(encode_frame(CONTENT[:5]))
+        (partial,) = wait_for(lambda: partials(inbox), what="a partial file")
+        with open(partial, "ab") as file:
+            file.write(b"somebody else's" * 100)
+        peer.send(segments(CONTENT[5:], hashlib.sha256(CONTENT).digest()))
+        assert outcomes_of(peer)[0].kind == "failed"
+    assert "file" not in contents(inbox)

@@ -1868,6 +1868,10 @@ USUAL_RATES = (8_000, 16_000, 22_050, 32_000, 44_100, 48_000, 88_200, 96_000, 19
 # What keeps PortAudio from JACK's library, and from PipeWire's that stands in for it.
 WITHOUT_JACK = {"JACK_DEFAULT_SERVER": "none", "PIPEWIRE_NOJACK": "1"}
 JACK_START_S = 10.0
+LAST_WORDS_BYTES = 4096
+LAST_WORDS_LINES = 3
+LAST_WORDS_WAIT_S = 0.1  # in which they are gathered
+ABORT_LIMIT_S = 5
 JACK_HEADER = struct.Struct("!Id")  # the frames of a block, and how many seconds it is away
 
 
@@ -2645,29 +2649,80 @@ def list_devices(direction: Direction) -> int:
     return EXIT_OK
 
 
+class LastWords:
+    """The last of what C libraries print on `descriptor`, gathered by a thread of its own."""
+
+    def __init__(self) -> None:
+        reading, self.descriptor = os.pipe()
+        if sys.platform != "win32":
+            os.set_blocking(self.descriptor, False)  # rather lose words than hold up who says them
+        self._text = b""
+        threading.Thread(target=self._gather, args=(reading,), name="words", daemon=True).start()
+
+    def _gather(self, reading: int) -> None:
+        while words := os.read(reading, LAST_WORDS_BYTES):
+            self._text = (self._text + words)[-LAST_WORDS_BYTES:]
+        os.close(reading)
+
+    def text(self) -> str:
+        """Return the last lines as one, fit for a terminal."""
+        lines = self._text.decode(errors="replace").splitlines()
+        return " / ".join(escape(line) for line in lines[-LAST_WORDS_LINES:] if line.strip())
+
+
 @contextlib.contextmanager
 def quiet_libraries(verbose: bool) -> Iterator[None]:
     """Keep what PortAudio, ALSA and JACK print off the terminal, unless `verbose`.
 
-    They write to descriptor 2 from C, also while sound runs. It leads nowhere inside the
-    ``with`` block; ``sys.stderr``, and so everything we say, goes to where it led before.
+    They write to descriptor 2 from C, also while sound runs. It leads into a pipe inside the
+    ``with`` block; ``sys.stderr``, and so all that Python prints, goes to where it led before. What
+    they said last is shown where one of them aborts the process.
     """
     if verbose or sys.stderr is None or not _is_descriptor_2(sys.stderr):
         yield
         return
-    real, ours = os.dup(2), sys.stderr
-    ours.flush()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
+    real, usual = os.dup(2), sys.stderr
+    usual.flush()
+    words = LastWords()
+    os.dup2(words.descriptor, 2)
+    os.close(words.descriptor)
     sys.stderr = open(real, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    try:
+        with telling_of_abort(real, words):
+            yield
+    finally:
+        sys.stderr.flush()
+        sys.stderr = usual
+        os.dup2(real, 2)
+        os.close(real)
+
+
+@contextlib.contextmanager
+def telling_of_abort(descriptor: int, words: LastWords) -> Iterator[None]:
+    """End with a line and status 1 where a C library aborts the process in the ``with`` block."""
+    if sys.platform == "win32":
+        yield
+        return
+    import ctypes  # noqa: PLC0415  (only sound needs it)
+
+    def tell(_signal: int) -> None:
+        # Python's own handlers would run too late: abort() does not wait for them.
+        signal.alarm(ABORT_LIMIT_S)
+        time.sleep(LAST_WORDS_WAIT_S)
+        line = f"a sound library has ended this process, saying: {words.text() or 'nothing'}\n"
+        with contextlib.suppress(OSError):
+            os.write(descriptor, line.encode())
+        os._exit(EXIT_FAILED)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(tell)
+    libc = ctypes.CDLL(None)
+    libc.signal(signal.SIGABRT, handler)
+    libc.signal(signal.SIGSEGV, handler)
     try:
         yield
     finally:
-        sys.stderr.flush()
-        sys.stderr = ours
-        os.dup2(real, 2)
-        os.close(real)
+        signal.signal(signal.SIGABRT, signal.SIG_DFL)
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
 
 
 def _is_descriptor_2(stream: TextIO) -> bool:

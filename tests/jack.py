@@ -34,6 +34,10 @@ class JackServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._process is not None and self._process.poll() is not None:
+            # One that was killed stays among the eight that a machine may have, until there is
+            # one of its name that ends by itself.
+            self.start()
         if self._process is not None:
             stop_process(self._process)
 

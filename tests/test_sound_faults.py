@@ -122,3 +122,22 @@ def test_wrong_arguments_are_status_2(
 ) -> None:
     with Script("server.py", *arguments, environment=silent_machine) as sender:
         assert sender.end() == common.EXIT_USAGE
+
+
+@pytest.mark.parametrize("end", ["os.abort()", "import ctypes; ctypes.string_at(0)"])
+def test_a_library_that_ends_the_process_has_its_last_words_shown(
+    card: VirtualSoundCard, tmp_path: Path, end: str
+) -> None:
+    # In the place of PyAudio, as nothing real is known that still does this.
+    (tmp_path / "pyaudio.py").write_text(
+        "import os, sys\n"
+        "paContinue = paInt16 = 0\n"
+        "def PyAudio():\n"
+        "    for _ in range(2_000):\n"
+        "        os.write(2, b'chatter\\n')\n"
+        "    os.write(2, b'lib.c:7: Assertion failed.\\n')\n"
+        f"    {end}\n"
+    )
+    environment = {**card.environment, "PYTHONPATH": str(tmp_path)}
+    with Script("server.py", "--port", "0", environment=environment) as sender:
+        ends_with_one_line(sender, "sound library", "lib.c:7: Assertion failed.")

@@ -2162,6 +2162,7 @@ class Server:
         *,
         max_clients: int,
         sound: Sound | None = None,
+        folder: str | None = None,
     ) -> None:
         self._entrance = entrance
         self._selector = selectors.DefaultSelector()
@@ -2171,6 +2172,7 @@ class Server:
         self._handle = handle
         self._max_clients = max_clients
         self._welcome = Welcome(common.PROTOCOL, entrance.mode, sound)
+        self._folder = folder
         self._door = Door(entrance.tls)
         self._lobby = Lobby(MAX_UNFINISHED)
         self._threads: set[threading.Thread] = set()
@@ -2257,13 +2259,21 @@ class Server:
                     connection.send(common.Error(objection))
                     connection.finish()
                     raise Refused(f"turned away: {objection}")
-                connection.send(self._welcome)
+                connection.send(self._welcome_for(host))
                 return self._lobby.leave(connection)
         except SocketPairError as error:
             waiting = self._lobby.leave(connection)
             reason = error if waiting else "dropped: too many have not finished their handshake"
             log.warning("%s: %s", connection.peer, reason)
             return False
+
+    def _welcome_for(self, host: str) -> Welcome:
+        """Return the welcome for a client at `host`; one on this machine is told the folder."""
+        if self._folder is not None and common.is_loopback(host):
+            with contextlib.suppress(OSError):
+                found = os.stat(self._folder)
+                return self._welcome._replace(folder=(found.st_dev, found.st_ino))
+        return self._welcome
 
     def _object(self, hello: Hello) -> str:
         """Return why a client that says `hello` is not served; empty if it is."""
@@ -2430,6 +2440,7 @@ def serve_files(args: argparse.Namespace) -> int:
         entrance,
         lambda connection: handle_file_client(connection, store),
         max_clients=args.max_clients or MAX_CLIENTS,
+        folder=store.folder,
     )
     shown = escape(os.path.join(store.folder, ""))
     entrance.describe(f"Receiving into {shown}", args.quiet)

@@ -99,3 +99,22 @@ def test_unfinished_files_of_a_server_are_left_out(server: Server, tmp_path: Pat
     assert result.status == 0, result
     assert result.error_lines == [f"{partial}: a server's unfinished file, left out"]
     assert set(contents(server.folder)) == {"tree/", "tree/x"}
+
+
+def test_the_servers_own_folder_is_left_out_of_a_folder_around_it(
+    server: Server, tmp_path: Path
+) -> None:
+    make_file(server.folder / "old", 10)
+    make_file(tmp_path / "x", 20)
+    result = server.send(tmp_path)
+    assert result.status == 0, result
+    assert result.error_lines == [f"{server.folder}: the server's own folder, left out"]
+    assert set(contents(server.folder)) == {"old", f"{tmp_path.name}/", f"{tmp_path.name}/x"}
+
+
+def test_the_servers_own_folder_is_not_sent_into_itself(server: Server, tmp_path: Path) -> None:
+    make_file(server.folder / "old", 10)
+    result = server.send(server.folder)
+    assert result.status == 1
+    assert "the server's own folder" in result.stderr
+    assert set(contents(server.folder)) == {"old"}

@@ -2261,6 +2261,7 @@ class JackSystem:
             process.close()
         first = max((device.number for device in self._known), default=-1) + 1
         new = [d for d in found if not any(d.is_same(other) for other in self._known)]
+        new.sort(key=lambda device: device.host_api == "ALSA")  # whose JACK part is a bridge
         return [device._replace(number=first + place) for place, device in enumerate(new)]
 
     def open(

@@ -1859,6 +1859,7 @@ class Keepalive:
 # blocks of half that (measured with tests/bench/latency.py).
 CAPTURE_BLOCK_MS = 2.5
 PLAYBACK_BLOCK_MS = 5.0
+PYAUDIO_VERSION = (0, 2, 12)  # before that, its callbacks fail with Python 3.10 and newer
 CARD_CHECK_S = 0.25
 CARD_TIMEOUT_S = 4.0
 CARD_RETRY_S = 0.5
@@ -2015,6 +2016,32 @@ def portaudio_errors() -> Iterator[None]:
         raise AudioUnavailable(f"the sound system does not work ({reason})") from error
 
 
+def import_pyaudio() -> Any:
+    """Return PyAudio, loaded only now: files are sent without, and start faster.
+
+    Raises AudioUnavailable where it is missing or too old.
+    """
+    try:
+        import pyaudio  # noqa: PLC0415
+    except ImportError as error:
+        reason = f"cannot be loaded ({error})"
+    else:
+        if tuple(map(int, pyaudio.__version__.split(".")[:3])) >= PYAUDIO_VERSION:
+            return pyaudio
+        reason = f"fails with this Python as {pyaudio.__version__}, Ubuntu 22.04's"
+    raise AudioUnavailable(f"sound needs PyAudio, which {reason}: {how_to_install_pyaudio()}")
+
+
+def how_to_install_pyaudio() -> str:
+    """Return the line that installs PyAudio, which pip has to compile on Linux."""
+    import shutil  # noqa: PLC0415  (see python_name)
+
+    advice = how_to_install("pyaudio")
+    if "pip" in advice and sys.platform == "linux" and shutil.which("apt"):
+        return f"apt install gcc python3-dev portaudio19-dev && {advice}"
+    return advice
+
+
 class PortAudioStream:
     """A stream of PyAudio's."""
 
@@ -2043,13 +2070,7 @@ class SoundSystem:
     """
 
     def __init__(self) -> None:
-        try:
-            # Here, as only sound needs it: files are sent without, and start faster.
-            import pyaudio  # noqa: PLC0415
-        except ImportError as error:
-            raise AudioUnavailable(
-                f"sound needs PyAudio, which cannot be loaded ({error}): pip install pyaudio"
-            ) from None
+        pyaudio = import_pyaudio()
         self._continue: int = pyaudio.paContinue
         self._sample_format: int = pyaudio.paInt16
         self._start: Callable[[], Any] = pyaudio.PyAudio

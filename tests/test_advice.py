@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -55,3 +56,28 @@ def test_a_full_disk_under_standard_output_is_told(server: Server, tmp_path: Pat
         )
     assert process.returncode == 1
     assert process.stderr == "cannot write to standard output: no space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("raise ImportError('none')", "which cannot be loaded (none): "),
+        ("__version__ = '0.2.11'", "which fails with this Python as 0.2.11, Ubuntu 22.04's: "),
+    ],
+)
+def test_a_missing_or_too_old_pyaudio_is_told_with_what_installs_it(
+    module: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "pyaudio.py").write_text(module)
+    result = subprocess.run(
+        [sys.executable, ROOT / "client.py", "audio", "--list-devices"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"sound needs PyAudio, {words}")
+    assert common.how_to_install("pyaudio") in result.stderr
+    assert result.stderr.count("\n") == 1

@@ -1337,7 +1337,9 @@ class Upload:
         for index, (source, verdict) in enumerate(zip(batch.sources, start.entries, strict=True)):
             known = digests.get(index, {})
             if isinstance(verdict, Outcome):
-                if verdict.kind == "already" and source.entry.size in known:
+                if verdict.kind != "failed" and not source.entry.is_folder:
+                    if source.entry.size not in known:
+                        raise ProtocolError("received a start of a file that was not compared")
                     batch.end(index, Sent(known[source.entry.size].hexdigest()))
                 self._decide(batch, index, verdict)
                 continue

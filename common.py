@@ -633,12 +633,11 @@ class Welcome(NamedTuple):
     def decode(cls, fields: Fields) -> Welcome:
         """See `Message`."""
         protocol, mode = require(fields, "protocol", int), require(fields, "mode", str)
-        if mode == "audio":
-            return cls(protocol, mode, Sound.decode(fields))
+        folder: tuple[int, int] | None = None
         match fields.get("folder"):
             case [int(device), int(inode)]:
-                return cls(protocol, mode, folder=(device, inode))
-        return cls(protocol, mode)
+                folder = device, inode
+        return cls(protocol, mode, Sound.decode(fields) if mode == "audio" else None, folder)
 
 
 class Error(NamedTuple):

@@ -37,12 +37,6 @@ SAVED = Outcome("saved", "file")
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a client that has lost its server not come back."""
-    monkeypatch.setattr(client, "RETRY_WAITS_S", ())
-
-
-@pytest.fixture(autouse=True)
 def no_thread_left() -> Iterator[None]:
     """Fail where a test has left behind a thread of the client's."""
     yield
@@ -55,9 +49,10 @@ def file(tmp_path: Path) -> Path:
 
 
 def send(serve: Callable[[RawPeer], object], *paths: Path) -> int:
-    """Run a client in this process to its end, served by `serve`; return its exit status."""
+    """Run a client, which does not come back, in this process at `serve`; return its status."""
     with FakeServer(serve) as fake:
-        return client.start_file_client(client.Address(HOST, fake.port), [*map(str, paths)])
+        address = client.Address(HOST, fake.port)
+        return client.start_file_client(address, [*map(str, paths)], retry_s=0)
 
 
 def steps(*answers: bytes) -> Callable[[RawPeer], None]:
@@ -134,7 +129,7 @@ def test_both_sides_in_one_process_bring_a_tree_over(
         (say(Start([Outcome("already", "file")])), "a file that was not compared"),
         (say(Start([Outcome("failed", "\x1b[2J")])), r"\x1b[2J"),
         (say(Held([(1, [10])])), "not offered"),
-        (say(Held([(0, [10])]), Start([9])), "offset that was not asked about"),
+        (say(Held([(0, [10])]), Start([10])), "offset that was not asked about"),
         (say(Held([(0, [SIZE + 1])]), Start([SIZE + 1])), "offset that was not asked about"),
         (say(Held([(0, [10])]), Start([Outcome("already", "file")])), "not compared"),
         (say(Results([(0, SAVED)])), "unexpected message"),
@@ -266,7 +261,7 @@ def test_a_file_that_fails_at_the_server_is_given_up_and_the_next_is_sent(
     assert sent[0][1] is None
     assert sent[1] == (second.read_bytes(), hashlib.sha256(second.read_bytes()).digest())
     said = capsys.readouterr()
-    assert said.err == f"{first}: no room\n"
+    assert said.err == f"{first}: at the server: no room\n"
     assert "Saved as second" in said.out
 
 
@@ -287,28 +282,29 @@ def test_hanging_up_in_the_middle_is_one_line(
         over.wait(60)
 
     with FakeServer(serve) as fake:
-        assert client.start_file_client(client.Address(HOST, fake.port), [str(file)]) == 1
+        address = client.Address(HOST, fake.port)
+        assert client.start_file_client(address, [str(file)], retry_s=0) == 1
         over.set()
     check_one_line(capsys, "closed the connection")
 
 
-def test_prefixes_are_those_of_the_file(file: Path) -> None:
+def test_prefixes_are_those_of_the_file_and_none_is_near_another(file: Path) -> None:
     answers: list[Message] = []
-    lengths = [0, 1, 100, SIZE, SIZE + 1]
+    lengths = [1, 4096, 4097, SIZE, SIZE + 1]
 
     def serve(peer: RawPeer) -> None:
         welcome(peer)
         read_message(peer, Offer)
         peer.send(say(Held([(0, lengths)])))
         answers.append(read_message(peer, Prefixes))
-        peer.send(say(Start([100])))
+        peer.send(say(Start([4096])))
         content, digest = read_file(peer)
-        assert content == file.read_bytes()[100:]
+        assert content == file.read_bytes()[4096:]
         assert digest == hashlib.sha256(file.read_bytes()).digest()
         peer.send(say(Results([(0, SAVED)])))
         peer.read_all()
 
     assert send(serve, file) == 0
     whole = file.read_bytes()
-    expected = [hashlib.sha256(whole[:length]).hexdigest() for length in lengths[:-1]]
-    assert answers == [Prefixes([expected])]
+    known = {size: hashlib.sha256(whole[:size]).hexdigest() for size in (4096, SIZE)}
+    assert answers == [Prefixes([[known.get(length, "") for length in lengths]])]

@@ -94,7 +94,7 @@ def test_another_protocol_is_told_so(server: Server, protocol: int) -> None:
         (WELCOME + message("held", entries=[[7, [1]]]), "a held of what was not offered"),
         (WELCOME + 2 * message("held", entries=[]), "a second held"),
         (WELCOME + 700 * message("hashing"), "signs of life without end"),
-        (WELCOME + message("start", entries=[{"already": "x"}]), "not sent"),
+        (WELCOME + message("start", entries=[{"already": "x"}]), "not compared"),
         (WELCOME + message("results", entries=[]), "unexpected message"),
         (
             WELCOME + message("start", entries=[{"offset": 0}]) + message("results", entries=[]),
@@ -134,4 +134,4 @@ def test_a_checksum_is_claimed_only_of_all_that_was_sent(tmp_path: Path) -> None
         result = send(fake.port, source)
     assert result.status == 1
     assert "SHA-256 matches" not in result.stdout
-    assert "a result of a file that was not sent" in result.stderr
+    assert "a file that was not compared" in result.stderr

@@ -42,7 +42,6 @@ import queue
 import select
 import shlex
 import socket
-import ssl
 import stat
 import sys
 import threading
@@ -77,6 +76,7 @@ from common import (
     NotPaired,
     Offer,
     Outcome,
+    Pair,
     PeerRefused,
     Prefixes,
     ProtocolError,
@@ -231,6 +231,13 @@ OPEN_SERVER = (
     "add --open if you trust them all"
 )
 
+# What a server may say in place of pairing, to follow its address.
+REFUSED_PAIRING = {
+    common.CODE_WANTED: "is of an older version of Socket Pair: update it",
+    common.NO_CODE: "says that it has no pairing code: check that it is the right server",
+    common.WAIT: "has had too many wrong pairing codes from this address: try again in a minute",
+}
+
 
 class FileChanged(SocketPairError):
     """A file is not what it was when it was offered."""
@@ -259,16 +266,6 @@ class Address:
         self.code = code
         self.open = open
 
-    @functools.cached_property
-    def tls(self) -> ssl.SSLContext | None:
-        """What encrypts, if there is a code; the first use takes some tenths of a second."""
-        return common.make_tls_context(self.code, server_side=False) if self.code else None
-
-    def set_code(self, code: str) -> None:
-        """Use another code from now on."""
-        self.code = code
-        self.__dict__.pop("tls", None)
-
 
 def connect(
     address: Address,
@@ -293,7 +290,7 @@ def connect(
             raise
     problem = ""
     while True:
-        address.set_code((ask or ask_for_code)(problem))
+        address.code = (ask or ask_for_code)(problem)
         try:
             return connect_once(address, mode, timeout_s)
         except WrongCode as error:
@@ -313,7 +310,6 @@ def ask_for_code(problem: str = "") -> str:
 
 def connect_once(address: Address, mode: str, timeout_s: float) -> tuple[Connection, Welcome]:
     """Do what `connect` does, with the code that we have."""
-    tls = address.tls  # before the server's patience begins
     peer = escape(common.format_address(address.host, address.port))
     try:
         sock = socket.create_connection((address.host, address.port), timeout=timeout_s)
@@ -326,8 +322,8 @@ def connect_once(address: Address, mode: str, timeout_s: float) -> tuple[Connect
         raise ConnectionLost(f"{peer}: {describe_error(error)}") from error
     try:
         is_near = common.is_loopback(sock.getpeername()[0])
-        welcome = shake_hands(connection, tls, mode)
-        if not (tls or address.open or is_near):
+        welcome = shake_hands(connection, address.code, mode)
+        if not (address.code or address.open or is_near):
             raise PeerRefused(OPEN_SERVER)
     except OSError as error:  # it has gone again
         connection.close()
@@ -354,32 +350,38 @@ def describe_no_server(address: Address, mode: str, error: OSError | ValueError)
     return f"no server at {peer} ({describe_error(error)}): start one there with: {command}"
 
 
-def shake_hands(connection: Connection, tls: ssl.SSLContext | None, mode: str) -> Welcome:
+def shake_hands(connection: Connection, code: str | None, mode: str) -> Welcome:
     """Return the server's welcome; blocks and raises as `connect` does."""
     try:
         with connection.limit(HANDSHAKE_TIMEOUT_S):
-            if tls:
-                connection.start_tls(tls, server_side=False)
+            if code:
+                pair(connection, code)
             connection.send(Hello(common.PROTOCOL, mode))
             return connection.receive(Welcome)
     except NotPaired as error:
-        failure = WrongCode if error.wrong_code else SocketPairError
-        raise failure(f"{connection.peer} {describe_mismatch(error)}") from error
+        if error.wrong_code:
+            raise WrongCode(f"{connection.peer} has another pairing code") from error
+        raise SocketPairError(f"{connection.peer} does not pair: {error}") from error
     except ProtocolError as error:
         raise ProtocolError(f"{connection.peer} is not a Socket Pair server: {error}") from None
     except ConnectionLost as error:
         raise ConnectionLost(f"{connection.peer}: {error} before it answered") from None
 
 
-def describe_mismatch(error: NotPaired) -> str:
-    """Return what is wrong between the server and our pairing code, to follow its address."""
-    if error.wrong_code:
-        return "has another pairing code"
-    if error.alert == common.ALERT_OPEN:
-        return f"takes no pairing code: leave out --code and {common.CODE_VARIABLE}, or add --open"
-    if error.alert == common.ALERT_WAIT:
-        return "has had too many wrong pairing codes from this address: try again in a minute"
-    return f"is not a Socket Pair server with a pairing code: {error}"
+def pair(connection: Connection, code: str) -> None:
+    """Prove to the server that this side has its pairing code, and have it prove the same.
+
+    Until then it may be anyone: what it says of itself is told as that, and no advice follows.
+    """
+    connection.send(Hello(common.PROTOCOL, common.PAIRING))
+    pairing = common.Pairing(code, server_side=False)  # while the server makes its own
+    connection.send(Pair(pairing.share))
+    try:
+        answer = connection.receive(Pair, max_bytes=common.MAX_HELLO_BYTES)
+    except PeerRefused as error:
+        told = REFUSED_PAIRING.get(error.kind, f'does not pair, and says: "{error}"')
+        raise PeerRefused(f"{connection.peer} {told}", error.kind) from None
+    connection.start_tls(pairing.finish(answer.share), server_side=False)
 
 
 # --- sources --------------------------------------------------------------------------------

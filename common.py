@@ -5,8 +5,8 @@ From the bottom up:
 ===================  ==============================================================
 errors               ``SocketPairError`` and its kin: every failure a user may meet
 text for people      ``escape``, ``format_bytes``, ``say``, ``complain``, ``ask``
-pairing code         ``normalize_code``, and ``make_tls_context``: the key and certificate
-                     that both sides derive from a code
+pairing code         ``normalize_code``; ``Pairing``: SPAKE2, from which both sides make the one
+                     certificate that TLS takes for this connection
 the wire             every message as a value with ``encode`` and ``decode``, and the whole
                      conversation of both modes; ``AudioFormat``, ``AudioBlock``: sound
 connection           ``Deadline``; ``ReceiveBuffer``, ``TLS``, ``ByteStream``, and on top of them
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from ipaddress import IPv4Interface, IPv6Interface
     from multiprocessing.connection import Connection as PipeConnection
 
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from zeroconf import Zeroconf
 
 __version__ = "1.0.0"
@@ -64,7 +64,7 @@ DEFAULT_PORT = 50007
 
 # --- errors ---------------------------------------------------------------------------------
 
-# What OpenSSL makes of the alerts with which a client turns down a certificate.
+# What OpenSSL makes of the alerts with which a side turns down the other's certificate.
 CERTIFICATE_ALERTS = {
     "SSLV3_ALERT_BAD_CERTIFICATE",
     "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
@@ -107,7 +107,11 @@ class ProtocolError(SocketPairError):
 
 
 class PeerRefused(SocketPairError):
-    """The other side answered with an error of its own; its words, escaped."""
+    """The other side answered with an error of its own: its words, escaped, and their kind."""
+
+    def __init__(self, text: str, kind: str = "") -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class FileShrunk(SocketPairError):
@@ -122,20 +126,12 @@ class CodeWanted(PeerRefused):
 
 
 class NotPaired(SocketPairError):
-    """The TLS handshake failed.
+    """The TLS handshake failed; `wrong_code` if for want of the same pairing code."""
 
-    `wrong_code` tells whether that was because the two sides have different pairing codes,
-    `ours` whether the other side, where it is the client, is Socket Pair at all. `alert` is the
-    number of the TLS alert that was the other side's whole answer, if it was.
-    """
-
-    def __init__(self, error: ssl.SSLError, *, ours: bool, alert: int | None) -> None:
+    def __init__(self, error: ssl.SSLError) -> None:
         super().__init__(describe_error(error))
-        self.ours = ours
-        self.alert = alert
-        self.wrong_code = isinstance(error, ssl.SSLCertVerificationError) or (
-            ours and error.reason in CERTIFICATE_ALERTS
-        )
+        is_refused = isinstance(error, ssl.SSLCertVerificationError)
+        self.wrong_code = is_refused or error.reason in CERTIFICATE_ALERTS
 
 
 # --- text for people ------------------------------------------------------------------------
@@ -220,8 +216,8 @@ def command_line(script: str, *args: str) -> str:
     return shlex.join(words)
 
 
-def how_to_install(package: str) -> str:
-    """Return the line that installs a Python package for this Python.
+def how_to_install(*packages: str) -> str:
+    """Return the line that installs Python packages for this Python.
 
     Debian and Ubuntu refuse pip outside of a virtual environment (PEP 668), and have their own.
     """
@@ -230,9 +226,9 @@ def how_to_install(package: str) -> str:
 
     marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
     if sys.prefix != sys.base_prefix or not os.path.exists(marker):
-        return f"{python_name()} -m pip install {package}"
-    if package in DEBIAN_PACKAGES and shutil.which("apt"):
-        return f"apt install python3-{package}"
+        return f"{python_name()} -m pip install {' '.join(packages)}"
+    if DEBIAN_PACKAGES.issuperset(packages) and shutil.which("apt"):
+        return f"apt install {' '.join(f'python3-{package}' for package in packages)}"
     return f"{python_name()} -m venv .venv && .venv/bin/pip install -r requirements.txt"
 
 
@@ -304,29 +300,61 @@ def ask_mode() -> str:
 
 
 # --- pairing code ---------------------------------------------------------------------------
+#
+# A pairing code is proved without being told: both sides run SPAKE2 (RFC 9382), whose outcome is
+# the same key on both sides if they have the same code. From that key both make one certificate,
+# for this connection alone, and present it to each other in TLS 1.3, trusting nothing else. Who has
+# another code learns that, and nothing more: each guess takes a connection, and nothing that
+# travels lets codes be tried elsewhere.
 
-CODE_LENGTH = 12  # 60 bits, if they are random
-CODE_SALT = b"Socket Pair pairing code, version 1"
+CODE_LENGTH = 8  # 40 bits, if they are random
 CODE_VARIABLE = "SOCKET_PAIR_CODE"
-# 64 MiB and a quarter of a second: once for us, once a guess for who tries codes.
-SCRYPT_COST = 2**16
-SCRYPT_BLOCK_SIZE = 8
-# Lets the server tell a client with a wrong code from a browser.
+CLIENT_ID = b"Socket Pair client"
+SERVER_ID = b"Socket Pair server"
+SHARE_BYTES = 33  # of SPAKE2: which side it is, and a point of the curve
+CERTIFICATE_LABEL = b"Socket Pair certificate, version 2"
+# Lets the server tell a client of this program from a browser.
 TLS_APPLICATION = "socket-pair"
-TLS_HANDSHAKE = 0x16  # the first byte that a TLS client sends
-TLS_ALERT = 0x15
-# What a server says before there is TLS to a client that speaks nothing else.
-ALERT_WAIT = 49  # access_denied: too many wrong codes came from its address
-ALERT_OPEN = 120  # no_application_protocol: there is no code here
+# A self-signed X.509 certificate for an Ed25519 key, all of it but the key and the signature. The
+# builder of the package cryptography makes the same, and takes 50 ms to load.
+CERTIFICATE_HEAD = bytes.fromhex("3081da")
+CERTIFICATE_BODY = bytes.fromhex(
+    "30818da003020102020101300506032b6570"  # version 3, serial number 1, Ed25519
+    "30163114301206035504030c0b536f636b65742050616972"  # issuer: CN=Socket Pair
+    "3020170d3730303130313030303030305a180f39393939313233313030303030305a"  # 1970 to 9999
+    "30163114301206035504030c0b536f636b65742050616972"  # subject: CN=Socket Pair
+    "302a300506032b6570032100"  # Ed25519, and the public key follows
+)
+CERTIFICATE_TAIL = bytes.fromhex("300506032b6570034100")  # Ed25519, and the signature follows
+PRIVATE_KEY_HEAD = bytes.fromhex("302e020100300506032b657004220420")  # PKCS #8; the seed follows
+
+SEQUENCES = (
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+    "01234567890",
+    "QWERTYUIOPASDFGHJKLZXCVBNM",
+    "QWERTZUIOPASDFGHJKLYXCVBNM",
+    "AZERTYUIOPQSDFGHJKLMWXCVBN",
+    "1QAZ2WSX3EDC4RFV5TGB6YHN7UJM8IK",
+    "1Q2W3E4R5T6Y7U8I9O0P",
+)
+# What stands in instructions in place of a code, and what people take first.
+PLACEHOLDERS = (
+    "YOUR|MY|THE|OUR|A|SOME|EXAMPLE|SAMPLE|TEST|SECRET|PAIRING|SOCKET|PAIR|INSERT|ENTER|CHANGE|PUT"
+    "|CHOOSE|REPLACE|SET|USE|TYPE|ONE|OF|OWN|NEW|HERE|ME|THIS|WITH|IT|CODE|PASSWORD|PASSPHRASE|KEY"
+    "|PASSWRD|TODO|FIXME|XXX|ADMIN|LETMEIN|WELCOME|ILOVEYOU|TRUSTNO|QWERTY|ASDF|ABC|ABCD|PASS|WORD"
+)
+PLACEHOLDER_DIGITS = 4  # that such a code may have besides
+VOWELS = "AEIOUY"
+LONGEST_WORD = 11  # longer, letters alone may be several words
 
 
 def normalize_code(text: str) -> str:
     """Return what counts of a pairing code: neither case nor spaces nor dashes do.
 
     People read codes out and type them, and a messenger turns a dash into a longer one. Raises
-    ValueError where too little is left.
+    ValueError, with the reason, where it is no code or one that is soon guessed.
     """
-    import unicodedata  # noqa: PLC0415  (see load_identity)
+    import unicodedata  # noqa: PLC0415  (most transfers do without a pairing code)
 
     code = "".join(
         char
@@ -335,16 +363,90 @@ def normalize_code(text: str) -> str:
     )
     if len(code) < CODE_LENGTH:
         raise ValueError(f"a pairing code has at least {CODE_LENGTH} letters and digits")
+    if weakness := find_weakness(code):
+        raise ValueError(f"that pairing code is soon guessed: {weakness}")
     return code
 
 
-def make_tls_context(code: str, *, server_side: bool) -> ssl.SSLContext:
-    """Return what lets in whoever has the same normalized pairing `code`, and nobody else.
+def find_weakness(code: str) -> str:
+    """Return what makes a normalized code one of the first that are guessed; empty if nothing."""
+    period = (code + code).index(code, 1)
+    if period == 1:
+        return "it is one character, repeated"
+    if period <= 3 and period < len(code):
+        return "it repeats itself"
+    if any(code in row or code in row[::-1] for row in SEQUENCES):
+        return "it is a sequence"
+    letters = "".join(filter(str.isalpha, code))
+    if len(code) - len(letters) <= PLACEHOLDER_DIGITS and is_made_of(letters, PLACEHOLDERS):
+        return "it is a placeholder, or what people take first"
+    if len(code) <= LONGEST_WORD and looks_like_a_word(code):
+        return "it looks like one word: mix in digits, or take several words"
+    return ""
 
-    Both sides derive one key and one certificate from the code. Each presents the certificate
-    and trusts nothing but that, so that each proves to the other that it knows the code, which
-    itself never travels. Blocks while it derives, for some tenths of a second. Raises
-    SocketPairError where the cryptography package is missing.
+
+def is_made_of(letters: str, words: str) -> bool:
+    """Return whether `letters` are some of `words`, which "|" separates, one behind the other."""
+    return re.fullmatch(f"({words})+", letters) is not None
+
+
+def looks_like_a_word(code: str) -> bool:
+    """Return whether `code` is all letters, and can be pronounced."""
+    if not code.isalpha():
+        return False
+    pattern = "".join("v" if char in VOWELS else "c" for char in code)
+    is_mixed = 0.2 <= pattern.count("v") / len(pattern) <= 0.7
+    return not code.isascii() or (is_mixed and "cccc" not in pattern and "vvvv" not in pattern)
+
+
+def require_pairing_packages() -> None:
+    """Load what pairing codes need, which takes a while; raises SocketPairError without it."""
+    try:
+        import cryptography  # noqa: F401, PLC0415
+        import spake2  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise SocketPairError(
+            f"pairing codes need the packages spake2 and cryptography ({error}): "
+            f"{how_to_install('spake2', 'cryptography')}"
+        ) from None
+
+
+class Pairing:
+    """One side's part in SPAKE2, for one connection: `share` goes to the other side.
+
+    Made in some milliseconds; the first one loads the packages. Raises SocketPairError where they
+    are missing.
+    """
+
+    def __init__(self, code: str, *, server_side: bool) -> None:
+        require_pairing_packages()
+        from spake2 import SPAKE2_A, SPAKE2_B  # noqa: PLC0415
+
+        side = SPAKE2_B if server_side else SPAKE2_A
+        password = code.encode("utf-8", "surrogatepass")
+        self._server_side = server_side
+        self._spake2 = side(password, idA=CLIENT_ID, idB=SERVER_ID)
+        self.share: bytes = self._spake2.start()
+
+    def finish(self, share: bytes) -> ssl.SSLContext:
+        """Return the TLS context that fits the one side which has the same code.
+
+        `share` is the other side's. Whoever made that has tried one code by it, right or wrong.
+        For once. Raises ProtocolError where it is no share.
+        """
+        try:
+            key: bytes = self._spake2.finish(share)
+        except Exception as error:  # spake2 raises several, that are no kin
+            raise ProtocolError(f"received a bad share ({describe_error(error)})") from error
+        seed = hashlib.sha256(CERTIFICATE_LABEL + key).digest()
+        return make_tls_context(seed, server_side=self._server_side)
+
+
+def make_tls_context(seed: bytes, *, server_side: bool) -> ssl.SSLContext:
+    """Return what lets in whoever has the same `seed` of 32 bytes, and nobody else.
+
+    Each side presents the certificate that the seed makes, and trusts nothing but that. Raises
+    SocketPairError.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -354,73 +456,61 @@ def make_tls_context(code: str, *, server_side: bool) -> ssl.SSLContext:
     if server_side:
         # With a ticket that it never read, a client that hangs up would reset the connection.
         context.num_tickets = 0
+    certificate = make_certificate(seed)
+    context.load_verify_locations(cadata=certificate)
     try:
-        load_identity(context, derive_key(code))
-    except ImportError:
-        raise SocketPairError(
-            f"pairing codes need the package cryptography: {how_to_install('cryptography')}"
-        ) from None
+        load_identity(context, seed, certificate)
     except OSError as error:
         raise SocketPairError(f"cannot use the pairing code: {describe_error(error)}") from error
     return context
 
 
-def derive_key(code: str) -> Ed25519PrivateKey:
-    """Return the private key that a normalized pairing code stands for; blocks for a while."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415  (see below)
-        Ed25519PrivateKey,
+def make_certificate(seed: bytes) -> bytes:
+    """Return the certificate of the Ed25519 key that `seed` makes, always the same, as DER."""
+    from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: PLC0415
+
+    key = ed25519.Ed25519PrivateKey.from_private_bytes(seed)
+    body = CERTIFICATE_BODY + raw_bytes(key.public_key())
+    return CERTIFICATE_HEAD + body + CERTIFICATE_TAIL + key.sign(body)
+
+
+def raw_bytes(key: Ed25519PublicKey) -> bytes:
+    """Return the 32 bytes of a public key."""
+    if hasattr(key, "public_bytes_raw"):
+        return key.public_bytes_raw()
+    # Until version 40 of cryptography; that takes 20 ms to load.
+    from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415
+        Encoding,
+        PublicFormat,
     )
 
-    seed = hashlib.scrypt(
-        code.encode("utf-8", "surrogatepass"),
-        salt=CODE_SALT,
-        n=SCRYPT_COST,
-        r=SCRYPT_BLOCK_SIZE,
-        p=1,
-        maxmem=256 * SCRYPT_COST * SCRYPT_BLOCK_SIZE,
-        dklen=32,
-    )
-    return Ed25519PrivateKey.from_private_bytes(seed)
+    return key.public_bytes(Encoding.Raw, PublicFormat.Raw)
 
 
-def load_identity(context: ssl.SSLContext, key: Ed25519PrivateKey) -> None:
-    """Have `context` present the certificate of `key`, and trust only that. Raises OSError.
+def load_identity(context: ssl.SSLContext, seed: bytes, certificate: bytes) -> None:
+    """Have `context` present `certificate`, whose key `seed` makes. Raises OSError.
 
-    All in the certificate is fixed, so that the other side makes the same one.
+    OpenSSL loads a key from a file only. The file is in memory where the system has such, and
+    else one that only this user can open, for a moment; the key is worth nothing after this
+    connection's handshake.
     """
-    # Imported here: most transfers do without a pairing code, and a small one takes hardly longer
-    # than Python's start. Nor does everybody have the cryptography package.
-    import datetime  # noqa: PLC0415
-    import secrets  # noqa: PLC0415
+    import base64  # noqa: PLC0415  (only pairing needs it)
+
+    key = base64.encodebytes(PRIVATE_KEY_HEAD + seed).decode("ascii")
+    pem = f"-----BEGIN PRIVATE KEY-----\n{key}-----END PRIVATE KEY-----\n"
+    identity = f"{pem}{ssl.DER_cert_to_PEM_cert(certificate)}".encode()
+    if sys.platform == "linux" and os.path.exists("/proc/self/fd"):
+        with open(os.memfd_create("identity"), "wb", buffering=0) as file:
+            file.write(identity)
+            context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
+        return
     import tempfile  # noqa: PLC0415
 
-    from cryptography import x509  # noqa: PLC0415
-    from cryptography.hazmat.primitives import serialization as form  # noqa: PLC0415
-
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Socket Pair")])
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        # Right by any clock.
-        .not_valid_before(datetime.datetime(1970, 1, 1))
-        .not_valid_after(datetime.datetime(9999, 12, 31))
-        .sign(key, None)
-        .public_bytes(form.Encoding.PEM)
-    )
-    context.load_verify_locations(cadata=certificate.decode("ascii"))
-    # OpenSSL loads a key from a file only: let it be one that is worth nothing to a finder.
-    password = secrets.token_bytes(32)
-    encrypted_key = key.private_bytes(
-        form.Encoding.PEM, form.PrivateFormat.PKCS8, form.BestAvailableEncryption(password)
-    )
     with tempfile.TemporaryDirectory(prefix="socket-pair-") as folder:
         path = os.path.join(folder, "identity.pem")
         with open(path, "wb") as file:
-            file.write(encrypted_key + certificate)
-        context.load_cert_chain(path, password=password)
+            file.write(identity)
+        context.load_cert_chain(path)
 
 
 # --- the wire -------------------------------------------------------------------------------
@@ -434,6 +524,13 @@ def load_identity(context: ssl.SSLContext, key: Ed25519PrivateKey) -> None:
 #
 #     client  Hello     which protocol it speaks, and the mode it wants
 #     server  Welcome   the same; in audio mode also the sound's format
+#
+# With a pairing code all of that is encrypted, and this comes first, the only thing that is not:
+#
+#     client  Hello     which protocol it speaks, and PAIRING in place of the mode
+#     client  Pair      its share of SPAKE2
+#     server  Pair      the same
+#     both              the handshake of TLS 1.3, by which each proves that it has the code
 #
 # Files, any number of times until the client hangs up:
 #
@@ -455,8 +552,14 @@ def load_identity(context: ssl.SSLContext, key: Ed25519PrivateKey) -> None:
 #     client  TimeRequest
 #     server  TimeReply    in front of the next block
 
-PROTOCOL = 1
+PROTOCOL = 2
 MODES = ("file", "audio")
+PAIRING = "pairing"
+# Kinds of an Error that the other side has words of its own for.
+CODE_WANTED = "code wanted"
+NO_CODE = "no code"
+WAIT = "wait"
+REFUSAL_KINDS = (CODE_WANTED, NO_CODE, WAIT)
 
 LENGTH = struct.Struct("!I")
 MAX_FRAME_BYTES = 1024 * 1024
@@ -640,24 +743,47 @@ class Welcome(NamedTuple):
         return cls(protocol, mode, Sound.decode(fields) if mode == "audio" else None, folder)
 
 
-class Error(NamedTuple):
-    """Why a side ends the conversation; `code_wanted` if that is for want of a pairing code."""
+class Pair(NamedTuple):
+    """One side's share of SPAKE2, see `Pairing`."""
 
-    error: str
-    code_wanted: bool = False
+    share: bytes
 
     def encode(self) -> Fields:
         """See `Message`."""
-        return self._asdict() if self.code_wanted else {"error": self.error}
+        return {"share": self.share.hex()}
+
+    @classmethod
+    def decode(cls, fields: Fields) -> Pair:
+        """See `Message`."""
+        share = require(fields, "share", str)
+        if len(share) != 2 * SHARE_BYTES or not re.fullmatch("[0-9a-f]*", share):
+            raise ProtocolError("received a message with a bad 'share'")
+        return cls(bytes.fromhex(share))
+
+
+class Error(NamedTuple):
+    """Why a side ends the conversation: in words, and as one of the ``REFUSAL_KINDS``."""
+
+    error: str
+    kind: str = ""
+
+    def encode(self) -> Fields:
+        """See `Message`."""
+        return self._asdict() if self.kind else {"error": self.error}
 
     @classmethod
     def decode(cls, fields: Fields) -> Error:
         """See `Message`."""
-        return cls(require(fields, "error", str), fields.get("code_wanted") is True)
+        kind = fields.get("kind")
+        if fields.get("code_wanted") is True:  # a server of protocol 1
+            kind = CODE_WANTED
+        return cls(require(fields, "error", str), kind if kind in REFUSAL_KINDS else "")
 
     def to_exception(self) -> PeerRefused:
         """Return what the side that receives it raises, with its words made harmless."""
-        return (CodeWanted if self.code_wanted else PeerRefused)(escape(self.error))
+        return (CodeWanted if self.kind == CODE_WANTED else PeerRefused)(
+            escape(self.error), self.kind
+        )
 
 
 # files
@@ -1073,14 +1199,12 @@ class TLS:
         self._outgoing = ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side)
         self._lock = threading.Lock()
-        self._first = b""  # bytes from the other side, as many as an alert has
         self.ended = False  # by the other side's close_notify
 
     def feed(self, data: bytes) -> None:
         """Take what has arrived."""
         with self._lock:
             self._incoming.write(data)
-            self._first += data[: 7 - len(self._first)]
 
     def shake_hands(self) -> bool:
         """Continue the handshake; return False if more must be fed first. Raises NotPaired."""
@@ -1090,10 +1214,7 @@ class TLS:
             except ssl.SSLWantReadError:
                 return False
             except ssl.SSLError as error:
-                first = self._first
-                alert = first[6] if len(first) == 7 and first[0] == TLS_ALERT else None
-                ours = self._object.selected_alpn_protocol() == TLS_APPLICATION
-                raise NotPaired(error, ours=ours, alert=alert) from error
+                raise NotPaired(error) from error
         return True
 
     def pending(self) -> int:
@@ -1257,6 +1378,10 @@ class ByteStream:
             has_moved = self.sent_bytes - count_unacknowledged(self._socket) > arrived
             if self._deadline or not has_moved:
                 raise PeerStalled(deadline.seconds)
+
+    def wait_for_peer(self, seconds: float) -> bool:
+        """Block for `seconds`; return True at once when the other side speaks or hangs up."""
+        return bool(self.buffered()) or wait_for_socket(self._socket, seconds, to_write=False)
 
     # encryption
 
@@ -2942,7 +3067,7 @@ def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> No
     pairing.add_argument(
         "--code",
         type=pairing_code,
-        default=os.environ.get(CODE_VARIABLE) or None,
+        default=os.environ.pop(CODE_VARIABLE, None) or None,  # not for what we start
         help=f"pairing code (or set {CODE_VARIABLE}, as arguments show in ps)",
     )
     pairing.add_argument("--open", action="store_true", help="do without a pairing code")

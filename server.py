@@ -46,7 +46,6 @@ import secrets
 import selectors
 import shutil
 import socket
-import ssl
 import stat
 import struct
 import sys
@@ -56,7 +55,7 @@ from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Protocol, TextIO
 
 import common
 from common import (
@@ -89,6 +88,7 @@ from common import (
     NotPaired,
     Offer,
     Outcome,
+    Pair,
     PeerClosed,
     PeerStalled,
     Prefixes,
@@ -1754,19 +1754,35 @@ def send_buffer_bytes(audio: AudioFormat) -> int:
 
 # --- who may connect ------------------------------------------------------------------------
 
-# Wrong codes from an address before it is refused for a while, a longer one each time.
-FREE_TRIES = 5
-MAX_REFUSAL_S = 60.0
-MAX_REFUSAL_DOUBLINGS = 6
-MAX_KNOWN_HOSTS = 4096
+# Wrong codes that an address may try before each further one has to wait, up to a limit: a client
+# with the right code has to get in within its own time limit.
+FREE_GUESSES = 5
+MAX_GUESS_DELAY_S = 5.0
+MAX_KNOWN_CROWDS = 4096
+TLS_HANDSHAKE = 0x16  # the first byte that a TLS client sends
+# What a client of protocol 1, which begins with TLS, tells its user as "alert protocol version".
+PROTOCOL_VERSION_ALERT = bytes([0x15, 3, 3, 0, 2, 2, 70])
 HTTP_METHODS = {b"GET ", b"HEAD", b"POST", b"PUT ", b"OPTI", b"CONN", b"PRI "}
 NOT_A_WEB_SERVER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"This is a Socket Pair server, not a web server: python client.py\n"
 )
-CODE_WANTED = (
-    f"this server wants its pairing code: give it with --code CODE or {common.CODE_VARIABLE}"
+CODE_WANTED = common.Error(
+    f"this server wants its pairing code: give it with --code CODE or {common.CODE_VARIABLE}",
+    common.CODE_WANTED,
 )
+NO_CODE = common.Error("this server has no pairing code", common.NO_CODE)
+TOO_MANY_GUESSES = common.Error(
+    "too many wrong pairing codes came from this address: try again in a minute", common.WAIT
+)
+
+
+class TurnedAway(SocketPairError):
+    """A connection that is not served, and has been told so where that makes sense."""
+
+    def __init__(self, text: str, log_level: int = logging.WARNING) -> None:
+        super().__init__(text)
+        self.log_level = log_level
 
 
 class Lobby:
@@ -1778,17 +1794,17 @@ class Lobby:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._waiting: dict[Connection, str] = {}  # and their networks, the oldest first
+        self._waiting: dict[Connection, str] = {}  # and their crowds, the oldest first
         self._lock = threading.Lock()
 
-    def enter(self, connection: Connection, host: str) -> None:
+    def enter(self, connection: Connection, crowd: str) -> None:
         """Let one in, and break another one if it is too many."""
         with self._lock:
-            self._waiting[connection] = network_of(host)
+            self._waiting[connection] = crowd
             if len(self._waiting) <= self._size:
                 return
-            crowd, _ = Counter(self._waiting.values()).most_common(1)[0]
-            oldest = next(each for each, its in self._waiting.items() if its == crowd)
+            largest, _ = Counter(self._waiting.values()).most_common(1)[0]
+            oldest = next(each for each, its in self._waiting.items() if its == largest)
             del self._waiting[oldest]
         oldest.wake()
 
@@ -1798,113 +1814,142 @@ class Lobby:
             return self._waiting.pop(connection, None) is not None
 
 
+def crowd_of(host: str, own_host: str) -> str:
+    """Return what stands for all the addresses that whoever has `host` may have.
+
+    Of IPv6 that is a /64, unless `own_host`, the address that was connected to, is in it: on a
+    network of this machine each address may be somebody else's.
+    """
+    address, own = (ipaddress.ip_address(each.partition("%")[0]) for each in (host, own_host))
+    if address.version == 4:
+        return host
+    network = ipaddress.ip_network((address, 64), strict=False)
+    return host if own in network else str(network)
+
+
 @dataclass
-class Tries:
-    """The wrong codes that have come from one network address."""
+class Guesses:
+    """The tries at the pairing code from one crowd that were not right, or not yet."""
 
     count: int = 0
-    refused_until: float = 0.0
+    latest_s: float = 0.0  # when the latest of them begins
 
 
-class Patience:
-    """Runs out with an address from which wrong codes come: it is refused for ever longer.
+class RateLimiter:
+    """Slows down guesses at the pairing code from each crowd. For any thread.
 
-    Typing a code wrong a few times costs nothing. Remembers a bounded number of addresses.
+    A guess counts from its beginning, and as wrong until it turns out right: any number of them
+    at once are as slow as one after the other. A right one has to wait, too, but not for long.
+    Remembers a bounded number of crowds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._tries: OrderedDict[str, Tries] = OrderedDict()  # the latest last
+        self._guesses: OrderedDict[str, Guesses] = OrderedDict()  # the latest last
         self._lock = threading.Lock()
 
-    def note_wrong_code(self, host: str) -> None:
-        """Take note of a wrong code."""
-        network = network_of(host)
+    def reserve(self, crowd: str) -> float | None:
+        """Return in how many seconds a guess may begin; None if it may not, as others wait."""
+        now_s = self._clock()
         with self._lock:
-            tries = self._tries.setdefault(network, Tries())
-            self._tries.move_to_end(network)
-            if len(self._tries) > MAX_KNOWN_HOSTS:
-                self._tries.popitem(last=False)
-            tries.count += 1
-            if tries.count > FREE_TRIES:
-                doublings = min(tries.count - FREE_TRIES - 1, MAX_REFUSAL_DOUBLINGS)
-                wait_s = min(2.0**doublings, MAX_REFUSAL_S)
-                tries.refused_until = self._clock() + wait_s
+            guesses = self._guesses.setdefault(crowd, Guesses())
+            self._guesses.move_to_end(crowd)
+            if len(self._guesses) > MAX_KNOWN_CROWDS:
+                self._guesses.popitem(last=False)
+            begin_s = now_s
+            if guesses.count >= FREE_GUESSES:
+                delay_s = min(2.0 ** (guesses.count - FREE_GUESSES), MAX_GUESS_DELAY_S)
+                begin_s = max(now_s, guesses.latest_s + delay_s)
+            if begin_s - now_s > MAX_GUESS_DELAY_S:
+                return None
+            guesses.count += 1
+            guesses.latest_s = begin_s
+        return begin_s - now_s
 
-    def note_right_code(self, host: str) -> None:
-        """Forget the wrong ones."""
+    def forgive(self, crowd: str) -> None:
+        """Forget the wrong guesses: the right one came."""
         with self._lock:
-            self._tries.pop(network_of(host), None)
-
-    def refuses(self, host: str) -> bool:
-        """Tell whether not even a right code from `host` is looked at now."""
-        with self._lock:
-            tries = self._tries.get(network_of(host))
-            return tries is not None and self._clock() < tries.refused_until
+            self._guesses.pop(crowd, None)
 
 
-def network_of(host: str) -> str:
-    """Return what stands for all the addresses of who has `host`: of IPv6, one has many."""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    if address.version == 4:
-        return host
-    return str(ipaddress.ip_network((address, 64), strict=False))
+class Gate:
+    """Lets clients in: those that prove to have the pairing code, or anyone without one."""
 
+    def __init__(self, code: str | None) -> None:
+        self._code = code
+        self._limiter = RateLimiter()
 
-class Door:
-    """Lets clients in: those that prove to know the pairing code, or anyone without one."""
-
-    def __init__(self, tls: ssl.SSLContext | None) -> None:
-        self._tls = tls
-        self._patience = Patience()
-
-    def let_in(self, connection: Connection, host: str) -> Hello:
+    def let_in(self, connection: Connection, crowd: str) -> Hello:
         """Return the hello of a client that may come in; blocks within the `limit` it stands in.
 
-        The first bytes tell TLS from plain, to answer each in its own language. Raises Refused
-        where it may not, which it has been told then, and whatever reading raises.
+        The first bytes tell who speaks, to answer each in its own language. Raises TurnedAway where
+        it may not, which it has been told then, and whatever reading raises.
         """
         opening = connection.peek(LENGTH.size)
-        encrypted = opening[0] == common.TLS_HANDSHAKE
-        if encrypted:
-            self._check_code(connection, host)
-        elif opening in HTTP_METHODS:
+        if opening[0] == TLS_HANDSHAKE:
+            self._turn_away_tls(connection)
+        if opening in HTTP_METHODS:
             connection.write(NOT_A_WEB_SERVER)
             connection.finish()
-            raise Refused("not a Socket Pair client: it speaks HTTP, as a browser does")
-        hello = connection.receive(Hello, max_bytes=common.MAX_HELLO_BYTES)
-        if self._tls and not encrypted:
-            connection.send(common.Error(CODE_WANTED, code_wanted=True))
-            connection.finish()
-            raise Refused("turned away: no pairing code")
+            raise TurnedAway("not a Socket Pair client: it speaks HTTP, as a browser does")
+        hello = self._receive_hello(connection)
+        if hello.mode == common.PAIRING:
+            if self._code is None:
+                turn_away(connection, NO_CODE)
+            self._pair(connection, self._code, crowd)
+            return self._receive_hello(connection)
+        if self._code is not None:
+            turn_away(connection, CODE_WANTED)
         return hello
 
-    def _check_code(self, connection: Connection, host: str) -> None:
-        if self._tls is None:
-            self._alert(connection, common.ALERT_OPEN)
-            raise Refused("turned away: it asked for TLS, and this server has no pairing code")
-        if self._patience.refuses(host):
-            self._alert(connection, common.ALERT_WAIT)
-            raise Refused("turned away: too many wrong pairing codes came from its address")
-        try:
-            connection.start_tls(self._tls, server_side=True)
-        except NotPaired as error:
-            connection.finish()
-            if error.wrong_code:
-                self._patience.note_wrong_code(host)
-                raise Refused("turned away: wrong pairing code") from error
-            if error.ours:
-                raise
-            raise Refused(
-                f"not a Socket Pair client: it speaks TLS as a browser does ({error})"
-            ) from error
-        self._patience.note_right_code(host)
+    @staticmethod
+    def _turn_away_tls(connection: Connection) -> NoReturn:
+        """Refuse a client that begins with TLS."""
+        is_old = common.TLS_APPLICATION.encode() in connection.peek(connection.buffered())
+        connection.write(PROTOCOL_VERSION_ALERT)
+        connection.finish()
+        if is_old:
+            raise TurnedAway("turned away: it is of an older version of Socket Pair: update it")
+        raise TurnedAway("not a Socket Pair client: it speaks TLS, as a browser does")
 
     @staticmethod
-    def _alert(connection: Connection, alert: int) -> None:
-        """Say something to a client that expects TLS."""
-        connection.write(bytes([common.TLS_ALERT, 3, 3, 0, 2, 2, alert]))
-        connection.finish()
+    def _receive_hello(connection: Connection) -> Hello:
+        hello = connection.receive(Hello, max_bytes=common.MAX_HELLO_BYTES)
+        if hello.protocol != common.PROTOCOL:
+            ours, its = common.PROTOCOL, escape(str(hello.protocol), 20)
+            older = "the client" if hello.protocol < ours else "the server"
+            text = f"this server speaks protocol {ours}, not {its}: update {older}"
+            turn_away(connection, common.Error(text))
+        return hello
+
+    def _pair(self, connection: Connection, code: str, crowd: str) -> None:
+        """Let the client prove that it has the code, and prove that to it. Raises TurnedAway."""
+        delay_s = self._limiter.reserve(crowd)
+        if delay_s is None:
+            turn_away(connection, TOO_MANY_GUESSES)
+        pairing = common.Pairing(code, server_side=True)  # while the client makes its own
+        request = connection.receive(Pair, max_bytes=common.MAX_HELLO_BYTES)
+        if delay_s and connection.wait_for_peer(delay_s):
+            raise TurnedAway("hung up while it waited to try a pairing code")
+        connection.send(Pair(pairing.share))
+        try:
+            connection.start_tls(pairing.finish(request.share), server_side=True)
+        except NotPaired as error:
+            connection.finish()
+            reason = "wrong pairing code" if error.wrong_code else f"it did not pair ({error})"
+            raise TurnedAway(f"turned away: {reason}") from error
+        except common.ConnectionLost as error:  # as who only guesses may do
+            raise TurnedAway(f"did not prove that it has the pairing code ({error})") from error
+        self._limiter.forgive(crowd)
+
+
+def turn_away(connection: Connection, answer: common.Error) -> NoReturn:
+    """Give a client its answer, and a moment to read it; raises TurnedAway."""
+    connection.send(answer)
+    connection.finish()
+    if answer is CODE_WANTED:
+        raise TurnedAway("was asked for the pairing code", logging.INFO)
+    raise TurnedAway(f"turned away: {answer.error}")
 
 
 # --- listener -------------------------------------------------------------------------------
@@ -1994,9 +2039,11 @@ def find_own_address(families: Sequence[socket.AddressFamily]) -> str | None:
 
 
 def make_code() -> str:
-    """Return a new pairing code of 60 random bits, as ``KQ7M-2XFD-9WPA``."""
-    code = "".join(secrets.choice(CODE_ALPHABET) for _ in range(common.CODE_LENGTH))
-    return "-".join(code[at : at + 4] for at in range(0, common.CODE_LENGTH, 4))
+    """Return a new pairing code of 40 random bits, as ``KQ7M-2XFD``."""
+    while True:
+        code = "".join(secrets.choice(CODE_ALPHABET) for _ in range(common.CODE_LENGTH))
+        if not common.find_weakness(code):
+            return f"{code[:4]}-{code[4:]}"
 
 
 @dataclass
@@ -2005,18 +2052,19 @@ class Entrance:
 
     mode: str
     listeners: list[socket.socket]
-    tls: ssl.SSLContext | None  # of the pairing code, if there is one
+    code: str | None  # the pairing code, normalized, if there is one
     new_code: str | None  # as it is shown, if it has just been made
 
     @classmethod
     def open(cls, args: argparse.Namespace, mode: str) -> Entrance:
         """Return the one that the arguments mean, listening. Raises SocketPairError."""
         listeners = open_listeners(args.host, args.port)
-        entrance = cls(mode, listeners, None, None)
+        entrance = cls(mode, listeners, args.code, None)
         if not (args.code or args.open or entrance.is_local()):
             entrance.new_code = make_code()
-        if code := args.code or entrance.new_code:
-            entrance.tls = common.make_tls_context(common.normalize_code(code), server_side=True)
+            entrance.code = common.normalize_code(entrance.new_code)
+        if entrance.code:
+            common.require_pairing_packages()
         return entrance
 
     @property
@@ -2053,7 +2101,7 @@ class Entrance:
             common.say(f"{doing} on {where} - Ctrl+C to stop")
         if self.is_local():
             return
-        if self.tls is None:
+        if self.code is None:
             common.complain(OPEN_WARNING[self.mode])
         if self.new_code:
             common.say(f"Pairing code: {self.new_code}")
@@ -2061,13 +2109,11 @@ class Entrance:
             common.say(f"On the other machine:\n    {self.client_command()}")
 
     def client_command(self) -> str:
-        """Return what to type on another machine; it asks for a code that is not new."""
+        """Return what to type on another machine; it asks for the code."""
         command = ["python client.py", self.mode, "--host", self._address()]
         if self.port != common.DEFAULT_PORT:
             command += ["--port", str(self.port)]
-        if self.new_code:
-            command += ["--code", self.new_code]
-        elif self.tls is None:
+        if self.code is None:
             command.append("--open")
         return " ".join(command)
 
@@ -2143,7 +2189,7 @@ class Announcement:
             server=f"socket-pair-{self._token}.local.",
             parsed_addresses=addresses,
             port=self._entrance.port,
-            properties=common.Announced(name, mode, self._entrance.tls is not None).to_txt(),
+            properties=common.Announced(name, mode, self._entrance.code is not None).to_txt(),
         )
 
     def close(self) -> None:
@@ -2173,7 +2219,7 @@ class Server:
         self._max_clients = max_clients
         self._welcome = Welcome(common.PROTOCOL, entrance.mode, sound)
         self._folder = folder
-        self._door = Door(entrance.tls)
+        self._gate = Gate(entrance.code)
         self._lobby = Lobby(MAX_UNFINISHED)
         self._threads: set[threading.Thread] = set()
         self._served: set[threading.Thread] = set()  # those past the handshake
@@ -2206,22 +2252,23 @@ class Server:
         # As an IPv6 socket shows an IPv4 address.
         host = str(address[0]).removeprefix("::ffff:")
         try:
-            self._start(Connection(sock, common.format_address(host, address[1])), host)
+            crowd = crowd_of(host, str(sock.getsockname()[0]))
+            self._start(Connection(sock, common.format_address(host, address[1])), crowd)
         except (OSError, RuntimeError) as error:  # it has gone again, or there is no thread
             log.error("%s: cannot be served: %s", host, describe_error(error))
             sock.close()
 
-    def _start(self, connection: Connection, host: str) -> None:
+    def _start(self, connection: Connection, crowd: str) -> None:
         """Give a new connection its thread. Raises RuntimeError if the system has none."""
         while len(self._threads) >= self._max_clients + 2 * MAX_UNFINISHED:
             time.sleep(0.001)  # let those end that had to leave the lobby
         thread = threading.Thread(
             target=self._converse,
-            args=(connection, host),
+            args=(connection, crowd),
             name=f"client {connection.peer}",
             daemon=True,
         )
-        self._lobby.enter(connection, host)
+        self._lobby.enter(connection, crowd)
         with self._lock:
             self._threads.add(thread)
         try:
@@ -2230,11 +2277,11 @@ class Server:
             self._forget(connection, thread)
             raise
 
-    def _converse(self, connection: Connection, host: str) -> None:
+    def _converse(self, connection: Connection, crowd: str) -> None:
         """Shake hands with one client and have it handled; the whole life of a thread."""
         try:
             with connection:
-                if self._shake_hands(connection, host):
+                if self._shake_hands(connection, crowd):
                     self._handle(connection)
         except Exception as error:
             log.error(
@@ -2249,22 +2296,21 @@ class Server:
             self._threads.discard(thread)
             self._served.discard(thread)
 
-    def _shake_hands(self, connection: Connection, host: str) -> bool:
+    def _shake_hands(self, connection: Connection, crowd: str) -> bool:
         """Greet a client; False if it is not to be served, which it has been told then."""
         try:
             with connection.limit(HANDSHAKE_TIMEOUT_S):
-                hello = self._door.let_in(connection, host)
+                hello = self._gate.let_in(connection, crowd)
                 objection = self._object(hello)
                 if objection:
-                    connection.send(common.Error(objection))
-                    connection.finish()
-                    raise Refused(f"turned away: {objection}")
-                connection.send(self._welcome_for(host))
+                    turn_away(connection, common.Error(objection))
+                connection.send(self._welcome_for(crowd))
                 return self._lobby.leave(connection)
         except SocketPairError as error:
             waiting = self._lobby.leave(connection)
             reason = error if waiting else "dropped: too many have not finished their handshake"
-            log.warning("%s: %s", connection.peer, reason)
+            level = error.log_level if isinstance(error, TurnedAway) else logging.WARNING
+            log.log(level, "%s: %s", connection.peer, reason)
             return False
 
     def _welcome_for(self, host: str) -> Welcome:
@@ -2277,11 +2323,8 @@ class Server:
 
     def _object(self, hello: Hello) -> str:
         """Return why a client that says `hello` is not served; empty if it is."""
-        protocol, mode = hello
-        if protocol != common.PROTOCOL:
-            return f"this server speaks protocol {common.PROTOCOL}, not {protocol}: update one"
         ours = self._entrance.mode
-        if mode != ours:
+        if hello.mode != ours:
             return f"this server is in {ours} mode: python client.py {ours}"
         with self._lock:
             if len(self._served) >= self._max_clients:

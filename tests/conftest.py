@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from hypothesis import settings
 
 import client
 import common
-from common import make_tls_context, normalize_code
+from common import normalize_code
 from pairing import CODE, CONTENT, NAME
 from sound_card import VirtualSoundCard
 from support import (
@@ -51,8 +50,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def tls() -> ssl.SSLContext:
-    return make_tls_context(normalize_code(CODE), server_side=False)
+def code() -> str:
+    return normalize_code(CODE)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import client
+from common import TLS, Pairing
 from support import HOST, Server
 
 CODE = "KQ7M-2XFD-9WPA"
@@ -32,23 +33,38 @@ JUNK = {
 }
 
 
-def send_here(port: int, path: Path, tls: ssl.SSLContext | None = None) -> int:
+def send_here(port: int, path: Path, code: str | None = None) -> int:
     """Send a file from this process, for what is to be done many times; return the exit status."""
-    address = client.Address(HOST, port)
-    if tls:
-        address.__dict__["tls"] = tls
-    return client.start_file_client(address, [str(path)], quiet=True)
+    return client.start_file_client(client.Address(HOST, port, code), [str(path)], quiet=True)
 
 
-def check_paired(running: Server, tls: ssl.SSLContext, tmp_path: Path) -> None:
+def check_paired(running: Server, code: str, tmp_path: Path) -> None:
     """Fail unless a server with the pairing code serves a real client at once."""
     probe = tmp_path / f"probe {random.getrandbits(64):x}"
     probe.write_bytes(os.urandom(1000))
     started = time.monotonic()
-    assert send_here(running.port, probe, tls) == 0
+    assert send_here(running.port, probe, code) == 0
     assert time.monotonic() - started < 5
     assert (running.folder / probe.name).read_bytes() == probe.read_bytes()
     (running.folder / probe.name).unlink()
+
+
+def pair_contexts(near_code: str, far_code: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Return the TLS contexts of a client and of a server that have run SPAKE2 with their codes."""
+    near = Pairing(near_code, server_side=False)
+    far = Pairing(far_code, server_side=True)
+    return near.finish(far.share), far.finish(near.share)
+
+
+def shake_hands_in_memory(near: ssl.SSLContext, far: ssl.SSLContext) -> None:
+    """Let a client's and a server's context meet; raises what the client raises, or the server."""
+    sides = [TLS(near, False), TLS(far, True)]
+    done = [False, False]
+    for _ in range(4):
+        for index, side in enumerate(sides):
+            done[index] = done[index] or side.shake_hands()
+            sides[1 - index].feed(side.output())
+    assert done == [True, True]
 
 
 def visible_files(folder: Path) -> set[str]:

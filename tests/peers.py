@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from common import PROTOCOL
 from proxy import HOST
 from waiting import LIMIT_S
 
@@ -34,7 +35,7 @@ def message(kind: str, **fields: Any) -> bytes:
     return frame(json.dumps({"type": kind, **fields}).encode())
 
 
-HELLO = message("hello", protocol=1, mode="file")
+HELLO = message("hello", protocol=PROTOCOL, mode="file")
 END_OF_FILE = struct.pack("!I", 0)
 GIVEN_UP = struct.pack("!I", 0xFFFFFFFF)
 
@@ -109,7 +110,7 @@ class RawClient(RawPeer):
 
     def greet(self, mode: str = "file") -> Self:
         """Shake hands as a real client does."""
-        self.send(message("hello", protocol=1, mode=mode))
+        self.send(message("hello", protocol=PROTOCOL, mode=mode))
         assert self.receive()["type"] == "welcome"
         return self
 

@@ -174,7 +174,7 @@ def read_wav(path: Path) -> tuple[AudioFormat, bytes]:
 
 def pack_welcome(**changes: Any) -> bytes:
     """Return the welcome of a server of sound."""
-    fields = {"protocol": 1, "mode": "audio", "rate": 48_000, "channels": 1, "stream": "s"}
+    fields = {"protocol": 2, "mode": "audio", "rate": 48_000, "channels": 1, "stream": "s"}
     return message("welcome", **{**fields, **changes})
 
 

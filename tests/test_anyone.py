@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
-import socket
-import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,11 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import common
 import server
-from common import Connection, SocketPairError, make_tls_context, normalize_code
-from pairing import CODE, JUNK, OTHER_CODE, check_paired, send_here, visible_files
-from support import HOST, RawClient, Server, wait_for
+from pairing import CODE, JUNK, send_here, visible_files
+from support import HOST, RawClient, Server
 
 
 def run_tool(*command: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
@@ -45,17 +41,17 @@ def either(request: pytest.FixtureRequest, inbox: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def still_well(
-    either: Server, tls: ssl.SSLContext, tmp_path: Path, request: pytest.FixtureRequest
+    either: Server, code: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[None]:
     """Check that afterwards a real client is served at once, and that nothing is left behind."""
-    code = tls if "paired" in request.node.name else None
+    its_code = code if "paired" in request.node.name else None
 
     held = either.held()
 
     def check() -> None:
         probe = tmp_path / f"probe {random.getrandbits(64):x}"
         probe.write_bytes(b"x" * 1000)
-        assert send_here(either.port, probe, code) == 0
+        assert send_here(either.port, probe, its_code) == 0
         (either.folder / probe.name).unlink()
         either.wait_until_idle(held)
 
@@ -68,11 +64,11 @@ def still_well(
 
 
 @pytest.mark.usefixtures("still_well")
-def test_openssl_s_client(either: Server, request: pytest.FixtureRequest) -> None:
-    for arguments in ([], ["-tls1_2"], ["-alpn", "socket-pair"]):
-        run_tool("openssl", "s_client", "-connect", f"{HOST}:{either.port}", *arguments)
-    logged = "speaks TLS as a browser" if "paired" in request.node.name else "asked for TLS"
-    either.wait_for_output(logged)
+def test_openssl_s_client_gets_no_certificate(either: Server) -> None:
+    for arguments in ([], ["-tls1_2"], ["-alpn", "h2"]):
+        shown = run_tool("openssl", "s_client", "-connect", f"{HOST}:{either.port}", *arguments)
+        assert "BEGIN CERTIFICATE" not in shown.stdout
+    either.wait_for_output("not a Socket Pair client: it speaks TLS, as a browser does")
 
 
 @pytest.mark.usefixtures("still_well")
@@ -122,9 +118,9 @@ def test_silence_and_a_byte_a_second_take_ten_seconds(either: Server) -> None:
 
 @pytest.mark.usefixtures("still_well")
 def test_a_thousand_silent_connections_keep_nobody_out(
-    either: Server, tls: ssl.SSLContext, tmp_path: Path, request: pytest.FixtureRequest
+    either: Server, code: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    code = tls if "paired" in request.node.name else None
+    its_code = code if "paired" in request.node.name else None
     path = tmp_path / "in the crowd"
     path.write_bytes(b"x")
     with contextlib.ExitStack() as stack:
@@ -133,38 +129,7 @@ def test_a_thousand_silent_connections_keep_nobody_out(
             raw.send(b"\x16\x03" if number % 2 else b"")
         assert either.threads() < 2 * server.MAX_UNFINISHED
         started = time.monotonic()
-        assert send_here(either.port, path, code) == 0
+        assert send_here(either.port, path, its_code) == 0
         assert time.monotonic() - started < 3
         either.wait_for_output("dropped: too many have not finished their handshake")
     (either.folder / path.name).unlink()
-
-
-def test_a_certificate_of_another_code_is_refused_by_the_server_itself(
-    paired: Server, tls: ssl.SSLContext, tmp_path: Path
-) -> None:
-    # One that does not check the server's certificate, as a real client does first.
-    other = make_tls_context(normalize_code(OTHER_CODE), server_side=False)
-    other.verify_mode = ssl.CERT_NONE
-    with Connection(socket.create_connection((HOST, paired.port)), "server") as connection:
-        connection.start_tls(other, server_side=False)
-        with pytest.raises(SocketPairError):
-            connection.send(common.Hello(common.PROTOCOL, "file"))
-            connection.receive(common.Welcome)
-    paired.wait_for_output("turned away: wrong pairing code")
-    check_paired(paired, tls, tmp_path)
-
-
-def test_many_wrong_codes_are_slowed_down_and_a_right_one_served_after_a_wait(
-    paired: Server, tls: ssl.SSLContext, source: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    wrong = make_tls_context(normalize_code(OTHER_CODE), server_side=False)
-    for _ in range(server.FREE_TRIES):
-        assert send_here(paired.port, source, wrong) == 1
-    assert send_here(paired.port, source, tls) == 0  # who mistypes at times is not locked out
-    for _ in range(server.FREE_TRIES + 1):
-        assert send_here(paired.port, source, wrong) == 1
-    capfd.readouterr()
-    assert send_here(paired.port, source, tls) == 1
-    assert "too many wrong pairing codes" in capfd.readouterr().err
-    paired.wait_for_output("turned away: too many wrong pairing codes came from its address")
-    wait_for(lambda: send_here(paired.port, source, tls) == 0, 20)

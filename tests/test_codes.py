@@ -1,30 +1,35 @@
-"""A pairing code, however it is typed, makes the same key on both sides, and leaves it nowhere."""
+"""A pairing code, however it is typed, lets in who has it, and is left nowhere."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import hashlib
-import os
 import re
 import ssl
-from dataclasses import dataclass
+import sys
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import given
+from hypothesis import strategies as st
 
 import common
 import server
-from common import NotPaired, make_tls_context, normalize_code
-from pairing import CODE, OTHER_CODE
-
-CERTIFICATE_SHA256 = "b3370082128140fa8a75b4cbc5cbe5d5b9b724d3f95cf1f2e2704a6864e67daa"
+from common import NotPaired, Pairing, ProtocolError, normalize_code
+from pairing import CODE, OTHER_CODE, pair_contexts, shake_hands_in_memory
 
 
-def test_new_codes_have_sixty_bits_and_nothing_that_looks_alike() -> None:
+def test_new_codes_have_forty_bits_and_nothing_that_looks_alike() -> None:
     codes = {server.make_code() for _ in range(1000)}
     assert len(codes) == 1000
     for code in codes:
-        assert re.fullmatch(r"([A-HJ-NP-Z2-9]{4}-){2}[A-HJ-NP-Z2-9]{4}", code)
+        assert re.fullmatch(r"[A-HJ-NP-Z2-9]{4}-[A-HJ-NP-Z2-9]{4}", code)
+        normalize_code(code)
     assert len(set(server.CODE_ALPHABET)) == 32
 
 
@@ -42,73 +47,131 @@ def test_a_code_is_the_same_however_it_is_typed(typed: str) -> None:
     assert normalize_code(typed) == "KQ7M2XFD9WPA"
 
 
-@pytest.mark.parametrize(
-    "typed", ["", "KQ7M-2XFD-9WP", "- - - - - - - - -", "a b c d e f g h i j k"]
-)
-def test_what_counts_of_a_code_has_twelve_characters(typed: str) -> None:
-    with pytest.raises(ValueError, match="at least 12"):
+@pytest.mark.parametrize("typed", ["", "KQ7M-2XF", "- - - - - - - - -", "a b c d e f g"])
+def test_what_counts_of_a_code_has_eight_characters(typed: str) -> None:
+    with pytest.raises(ValueError, match="at least 8"):
         normalize_code(typed)
 
 
-def shake_hands_in_memory(near: ssl.SSLContext, far: ssl.SSLContext) -> None:
-    """Let a client's and a server's context meet; raises what the client raises, or the server."""
-    sides = [common.TLS(near, False), common.TLS(far, True)]
-    done = [False, False]
-    for _ in range(4):
-        for index, side in enumerate(sides):
-            done[index] = done[index] or side.shake_hands()
-            sides[1 - index].feed(side.output())
-    assert done == [True, True]
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("aaaaaaaa", "one character"),
+        ("0000-0000-0000", "one character"),
+        ("ababababab", "repeats itself"),
+        ("abcdefgh", "sequence"),
+        ("9876-5432", "sequence"),
+        ("qwertyuiop", "sequence"),
+        ("1q2w3e4r", "sequence"),
+        ("CHOOSE-ONE-OF-YOUR-OWN", "placeholder"),
+        ("YOUR-CODE", "placeholder"),
+        ("PAIRING-CODE", "placeholder"),
+        ("your_code_here", "placeholder"),
+        ("<your-own-code>", "placeholder"),
+        ("change-me", "placeholder"),
+        ("passw0rd", "placeholder"),
+        ("password123", "placeholder"),
+        ("socketpair", "placeholder"),
+        ("elephant", "one word"),
+        ("butterfly", "one word"),
+        ("\N{LATIN CAPITAL LETTER U WITH DIAERESIS}bermorgen", "one word"),
+    ],
+)
+def test_a_code_that_is_guessed_first_is_refused_with_the_reason(code: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"soon guessed: .*{reason}"):
+        normalize_code(code)
 
 
-def test_the_same_code_makes_the_same_key_on_both_sides(tls: ssl.SSLContext) -> None:
-    shake_hands_in_memory(tls, make_tls_context(normalize_code(CODE), server_side=True))
-    for_another = make_tls_context(normalize_code(OTHER_CODE), server_side=True)
+@pytest.mark.parametrize(
+    "code", ["KQ7M-2XFD", "KQ7M-2XFD-9WPA", "correct horse", "xkqvbtrw", "elephant7", "83920174"]
+)
+def test_a_code_that_is_not_is_taken(code: str) -> None:
+    normalize_code(code)
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_a_code_or_refused(text: str) -> None:
+    with contextlib.suppress(ValueError):
+        assert len(normalize_code(text)) >= common.CODE_LENGTH
+
+
+def test_the_same_code_lets_both_sides_in_and_another_does_not() -> None:
+    shake_hands_in_memory(*pair_contexts(CODE, CODE))
     with pytest.raises(NotPaired) as caught:
-        shake_hands_in_memory(tls, for_another)
+        shake_hands_in_memory(*pair_contexts(CODE, OTHER_CODE))
     assert caught.value.wrong_code
 
 
-@dataclass
-class Loaded:
-    """What a TLS context was given, and how it lay on the disk."""
+def test_the_same_code_makes_another_certificate_for_each_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+    make = common.make_certificate
 
-    content: bytes
-    folder_mode: int
-    neighbours: int
+    def spy(seed: bytes) -> bytes:
+        made.append(make(seed))
+        return made[-1]
+
+    monkeypatch.setattr(common, "make_certificate", spy)
+    for _ in range(3):
+        pair_contexts(CODE, CODE)
+    assert len(made) == 6
+    assert len(set(made)) == 3
 
 
-@pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Loaded]:
-    """Return the list of what TLS contexts are given from now on."""
+@pytest.mark.parametrize("share", [b"", b"B" + bytes(32), b"A" + bytes(32), b"B" + b"\xff" * 32])
+def test_what_is_no_share_is_a_protocol_error(share: bytes) -> None:
+    with pytest.raises(ProtocolError, match="bad share"):
+        Pairing(CODE, server_side=False).finish(share)
+
+
+def test_a_share_sent_back_is_a_protocol_error() -> None:
+    pairing = Pairing(CODE, server_side=False)
+    with pytest.raises(ProtocolError, match="bad share"):
+        pairing.finish(b"B" + pairing.share[1:])
+
+
+def test_the_certificate_is_what_the_library_makes() -> None:
+    for seed in (bytes(32), hashlib.sha256(b"another").digest()):
+        key = Ed25519PrivateKey.from_private_bytes(seed)
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Socket Pair")])
+        built = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(key.public_key())
+            .serial_number(1)
+            .not_valid_before(datetime.datetime(1970, 1, 1))
+            .not_valid_after(datetime.datetime(9999, 12, 31))
+            .sign(key, None)
+        )
+        assert common.make_certificate(seed) == built.public_bytes(Encoding.DER)
+
+
+def test_an_older_library_makes_the_same_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key()
+    old = Mock(spec=["public_bytes"], public_bytes=key.public_bytes)
+    assert common.raw_bytes(old) == key.public_bytes_raw()
+
+
+@pytest.mark.parametrize("has_memory_files", [True, False])
+def test_no_key_stays_on_the_disk(
+    has_memory_files: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    seen: list[Loaded] = []
+    if not has_memory_files:
+        monkeypatch.setattr(sys, "platform", "darwin")
+    modes = []
     load = ssl.SSLContext.load_cert_chain
 
-    def spy(context: ssl.SSLContext, path: str, *args: Any, **options: Any) -> None:
-        file = Path(path)
-        mode = file.parent.stat().st_mode
-        seen.append(Loaded(file.read_bytes(), mode, len(list(tmp_path.iterdir()))))
-        load(context, path, *args, **options)
+    def spy(context: ssl.SSLContext, path: str) -> None:
+        modes.append(Path(path).parent.stat().st_mode)
+        assert len(list(tmp_path.iterdir())) == (0 if path.startswith("/proc/") else 1)
+        load(context, path)
 
     monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", spy)
-    return seen
-
-
-def test_the_certificate_never_changes(loaded: list[Loaded]) -> None:
-    # Two versions of this program, or of the library, must derive the same from a code.
-    make_tls_context(normalize_code(CODE), server_side=True)
-    begin = loaded[0].content.index(b"-----BEGIN CERTIFICATE-----")
-    certificate = ssl.PEM_cert_to_DER_cert(loaded[0].content[begin:].decode())
-    assert hashlib.sha256(certificate).hexdigest() == CERTIFICATE_SHA256
-
-
-def test_the_key_is_never_on_the_disk_unencrypted(loaded: list[Loaded], tmp_path: Path) -> None:
-    make_tls_context(normalize_code(CODE), server_side=True)
-    (seen,) = loaded
-    assert seen.content.startswith(b"-----BEGIN ENCRYPTED PRIVATE KEY-----")
-    assert b"BEGIN PRIVATE KEY" not in seen.content
-    assert seen.neighbours == 1
-    if os.name == "posix":
-        assert seen.folder_mode & 0o077 == 0
+    near, far = (common.make_tls_context(bytes(32), server_side=side) for side in (False, True))
+    shake_hands_in_memory(near, far)
+    assert len(modes) == 2
+    assert all(mode & 0o077 == 0 for mode in modes) or has_memory_files
     assert list(tmp_path.iterdir()) == []

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from common import Connection, SocketPairError, make_tls_context, normalize_code
+import common
+from common import Connection, Error, Hello, Pair, Pairing, SocketPairError, normalize_code
 from pairing import JUNK, OTHER_CODE, send_here
-from support import HOST, FakeServer, RawPeer
+from support import HOST, FakeServer, RawPeer, message
 
 
 @pytest.mark.usefixtures("hasty")
@@ -32,29 +33,67 @@ from support import HOST, FakeServer, RawPeer
 def test_a_server_of_something_else_is_told_in_one_line(
     answer: bytes,
     with_code: bool,
-    tls: ssl.SSLContext,
+    code: str,
     source: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     with FakeServer(answer) as fake:
-        assert send_here(fake.port, source, tls if with_code else None) == 1
+        assert send_here(fake.port, source, code if with_code else None) == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert f"{HOST}:{fake.port}" in line
 
 
 def test_a_client_with_a_code_tells_a_server_without_it_nothing(
-    tls: ssl.SSLContext, source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    code: str, source: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    other = make_tls_context(normalize_code(OTHER_CODE), server_side=True)
-    other.verify_mode = ssl.CERT_NONE  # it would take anyone
     heard: list[bytes] = []
 
     def serve(peer: RawPeer) -> None:
         with contextlib.suppress(SocketPairError), Connection(peer.socket, "client") as connection:
-            connection.start_tls(other, server_side=True)
+            connection.receive(Hello)
+            pairing = Pairing(normalize_code(OTHER_CODE), server_side=True)
+            context = pairing.finish(connection.receive(Pair).share)
+            context.verify_mode = ssl.CERT_NONE  # it would take anyone
+            connection.send(Pair(pairing.share))
+            connection.start_tls(context, server_side=True)
             heard.append(connection.read(1))
 
     with FakeServer(serve) as fake:
-        assert send_here(fake.port, source, tls) == 1
+        assert send_here(fake.port, source, code) == 1
     assert heard == []
     assert capfd.readouterr().err == f"{HOST}:{fake.port} has another pairing code\n"
+
+
+@pytest.mark.parametrize("kind", ["no code", "code wanted", "wait", "", "more"])
+def test_no_answer_makes_a_client_with_a_code_advise_to_do_without(
+    kind: str, code: str, source: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    heard: list[bytes] = []
+
+    def serve(peer: RawPeer) -> None:
+        peer.receive()
+        peer.receive()
+        peer.send(common.encode_message(Error("no", kind)))
+        heard.append(peer.read_all())
+
+    with FakeServer(serve) as fake:
+        assert send_here(fake.port, source, code) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "--open" not in line
+    assert "--code" not in line
+    assert heard == [b""]
+
+
+def test_a_server_of_protocol_1_is_told_to_be_old(
+    code: str, source: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    paired = {"error": "this server wants its pairing code: ...", "code_wanted": True}
+    with FakeServer(message("error", **paired)) as fake:
+        assert send_here(fake.port, source, code) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == f"{HOST}:{fake.port} is of an older version of Socket Pair: update it"
+    old = {"error": "this server speaks protocol 1, not 2: update one"}
+    with FakeServer(message("error", **old)) as fake:
+        assert send_here(fake.port, source, code) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith('says: "this server speaks protocol 1, not 2: update one"')

@@ -11,7 +11,7 @@ import server
 from pairing import CODE, CONTENT, NAME, OTHER_CODE, visible_files
 from support import HOST, Process, Server, free_port
 
-WITHOUT_CRYPTOGRAPHY = "raise ImportError('not installed')"
+NOT_INSTALLED = "raise ImportError('not installed')"
 
 
 def test_a_file_crosses_with_the_right_code_however_it_is_typed(
@@ -47,7 +47,7 @@ def test_without_a_code_or_a_terminal_the_client_says_what_is_wanted(
     assert result.error_lines == [
         "this server wants its pairing code: give it with --code CODE or SOCKET_PAIR_CODE"
     ]
-    paired.wait_for_output(r"127\.0\.0\.1:\d+: turned away: no pairing code\n")
+    paired.wait_for_output(r"127\.0\.0\.1:\d+: was asked for the pairing code\n")
 
 
 def test_a_code_is_told_to_be_unwanted_where_the_server_is_open(
@@ -56,16 +56,23 @@ def test_a_code_is_told_to_be_unwanted_where_the_server_is_open(
     result = server.send(source, "--code", CODE)
     assert result.status == 1
     (line,) = result.error_lines
-    assert line.startswith(f"127.0.0.1:{server.port} takes no pairing code: leave out --code")
-    server.wait_for_output(r"turned away: it asked for TLS, and this server has no pairing code\n")
+    assert line.startswith(f"127.0.0.1:{server.port} says that it has no pairing code")
+    server.wait_for_output(r"turned away: this server has no pairing code\n")
     assert server.send(source).status == 0
+
+
+def test_asking_for_the_code_is_no_incident(paired: Server, source: Path) -> None:
+    assert paired.send(source).status == 1
+    paired.wait_for_output("was asked for the pairing code")
+    assert "pairing code" in paired.stdout()
+    assert paired.stderr() == ""
 
 
 def test_on_a_terminal_the_client_asks_for_the_code(paired: Server, source: Path) -> None:
     with paired.client(source, terminal=True) as client:
         client.expect("Pairing code: ")
-        client.type("too short\n")
-        client.expect("a pairing code has at least 12 letters and digits")
+        client.type("short\n")
+        client.expect("a pairing code has at least 8 letters and digits")
         client.expect("Pairing code: ")
         client.type("kq7m 2xfd 9wpb\n")
         client.expect("has another pairing code\r\nPairing code: ")
@@ -78,7 +85,8 @@ def test_on_a_terminal_the_client_asks_for_the_code(paired: Server, source: Path
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--code", "KQ7M-2XFD-9WP"), "at least 12 letters and digits"),
+        (("--code", "KQ7M-2XF"), "at least 8 letters and digits"),
+        (("--code", "CHOOSE-ONE-OF-YOUR-OWN"), "soon guessed: it is a placeholder"),
         (("--code", CODE, "--open"), "not allowed with argument"),
     ],
 )
@@ -92,23 +100,29 @@ def test_wrong_arguments_end_with_status_2(
 
 
 @pytest.mark.parametrize("script", ["server.py", "client.py"])
-def test_without_the_package_there_is_one_line(script: str, tmp_path: Path, source: Path) -> None:
-    (tmp_path / "cryptography.py").write_text(WITHOUT_CRYPTOGRAPHY)
-    arguments = ["file", "--port", str(free_port()), "--code", CODE]
+@pytest.mark.parametrize("package", ["cryptography", "spake2"])
+def test_without_a_package_there_is_one_line(
+    script: str, package: str, paired: Server, tmp_path: Path, source: Path
+) -> None:
+    (tmp_path / f"{package}.py").write_text(NOT_INSTALLED)
+    arguments = ["file", "--code", CODE, "--port"]
     if script == "client.py":
-        arguments.append(str(source))
+        arguments += [str(paired.port), str(source)]
+    else:
+        arguments += [str(free_port())]
     with Process(script, *arguments, env={"PYTHONPATH": str(tmp_path)}) as process:
         result = process.wait()
     assert result.status == 1
     (line,) = result.error_lines
-    assert line.startswith("pairing codes need the package cryptography: ")
-    assert line.endswith("pip install cryptography")
+    assert line.startswith("pairing codes need the packages spake2 and cryptography (")
+    assert line.endswith("pip install spake2 cryptography")
 
 
-def test_without_a_code_the_package_is_not_loaded(
+def test_without_a_code_the_packages_are_not_loaded(
     tmp_path: Path, inbox: Path, source: Path
 ) -> None:
-    (tmp_path / "cryptography.py").write_text(WITHOUT_CRYPTOGRAPHY)
+    for package in ("cryptography", "spake2"):
+        (tmp_path / f"{package}.py").write_text(NOT_INSTALLED)
     env = {"PYTHONPATH": str(tmp_path)}
     with Server(inbox, env=env) as running:
         assert running.send(source, env=env).status == 0
@@ -122,10 +136,11 @@ def test_beyond_this_machine_the_server_makes_a_code_and_says_what_to_type(
             r"Pairing code: (\S+)\nOn the other machine:\n    python (client\.py file .*)\n"
         )
         command = shown[2].replace(server.THIS_MACHINE, HOST).split()
-        assert command[command.index("--code") + 1] == shown[1]
+        assert "--code" not in command
+        assert shown[1] not in shown[2]  # where ps and the shell's history would show it
         assert command[command.index("--port") + 1] == str(running.port)
         assert command[command.index("--host") + 1] != "0.0.0.0"
-        with Process(*command, source) as typed:
+        with Process(*command, "--code", shown[1], source) as typed:
             assert typed.wait().status == 0
         assert (inbox / NAME).read_bytes() == CONTENT
 

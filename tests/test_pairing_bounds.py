@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import random
 import socket
-import ssl
 import threading
 
 import pytest
 
 import common
 import server
-from common import Connection, make_tls_context, normalize_code
-from pairing import CODE
-from server import Lobby, Patience
+from common import Connection
+from pairing import CODE, pair_contexts
+from server import Lobby, RateLimiter
 from support import HOST
 
 
@@ -44,36 +43,56 @@ def test_the_crowdiest_address_gives_way_in_the_lobby() -> None:
     assert not lobby.leave(flood[0])  # type: ignore[arg-type]
 
 
-def test_patience_runs_out_and_comes_back() -> None:
+def test_guesses_from_an_address_are_slowed_down_and_a_right_one_forgives_them() -> None:
     now_s = 0.0
-    patience = Patience(lambda: now_s)
+    limiter = RateLimiter(lambda: now_s)
     waits = []
-    for _ in range(server.FREE_TRIES + 9):
-        patience.note_wrong_code("192.0.2.1")
-        started_s = now_s
-        while patience.refuses("192.0.2.1"):
-            now_s += 0.5
-        waits.append(now_s - started_s)
-    assert waits == [0.0] * server.FREE_TRIES + [1, 2, 4, 8, 16, 32, 60, 60, 60]
-    assert not patience.refuses("192.0.2.2")
-    patience.note_wrong_code("192.0.2.1")
-    patience.note_right_code("192.0.2.1")
-    assert not patience.refuses("192.0.2.1")
+    for _ in range(server.FREE_GUESSES + 6):
+        wait_s = limiter.reserve("192.0.2.1")
+        assert wait_s is not None
+        waits.append(wait_s)
+        now_s += wait_s
+    assert waits == [0.0] * server.FREE_GUESSES + [1, 2, 4, 5, 5, 5]
+    assert limiter.reserve("192.0.2.2") == 0
+    limiter.forgive("192.0.2.1")
+    assert limiter.reserve("192.0.2.1") == 0
 
 
-def test_patience_knows_one_with_many_ipv6_addresses_and_forgets_the_oldest() -> None:
-    patience = Patience(lambda: 0.0)
-    for number in range(server.FREE_TRIES + 1):
-        patience.note_wrong_code(f"2001:db8::{number:x}%eth0")
-    assert patience.refuses("2001:db8::abcd")
-    assert not patience.refuses("2001:db8:0:1::1")
-    for number in range(server.MAX_KNOWN_HOSTS):
-        patience.note_wrong_code(f"10.0.{number // 256}.{number % 256}")
-    assert not patience.refuses("2001:db8::abcd")
+def test_guesses_at_once_are_as_slow_as_one_after_the_other() -> None:
+    limiter = RateLimiter(lambda: 0.0)
+    waits = [limiter.reserve("192.0.2.1") for _ in range(256)]
+    assert waits[: server.FREE_GUESSES + 2] == [0.0] * server.FREE_GUESSES + [1, 3]
+    assert set(waits[server.FREE_GUESSES + 2 :]) == {None}
 
 
-def test_both_ends_may_read_and_write_at_once(tls: ssl.SSLContext) -> None:
-    far_tls = make_tls_context(normalize_code(CODE), server_side=True)
+def test_the_limiter_remembers_a_bounded_number_and_forgets_the_oldest() -> None:
+    limiter = RateLimiter(lambda: 0.0)
+    for _ in range(server.FREE_GUESSES):
+        limiter.reserve("2001:db8::/64")
+    for number in range(server.MAX_KNOWN_CROWDS):
+        limiter.reserve(f"10.0.{number // 256}.{number % 256}")
+    assert limiter.reserve("2001:db8::/64") == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "own", "crowd"),
+    [
+        ("192.0.2.1", "192.0.2.9", "192.0.2.1"),
+        ("2001:db8::5", "2001:db8::9", "2001:db8::5"),  # a neighbour
+        ("2001:db8:0:1::5", "2001:db8::9", "2001:db8:0:1::/64"),  # may have all of these
+        ("fe80::5%eth0", "fe80::9%eth0", "fe80::5%eth0"),
+        ("::1", "::1", "::1"),
+        ("192.0.2.1", "::ffff:192.0.2.9", "192.0.2.1"),
+    ],
+)
+def test_only_elsewhere_one_is_taken_to_have_many_addresses(
+    host: str, own: str, crowd: str
+) -> None:
+    assert server.crowd_of(host, own) == crowd
+
+
+def test_both_ends_may_read_and_write_at_once() -> None:
+    near_tls, far_tls = pair_contexts(CODE, CODE)
     with socket.create_server((HOST, 0)) as listener:
         near_socket = socket.create_connection(listener.getsockname())
         far_socket, _ = listener.accept()
@@ -95,7 +114,7 @@ def test_both_ends_may_read_and_write_at_once(tls: ssl.SSLContext) -> None:
             target=far.start_tls, args=(far_tls,), kwargs={"server_side": True}
         )
         shaking.start()
-        near.start_tls(tls, server_side=False)
+        near.start_tls(near_tls, server_side=False)
         shaking.join(60)
         threads = [
             threading.Thread(target=read, args=("near", near)),
@@ -111,8 +130,8 @@ def test_both_ends_may_read_and_write_at_once(tls: ssl.SSLContext) -> None:
     assert received == {"near": expected, "far": expected}
 
 
-def test_a_connection_cut_off_by_the_network_is_not_a_clean_end(tls: ssl.SSLContext) -> None:
-    far_tls = make_tls_context(normalize_code(CODE), server_side=True)
+def test_a_connection_cut_off_by_the_network_is_not_a_clean_end() -> None:
+    near_tls, far_tls = pair_contexts(CODE, CODE)
     for cut in (True, False):
         with socket.create_server((HOST, 0)) as listener:
             near_socket = socket.create_connection(listener.getsockname())
@@ -122,7 +141,7 @@ def test_a_connection_cut_off_by_the_network_is_not_a_clean_end(tls: ssl.SSLCont
                 target=far.start_tls, args=(far_tls,), kwargs={"server_side": True}
             )
             shaking.start()
-            near.start_tls(tls, server_side=False)
+            near.start_tls(near_tls, server_side=False)
             shaking.join(60)
             near.send(common.Hashing())
             if cut:

@@ -215,7 +215,7 @@ def test_a_server_that_hangs_up_and_takes_nothing_more_is_left_at_once(
 
     def hang_up(peer: RawPeer) -> None:
         peer.receive()
-        peer.send(message("welcome", protocol=1, mode="file"))
+        peer.send(message("welcome", protocol=2, mode="file"))
         peer.receive()
         peer.send(message("start", entries=[{"offset": 0}]))
         peer.read(1000)

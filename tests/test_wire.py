@@ -25,6 +25,7 @@ from common import (
     Message,
     Offer,
     Outcome,
+    Pair,
     PeerRefused,
     Prefixes,
     ProtocolError,
@@ -71,7 +72,8 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
     Hello: st.builds(Hello, st.integers(), TEXTS),
     Welcome: st.builds(Welcome, st.integers(), st.just("file"), st.none())
     | st.builds(Welcome, st.integers(), st.just("audio"), SOUNDS),
-    Error: st.builds(Error, TEXTS, st.booleans()),
+    Pair: st.builds(Pair, st.binary(min_size=common.SHARE_BYTES, max_size=common.SHARE_BYTES)),
+    Error: st.builds(Error, TEXTS, st.sampled_from(["", *common.REFUSAL_KINDS])),
     Offer: st.builds(Offer, st.lists(FILES | FOLDERS, max_size=10)),
     Held: st.builds(
         Held,
@@ -86,7 +88,7 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
     Results: st.builds(Results, st.lists(st.tuples(INDEXES, OUTCOMES), max_size=10)),
 }
 KINDS = list(MESSAGES)
-MESSAGE_FIELDS = ["protocol", "mode", "error", "code_wanted", "rate", "channels", "stream"]
+MESSAGE_FIELDS = ["protocol", "mode", "error", "kind", "share", "rate", "channels", "stream"]
 ITEM_FIELDS = ["path", "size", "mtime_ns", "executable", "folder", "offset", "saved", "failed"]
 ITEMS = st.fixed_dictionaries({}, optional=dict.fromkeys(ITEM_FIELDS, JSON_VALUES)) | st.tuples(
     st.integers() | JSON_VALUES, JSON_VALUES | st.lists(st.integers())
@@ -236,7 +238,9 @@ def test_an_error_is_raised_with_its_control_codes_spelled_out() -> None:
     refusal = Error("go \x1b]0;away\x07").to_exception()
     assert type(refusal) is PeerRefused
     assert str(refusal) == r"go \x1b]0;away\x07"
-    assert type(Error("no code", code_wanted=True).to_exception()) is CodeWanted
+    assert type(Error("no code", common.CODE_WANTED).to_exception()) is CodeWanted
+    assert Error.decode({"error": "no", "kind": "of another kind"}) == Error("no")
+    assert Error.decode({"error": "no", "kind": []}) == Error("no")
 
 
 @given(audio=FORMATS, first=SIZES, captured=SIZES, frames=st.integers(0, 20))

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import selectors
 import shutil
 import socket
-import ssl
 import struct
 import subprocess
 import sys
@@ -112,7 +110,16 @@ class PairedListener(OurListener):
 
     def _send_hello(self, sock: socket.socket, hello: bytes) -> None:
         self._plain = memoryview(bytearray(RECEIVE_BYTES))
-        self._tls = common.TLS(client_tls(), False)
+        pairing = common.Pairing(common.normalize_code(CODE), server_side=False)
+        for message in (
+            common.Hello(common.PROTOCOL, common.PAIRING),
+            common.Pair(pairing.share),
+        ):
+            sock.sendall(common.encode_message(message))
+        (size,) = common.LENGTH.unpack(sock.recv(common.LENGTH.size, socket.MSG_WAITALL))
+        answer = common.decode_message(sock.recv(size, socket.MSG_WAITALL), [common.Pair])
+        assert isinstance(answer, common.Pair)
+        self._tls = common.TLS(pairing.finish(answer.share), False)
         while not self._tls.shake_hands():
             sock.sendall(self._tls.output())
             self._tls.feed(sock.recv(RECEIVE_BYTES))
@@ -123,12 +130,6 @@ class PairedListener(OurListener):
         self._tls.feed(data)
         while count := self._tls.decrypt_into(self._plain):
             super().feed(bytes(self._plain[:count]))
-
-
-@functools.cache
-def client_tls() -> ssl.SSLContext:
-    """Return what all paired listeners encrypt with."""
-    return common.make_tls_context(common.normalize_code(CODE), server_side=False)
 
 
 class SnapListener:

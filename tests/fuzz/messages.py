@@ -41,6 +41,7 @@ from common import Connection, SocketPairError
 Target = Callable[[bytes], None]
 
 CODE = "KQ7M2XFD9WPA"
+SEED = hashlib.sha256(b"a session key").digest()
 CONTENT = b"a few bytes of content\n" * 20
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 
@@ -121,6 +122,8 @@ def all_targets() -> Iterator[dict[str, Target]]:
             "handshake": fuzz_handshake,
             "files": FileServer(place / "server"),
             "client": FileClient(place / "client"),
+            "pairing-server": fuzz_pairing_server,
+            "pairing-client": fuzz_pairing_client,
             "tls-server": TLSSide(server_side=True),
             "tls-client": TLSSide(server_side=False),
         }
@@ -217,11 +220,32 @@ class FileClient:
             assert Path(path).read_bytes() == CONTENT
 
 
+def fuzz_pairing_server(data: bytes) -> None:
+    """Take a client of a server with a code; nobody without it may get past the handshake."""
+    gate = server.Gate(CODE)
+    try:
+        gate.let_in(connection_from(data), "127.0.0.1")
+    except SocketPairError as error:
+        check_printable(str(error))
+    else:
+        raise AssertionError("let in without the code")
+
+
+def fuzz_pairing_client(data: bytes) -> None:
+    """Shake hands with a server, with a code; it has to prove that it has that, too."""
+    try:
+        client.shake_hands(connection_from(data), CODE, "file")
+    except SocketPairError as error:
+        check_printable(str(error))
+    else:
+        raise AssertionError("took a server for one with the code")
+
+
 class TLSSide:
-    """One side of TLS with a pairing code; nobody without it may get past the handshake."""
+    """One side of TLS after SPAKE2; nobody without the code may get past the handshake."""
 
     def __init__(self, server_side: bool) -> None:
-        self._context = common.make_tls_context(CODE, server_side=server_side)
+        self._context = common.make_tls_context(SEED, server_side=server_side)
         self._server_side = server_side
 
     def __call__(self, data: bytes) -> None:
@@ -250,8 +274,11 @@ def segments(content: bytes) -> bytes:
     return frame(content) + frame(b"") + hashlib.sha256(content).digest()
 
 
-HELLO = {"type": "hello", "protocol": 1, "mode": "file"}
-WELCOME = {"type": "welcome", "protocol": 1, "mode": "file"}
+HELLO = {"type": "hello", "protocol": 2, "mode": "file"}
+WELCOME = {"type": "welcome", "protocol": 2, "mode": "file"}
+PAIRING = {"type": "hello", "protocol": 2, "mode": "pairing"}
+# Of both sides, with another code.
+SHARES = [common.Pairing("another code", server_side=side).share.hex() for side in (False, True)]
 SHA = hashlib.sha256(CONTENT).hexdigest()
 SIZE = len(CONTENT)
 
@@ -302,8 +329,20 @@ CONVERSATIONS: dict[str, list[Conversation]] = {
             {"type": "start", "entries": [{"offset": 100}, {"already": "b.txt"}]},
             {"type": "results", "entries": [[0, {"failed": "no space left on device"}]]},
         ],
-        [{"type": "error", "error": "this server is busy", "code_wanted": False}],
+        [{"type": "error", "error": "this server is busy", "kind": ""}],
         [WELCOME, {"type": "error", "error": "not now"}],
+    ],
+    "pairing-server": [
+        [PAIRING, {"type": "pair", "share": SHARES[0]}, b"\x16\x03\x01\x02\x00" + bytes(512)],
+        [PAIRING, {"type": "pair", "share": "41" + 32 * "00"}, HELLO],
+        [HELLO],
+        [b"\x16\x03\x01\x02\x00" + bytes(512)],
+    ],
+    "pairing-client": [
+        [{"type": "pair", "share": SHARES[1]}, b"\x16\x03\x03\x02\x00" + bytes(512)],
+        [{"type": "pair", "share": "42" + 32 * "00"}, WELCOME],
+        [{"type": "error", "error": "no \x1b[2J", "kind": "no code"}],
+        [WELCOME],
     ],
     "tls-server": [],
     "tls-client": [],
@@ -312,8 +351,8 @@ CONVERSATIONS: dict[str, list[Conversation]] = {
 
 def record_tls() -> None:
     """Add what both sides of a real TLS handshake say: replayed, it must not let anyone in."""
-    near = common.TLS(common.make_tls_context(CODE, server_side=False), False)
-    far = common.TLS(common.make_tls_context(CODE, server_side=True), True)
+    near = common.TLS(common.make_tls_context(SEED, server_side=False), False)
+    far = common.TLS(common.make_tls_context(SEED, server_side=True), True)
     said = {"tls-server": b"", "tls-client": b""}
     for _ in range(3):
         near.shake_hands()
@@ -351,7 +390,20 @@ NASTY: list[Any] = [
     *("x" * 300, "a/" * 3000, ".socketpair-part", "CON", "\u202egpj.exe", SHA, SHA.upper()),
     *([], [[]], [0], [[0, []]], [None] * 1001, {}, {"path": "a"}, {"offset": 0}),
     *({"offset": 10**9}, {"saved": 1}, {"type": "error"}),
-    *("hello", "offer", "start", "held", "results", "prefixes", "error", "file", "audio"),
+    *(
+        "hello",
+        "pair",
+        "pairing",
+        SHARES[0],
+        "offer",
+        "start",
+        "held",
+        "results",
+        "prefixes",
+        "error",
+        "file",
+        "audio",
+    ),
 ]
 
 
@@ -422,8 +474,8 @@ def make_input(name: str, dice: random.Random) -> bytes:
 
 def run_random(targets: dict[str, Target], count: int, seed: int) -> None:
     """Give each target its part of `count` damaged conversations."""
-    # TLS is slow, and its parsing is OpenSSL's: a twentieth each.
-    weights = {name: 1 if name.startswith("tls") else 6 for name in targets}
+    # TLS is slow, and its parsing is OpenSSL's: a twentieth each; so is SPAKE2.
+    weights = {name: 1 if name.startswith(("tls", "pairing")) else 6 for name in targets}
     for name, target in targets.items():
         share = count * weights[name] // sum(weights.values())
         dice = random.Random(f"{seed} {name}")

@@ -96,6 +96,7 @@ from common import (
     escape,
     format_bytes,
     format_duration,
+    format_tenths,
 )
 
 if TYPE_CHECKING:
@@ -2596,6 +2597,7 @@ def find_destinations(
 # --- sound: listening -----------------------------------------------------------------------
 
 FOREVER_S = 1e9
+NEGLIGIBLE_S = 0.05  # of --seconds
 RECONNECT_WAIT_S = 0.5
 # While a cable is out an attempt goes nowhere: let there soon be another.
 RECONNECT_TIMEOUT_S = 1.5
@@ -2650,6 +2652,7 @@ class Listening:
         self._timeline = Timeline()
         self._audio: AudioFormat | None = None
         self._latest_samples = b""
+        self._meter = LevelMeter()
         self._problem_told = False
 
     def run(self) -> None:
@@ -2657,7 +2660,7 @@ class Listening:
 
         Raises SocketPairError where that would not help.
         """
-        while self._deadline.remaining():
+        while True:
             try:
                 connection, welcome = self._connect()
                 with connection:
@@ -2665,6 +2668,8 @@ class Listening:
                 return
             except ConnectionLost as error:
                 self._wait_for_server(error)
+            if not self._deadline.remaining():
+                break
         if self._audio is None:
             raise SocketPairError("no server was found in the time given")
 
@@ -2681,6 +2686,7 @@ class Listening:
         if self._audio is None and isinstance(error.__cause__, socket.gaierror):
             raise SocketPairError(str(error)) from None
         self._latest_samples = b""
+        self._meter.hear(b"")
         if not self._problem_told:
             self._console.complain(f"{error} - looking for it until Ctrl+C")
             self._problem_told = True
@@ -2693,6 +2699,8 @@ class Listening:
         audio, stream, sync_ms = welcome.sound
         clock = ServerClock()
         self._timeline.begin(stream)
+        if self._audio is None:
+            self._deadline = Deadline(self._seconds)  # however long all that took
         self._open_outputs(audio)
         self._problem_told = False
         self._console.say(f"Listening to {connection.peer}, {audio.describe()} - Ctrl+C to stop")
@@ -2736,20 +2744,22 @@ class Listening:
         for output in self.outputs:
             output.write(samples, gap_frames)
         self._latest_samples = samples
+        self._meter.hear(samples)
 
     def show_status(self) -> None:
         """Keep the status line up to date; never returns."""
-        meter = LevelMeter()
         while True:
-            parts = [meter.show(self._latest_samples)]
+            parts = [self._meter.show()]
             parts += [output.status() for output in self.outputs]
             self._console.show_status("  ".join([*parts, format_duration(self.heard_s)]))
             time.sleep(common.STATUS_INTERVAL_S)
 
     def summarize(self) -> str:
         """Return what has been heard, in a line."""
-        parts = [output.summary() for output in self.outputs]
-        return ", ".join([f"heard {format_duration(self.heard_s)}", *filter(None, parts)])
+        heard = f"heard {format_tenths(self.heard_s)}"
+        if self._seconds != FOREVER_S and self._seconds - self.heard_s > NEGLIGIBLE_S:
+            heard += f" of {format_tenths(self._seconds)}"
+        return ", ".join([heard, *filter(None, (output.summary() for output in self.outputs))])
 
 
 def start_audio_client(  # noqa: PLR0913 - the command line's options

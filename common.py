@@ -46,6 +46,7 @@ import struct
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, overload
 
@@ -2882,9 +2883,12 @@ def _is_descriptor_2(stream: TextIO) -> bool:
 
 STATUS_INTERVAL_S = 0.1
 CTRL_C_ECHO = "^C"  # what a terminal shows of it
+METER_BLOCKS = 64  # of sound, which come in STATUS_INTERVAL_S
+METER_CLIP_SHOWS = 20
 METER_COLUMNS = 24
 METER_FLOOR_DB = -60.0
 METER_SINK_DB_PER_S = 12.0
+FULL_SCALE = 32767 / 32768
 
 
 def peak_level(samples: bytes) -> float:
@@ -2895,16 +2899,33 @@ def peak_level(samples: bytes) -> float:
 
 
 class LevelMeter:
-    """A bar that follows the loudness in decibels, and the peak of the last seconds."""
+    """A bar that follows the loudness in decibels, the peak of the last seconds, and clipping.
+
+    One thread calls `hear`, another `show`.
+    """
 
     def __init__(self) -> None:
+        self._heard: deque[bytes] = deque(maxlen=METER_BLOCKS)
+        self._latest = b""
         self._peak_db = METER_FLOOR_DB
+        self._clip_shows = 0
 
-    def show(self, samples: bytes) -> str:
-        """Return the bar for `samples`, or that there are none; every ``STATUS_INTERVAL_S``."""
-        if not samples:
+    def hear(self, samples: bytes) -> None:
+        """Take a block of sound, or an empty one where there is none now. Never blocks."""
+        self._heard.append(samples)
+
+    def show(self) -> str:
+        """Return the bar for what was heard since, or that there is none; every 0.1 s."""
+        if self._heard:
+            self._latest = b"".join(self._heard.popleft() for _ in range(len(self._heard)))
+        if not self._latest:
             return "waiting for sound"
-        level_db = max(METER_FLOOR_DB, 20 * math.log10(max(peak_level(samples), 1e-9)))
+        level = peak_level(self._latest)
+        self._clip_shows = METER_CLIP_SHOWS if level >= FULL_SCALE else self._clip_shows - 1
+        return self._bar(level) + (" CLIP" if self._clip_shows > 0 else "")
+
+    def _bar(self, level: float) -> str:
+        level_db = max(METER_FLOOR_DB, 20 * math.log10(max(level, 1e-9)))
         sunk_db = self._peak_db - METER_SINK_DB_PER_S * STATUS_INTERVAL_S
         self._peak_db = max(level_db, sunk_db, METER_FLOOR_DB)
         filled, peak = self._column(level_db), self._column(self._peak_db)
@@ -3015,6 +3036,12 @@ def format_duration(seconds: float) -> str:
     minutes, whole = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{whole:02}" if hours else f"{minutes}:{whole:02}"
+
+
+def format_tenths(seconds: float) -> str:
+    """Return a time span as `format_duration` does, with tenths of a second: ``2:03.4``."""
+    tenths = int(seconds * 10 + 0.5)
+    return f"{format_duration(tenths // 10)}.{tenths % 10}"
 
 
 def count(number: int, noun: str) -> str:

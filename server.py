@@ -108,7 +108,7 @@ from common import (
     describe_error,
     escape,
     format_bytes,
-    format_duration,
+    format_tenths,
 )
 
 if TYPE_CHECKING:
@@ -1659,7 +1659,7 @@ class Broadcaster:
 
     def __init__(self, captured: CaptureQueue) -> None:
         self.captured = captured
-        self.latest_samples = b""
+        self.meter = LevelMeter()
         self.missed_blocks = 0
         self.listener_count = 0
         self.served_count = 0
@@ -1709,7 +1709,7 @@ class Broadcaster:
             listener.end()
 
     def _send_round(self, block: AudioBlock, now_s: float) -> None:
-        self.latest_samples = block.samples
+        self.meter.hear(block.samples)
         self.sent_s += self.captured.audio.frames_of(block.samples) / self.captured.audio.rate
         frame = block.encode()
         for listener in self._listeners:
@@ -2543,10 +2543,9 @@ def make_audio_server(
 
 def show_until_ended(broadcaster: Broadcaster, console: Console) -> None:
     """Keep the status line up to date until the sound ends; blocks."""
-    meter = LevelMeter()
     while not broadcaster.join(common.STATUS_INTERVAL_S):
         listeners = count(broadcaster.listener_count, "listener")
-        console.show_status(f"{meter.show(broadcaster.latest_samples)}  {listeners}")
+        console.show_status(f"{broadcaster.meter.show()}  {listeners}")
 
 
 def finish_audio(server: Server, broadcaster: Broadcaster, console: Console) -> int:
@@ -2564,7 +2563,7 @@ def summarize(broadcaster: Broadcaster) -> str:
     """Return what has been broadcast, in a line."""
     listeners = count(broadcaster.served_count, "listener")
     missed = count(broadcaster.missed_blocks, "block")
-    return f"{format_duration(broadcaster.sent_s)} of sound to {listeners}, {missed} missed"
+    return f"{format_tenths(broadcaster.sent_s)} of sound to {listeners}, {missed} missed"
 
 
 def serve_until_stopped(server: Server) -> int:

@@ -1,0 +1,101 @@
+"""What both sides say about sound: the meter, the summary, and sound that is not to be had."""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+
+import common
+from common import LevelMeter
+from sound import MONO, Script, ends_with_one_line, make_tone, port_of, write_wav
+from sound_card import RATE
+
+QUIET = array("h", [100, -100] * 60).tobytes()
+LOUDEST = array("h", [32_767, -32_768] * 60).tobytes()
+
+
+def start_server(environment: dict[str, str], *arguments: str) -> Script:
+    script = Script("server.py", "--port", "0", *arguments, environment=environment)
+    script.wait_for("Ctrl+C to stop")
+    return script
+
+
+# --- the meter ------------------------------------------------------------------------------
+
+
+def test_the_meter_shows_clipping_for_a_while_wherever_it_was_in_the_sound() -> None:
+    meter = LevelMeter()
+    for samples in (QUIET, LOUDEST, QUIET):
+        meter.hear(samples)
+    assert "CLIP" in meter.show()
+    meter.hear(QUIET)
+    assert "CLIP" in meter.show()
+    for _ in range(common.METER_CLIP_SHOWS):
+        meter.hear(QUIET)
+        shown = meter.show()
+    assert "CLIP" not in shown
+    assert "dB" in shown
+
+
+def test_the_meter_says_where_there_is_no_sound() -> None:
+    meter = LevelMeter()
+    assert meter.show() == "waiting for sound"
+    meter.hear(QUIET)
+    assert "dB" in meter.show()
+    assert "dB" in meter.show()  # as where blocks are longer than the time between two looks
+    meter.hear(b"")
+    assert meter.show() == "waiting for sound"
+
+
+def test_clipping_shows_at_a_terminal(silent_machine: dict[str, str], tmp_path: Path) -> None:
+    write_wav(tmp_path / "loud.wav", LOUDEST * 400, MONO)
+    arguments = ("--port", "0", "--input", str(tmp_path / "loud.wav"))
+    with Script("server.py", *arguments, environment=silent_machine, terminal=True) as sender:
+        sender.wait_for("CLIP")
+
+
+# --- the summary ----------------------------------------------------------------------------
+
+
+def test_the_shortest_time_is_heard_and_told_in_tenths(
+    silent_machine: dict[str, str], tmp_path: Path
+) -> None:
+    write_wav(tmp_path / "tone.wav", make_tone(1), MONO)
+    with start_server(silent_machine, "--input", str(tmp_path / "tone.wav")) as sender:
+        recording = tmp_path / "heard.wav"
+        arguments = ("--port", port_of(sender), "--output", str(recording), "--seconds", "0.05")
+        with Script("client.py", *arguments, environment=silent_machine) as reader:
+            assert reader.end() == common.EXIT_OK
+            assert reader.lines[-1] == "heard 0:00.1"
+    assert recording.stat().st_size == 44 + 2 * RATE // 20
+
+
+def test_less_heard_than_asked_for_is_said(silent_machine: dict[str, str], tmp_path: Path) -> None:
+    arguments = ("--port", "0", "--input", "-")
+    sound = make_tone(1)
+    with Script("server.py", *arguments, environment=silent_machine, stdin=-1) as sender:
+        sender.wait_for("Ctrl+C to stop")
+        output = ("--output", str(tmp_path / "heard.wav"), "--seconds", "30")
+        listening = ("--port", port_of(sender), *output)
+        with Script("client.py", *listening, environment=silent_machine) as reader:
+            reader.wait_for("Listening")
+            assert sender.popen.stdin is not None
+            sender.popen.stdin.write(sound)
+            sender.popen.stdin.close()
+            assert reader.end() == common.EXIT_OK
+            assert reader.lines[-1] == "heard 0:01.0 of 0:30.0"
+
+
+def test_time_spans_are_told_in_tenths() -> None:
+    spans = [0, 0.04, 0.05, 59.94, 59.96, 3_661.25]
+    told = [common.format_tenths(span) for span in spans]
+    assert told == ["0:00.0", "0:00.0", "0:00.1", "0:59.9", "1:00.0", "1:01:01.2"]
+
+
+# --- refused --------------------------------------------------------------------------------
+
+
+def test_raw_sound_is_not_read_from_a_terminal(silent_machine: dict[str, str]) -> None:
+    arguments = ("--port", "0", "--input", "-")
+    with Script("server.py", *arguments, environment=silent_machine, terminal=True) as sender:
+        ends_with_one_line(sender, "--input -", "not for a terminal")

@@ -1447,7 +1447,7 @@ class ByteStream:
         Blocks and raises as `read` does, but not before what has come has been returned.
         """
         if self._read_error is not None:
-            raise self._read_error
+            raise self._take_read_error()
         buffered = self._received.take(len(view))
         have = len(buffered)
         view[:have] = buffered
@@ -1462,9 +1462,14 @@ class ByteStream:
                 self._read_error = self._read_error or self._ended(inside=True)
                 if have:
                     break
-                raise self._read_error
+                raise self._take_read_error()
             have += count
         return have
+
+    def _take_read_error(self) -> ConnectionLost:
+        """Return the error, once: kept here, its traceback would keep all that it passed."""
+        error, self._read_error = self._read_error, None
+        return error or self._ended(inside=True)
 
     def silent_s(self) -> float:
         """Return for how many seconds nothing has been received. For any thread."""

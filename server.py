@@ -6,10 +6,13 @@
 In the order of the file; to follow a run, begin at `main`, at its end:
 
 ====================  =============================================================
-names                 ``safe_parts``, ``Folders``: nothing outside the folder
-on disk               ``PartialFile``: hidden until complete, then moved into place
-one file              ``Incoming``: what is known of it, from the offer to its result
-file conversation     ``handle_file_client`` and ``Reception``: offers, resuming, results
+names                 ``split_path``; ``NameRules``: the nearest name that a system can hold
+folders               ``Folder``, kept open; ``Folders``: nothing outside the root
+partial files         ``PartialFile``: hidden until complete, then given its name; ``Leases``
+what clients share    ``Disk``: what is known of it; ``Space``, ``Digests`` and ``Turns`` bound
+                      what each of them may cost
+one file              its stages: ``LookedUp``, ``Wanted``, ``UnderWay``; ``Content``: its bytes
+file conversation     ``handle_file_client`` and ``Reception``: from offer to results
 sound: inputs         ``Microphone``, ``PacedInput``: sound card, file, pipe; ``CaptureQueue``
 sound: files          ``PlainWav``, and ``DecodedFile`` by FFmpeg; ``SoundLoop``: over and over
 sound: broadcaster    ``handle_audio_client``, ``Broadcaster``, ``Listener``: sound to everyone
@@ -54,8 +57,18 @@ import time
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, Protocol, TextIO
+from dataclasses import dataclass
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    BinaryIO,
+    Generic,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TextIO,
+    TypeVar,
+)
 
 import common
 from common import (
@@ -133,32 +146,34 @@ class GivenUp(SocketPairError):
 
 # --- names ----------------------------------------------------------------------------------
 
-# Far beyond what any system takes, to bound what a client can make us work through.
-MAX_PATH_CHARS = 16 * 1024
+# Linux's own limit, to bound what a client can make us work through.
+MAX_PATH_BYTES = 4096
 MAX_NAME_BYTES = 255
+# The least that is met with: encrypted folders (eCryptfs).
+SHORT_NAME_BYTES = 143
 MAX_SUFFIX_BYTES = 50
-MAX_KNOWN_FOLDERS = 10_000
 PARTIAL_SUFFIX = common.PARTIAL_SUFFIX
+# Of a partial file, between its stem and its suffix.
+MAX_TOKEN_BYTES = 40
 WINDOWS_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{port}{number}" for port in ("COM", "LPT") for number in "123456789\u00b9\u00b2\u00b3"
 }
 
 
-def safe_parts(path: str, windows: bool = sys.platform == "win32") -> list[str]:
+def split_path(path: str) -> list[str]:
     """Return the folders and the name in an offered `path`, which parts them with ``/``.
 
-    Raises Refused where it could mean a place outside the folder, or a name that this system
-    (Windows, if `windows`) cannot hold.
+    Raises Refused where it could mean a place outside the folder.
     """
-    if len(path) > MAX_PATH_CHARS:
-        raise Refused("the path is too long")
+    if len(path) > MAX_PATH_BYTES or len(path.encode(errors="surrogatepass")) > MAX_PATH_BYTES:
+        raise Refused(f"the path is too long ({MAX_PATH_BYTES} bytes at most)")
     parts = path.split("/")
     for part in parts:
-        check_name(part, windows)
+        check_name(part)
     return parts
 
 
-def check_name(name: str, windows: bool = sys.platform == "win32") -> None:
+def check_name(name: str) -> None:
     """Raise Refused unless `name` can stand for a file inside a folder, and for nothing else."""
     if name in ("", ".", ".."):
         raise Refused("the path is not one inside the folder")
@@ -166,154 +181,437 @@ def check_name(name: str, windows: bool = sys.platform == "win32") -> None:
         raise Refused("the name holds a NUL")
     if name.endswith(PARTIAL_SUFFIX):
         raise Refused(f"names that end in {PARTIAL_SUFFIX} are kept for unfinished files")
-    try:
-        size = len(os.fsencode(name))
-    except UnicodeEncodeError:
-        raise Refused("the name is not valid Unicode, which this system requires") from None
-    if size > MAX_NAME_BYTES:
-        raise Refused(f"the name is too long ({size} bytes; {MAX_NAME_BYTES} at most)")
-    if windows:
-        check_windows_name(name)
 
 
-def check_windows_name(name: str) -> None:
-    """Raise Refused where Windows would read `name` as a path, a drive or a device.
+class NameRules(NamedTuple):
+    """What a file system takes as a name."""
 
-    After Microsoft's "Naming Files, Paths, and Namespaces".
-    """
-    if any(char in '<>:"\\|?*' or char < " " for char in name):
-        raise Refused("the name holds a character that Windows does not allow")
-    if name[-1] in " .":
-        raise Refused("the name ends in a dot or a space, which Windows does not allow")
-    if name.split(".", maxsplit=1)[0].rstrip().upper() in WINDOWS_RESERVED:
-        raise Refused("the name is a device on Windows")
+    max_length: int = MAX_NAME_BYTES  # in bytes, on Windows and FAT in units of UTF-16
+    is_windows: bool = sys.platform == "win32"  # also FAT, NTFS, and Windows' network folders
+    is_unicode: bool = sys.platform in ("win32", "darwin")
 
+    def length(self, name: str) -> int:
+        """Return how much of `max_length` a name takes."""
+        if self.is_windows:
+            return len(name.encode("utf-16-le", "surrogatepass")) // 2
+        return len(name.encode(errors="surrogatepass"))
 
-def numbered_names(name: str) -> Iterator[str]:
-    """Yield `name`, then ``name (1).ext``, ``name (2).ext`` and so on, without end."""
-    yield name
-    stem, suffix = os.path.splitext(name)
-    if len(os.fsencode(suffix)) > MAX_SUFFIX_BYTES:  # no suffix, but a name with a dot in it
-        stem, suffix = name, ""
-    for number in itertools.count(1):
-        tail = f" ({number}){suffix}"
-        while len(os.fsencode(stem + tail)) > MAX_NAME_BYTES and stem:
+    def fit(self, name: str) -> str:
+        """Return `name`, or the nearest that can be one."""
+        if name.isascii() and len(name) <= self.max_length and not self.is_windows:
+            return name
+        name = "".join(char if self._takes(char) else "_" for char in name)
+        if self.is_windows:
+            name = fit_windows_name(name)
+        return self.shorten(*split_suffix(name))
+
+    def _takes(self, char: str) -> bool:
+        if "\ud800" <= char <= "\udfff":  # but those stand for bytes that are no UTF-8
+            return not self.is_unicode and "\udc80" <= char <= "\udcff"
+        return not self.is_windows or (char >= " " and char not in '<>:"/\\|?*')
+
+    def shorten(self, stem: str, tail: str) -> str:
+        """Return both together, with as much of `stem` as there is room for."""
+        while self.length(stem + tail) > self.max_length and stem:
             stem = stem[:-1]
-        yield stem + tail
+        return stem + tail
 
+    def numbered(self, name: str, first: int = 0) -> Iterator[tuple[int, str]]:
+        """Yield 0 and `name`, then 1 and ``name (1).ext`` and so on, without end.
 
-@dataclass
-class Folder:
-    """A real folder that files go to."""
-
-    path: str  # with a separator at its end
-    shown: str  # the same below the root, with "/"
-    identity: tuple[int, int]
-    leftovers: dict[str, list[str]]  # paths of unfinished files from earlier runs, by their stems
-
-    @property
-    def device(self) -> int:
-        """The file system that it is on."""
-        return self.identity[0]
-
-    def is_in_place(self) -> bool:
-        """Tell whether what stands at its path is still this folder, and no link elsewhere."""
-        try:
-            found = os.stat(self.path)
-        except OSError:
-            return False
-        return (found.st_dev, found.st_ino) == self.identity
-
-
-class Folders:
-    """Finds the real folders below `root` for offered ones, and makes those that are missing.
-
-    Remembers what it has found: one client's ten thousand files share few folders.
-    """
-
-    def __init__(self, root: str) -> None:
-        self._root = os.path.realpath(root)
-        self._known: dict[str | None, Folder] = {}
-
-    def locate(self, path: str | None) -> Folder:
-        """Return the folder at an offered `path`; None is the root.
-
-        Raises Refused where a name or a symbolic link leads out of the root or a file is in the
-        way, and OSError where the system does not allow it.
+        `name` is one that fits. Begins at the number `first`.
         """
-        if path not in self._known:
-            if len(self._known) >= MAX_KNOWN_FOLDERS:
-                self._known.clear()
-            self._known[path] = self._look_at(self._make([] if path is None else safe_parts(path)))
-        return self._known[path]
+        stem, suffix = split_suffix(name)
+        for number in itertools.count(first):
+            yield number, self.shorten(stem, f" ({number}){suffix}") if number else name
 
-    def forget_moved(self) -> None:
-        """Look anew, when they are next needed, for folders that are not where they were."""
-        self._known = {path: each for path, each in self._known.items() if each.is_in_place()}
-
-    def _make(self, parts: Sequence[str]) -> str:
-        """Make what is missing of a folder; return its real path."""
-        real = os.path.realpath(os.path.join(self._root, *parts))
-        if not os.path.join(real, "").startswith(os.path.join(self._root, "")):
-            raise Refused("a symbolic link there leads out of the folder")
-        # Not os.makedirs: it goes a level deeper into itself for every level of the path.
-        path = self._root
-        for part in os.path.relpath(real, self._root).split(os.sep):
-            path = os.path.join(path, part)
-            if not os.path.isdir(path):
-                make_folder(path)
-        return real
-
-    def _look_at(self, real: str) -> Folder:
-        below = os.path.relpath(real, self._root).replace(os.sep, "/")
-        found = os.stat(real)
-        return Folder(
-            path=os.path.join(real, ""),
-            shown="" if below == "." else f"{below}/",
-            identity=(found.st_dev, found.st_ino),
-            leftovers=find_leftovers(real),
-        )
+    def learn(self, error: OSError) -> NameRules:
+        """Return the stricter rules that a refusal of a name tells of; raises it if none."""
+        learnt = {
+            errno.EINVAL: self._replace(is_windows=True),
+            errno.ENAMETOOLONG: self._replace(max_length=SHORT_NAME_BYTES),
+            errno.EILSEQ: self._replace(is_unicode=True),
+        }.get(error.errno or 0, self)
+        if learnt == self:
+            raise error
+        return learnt
 
 
-def make_folder(path: str) -> None:
-    """Make one folder, unless another thread just has. Raises Refused or OSError."""
-    try:
-        os.mkdir(path)
-    except FileExistsError:
-        if not os.path.isdir(path):
-            raise Refused("a file stands where a folder should go") from None
+USUAL_RULES = NameRules()
 
 
-# --- on disk --------------------------------------------------------------------------------
+def fit_windows_name(name: str) -> str:
+    """Return what Windows reads as a name and not as a path, a drive or a device.
 
-NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+    After Microsoft's "Naming Files, Paths, and Namespaces"; `name` holds no reserved character.
+    """
+    stem, dot, rest = name.partition(".")
+    if stem.rstrip().upper() in WINDOWS_RESERVED:
+        name = f"{stem.rstrip()}_{dot}{rest}"
+    return name[:-1] + "_" if name[-1] in " ." else name
+
+
+def split_suffix(name: str) -> tuple[str, str]:
+    """Return a name's stem and suffix; a very long suffix is none, but a name with a dot in it."""
+    stem, suffix = os.path.splitext(name)
+    long = len(suffix.encode(errors="surrogatepass")) > MAX_SUFFIX_BYTES
+    return (name, "") if long else (stem, suffix)
 
 
 def partial_stem(name: str) -> str:
-    """Return what the partial files of `name` begin with, short enough to leave room for more."""
-    if len(os.fsencode(name)) <= MAX_NAME_BYTES - 50:
+    """Return what the partial files of `name` begin with: what any file system takes."""
+    strict = NameRules(SHORT_NAME_BYTES - len(PARTIAL_SUFFIX) - MAX_TOKEN_BYTES, True, True)
+    fitted = strict.fit(name)
+    if fitted == name and len(name.encode()) < strict.max_length:
         return f".{name}"
-    return "." + hashlib.sha256(os.fsencode(name)).hexdigest()
+    return "." + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
 
 
-def find_leftovers(folder: str) -> dict[str, list[str]]:
-    """Return the partial files in `folder`: their paths, by their stems. Raises OSError."""
-    found: dict[str, list[str]] = {}
-    try:
-        names = os.listdir(folder)
-    except PermissionError:  # it may still be written to
-        return found
-    for name in names:
-        if name.endswith(PARTIAL_SUFFIX):
-            stem = name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
-            found.setdefault(stem, []).append(os.path.join(folder, name))
-    return found
+# --- folders --------------------------------------------------------------------------------
+
+FOLDER_GONE = "its folder was moved or removed meanwhile"
+MAX_TIME_NS = 2**63 - 1
+MAX_LINKS = 40  # as many as Linux follows in one path
+# Of one batch: each is a descriptor. One that is needed again after others is opened again.
+MAX_OPEN_FOLDERS = 32
+# By one batch: one for each entry, and those above the first, as many as a path has room for.
+MAX_NEW_FOLDERS = common.MAX_BATCH_ENTRIES + MAX_PATH_BYTES // 2
+# Until all that it should hold has arrived, and its own permissions are told.
+UNFINISHED_MODE = 0o700
+# With O_PATH, where the system has it, permission to search a folder is enough.
+FOLDER_FLAGS = (
+    getattr(os, "O_PATH", os.O_RDONLY)
+    | getattr(os, "O_DIRECTORY", 0)
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+)
+FILE_FLAGS = (
+    os.O_RDWR
+    | getattr(os, "O_BINARY", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+)
+READ_FLAGS = FILE_FLAGS & ~os.O_RDWR | os.O_RDONLY
+# Windows has no folders to work inside of: there a folder is its path.
+HAS_OPEN_FOLDERS = {os.open, os.mkdir, os.stat, os.link, os.unlink, os.rename, os.readlink} <= (
+    os.supports_dir_fd
+)
+
+
+class SymbolicLink(Exception):
+    """What stands where a folder was expected is a link to `target`."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self.target = target
+
+
+class Folder:
+    """A real folder, kept open: what takes its place meanwhile gets nothing that is meant for it.
+
+    It is closed when nothing refers to it any more. All methods raise OSError.
+    """
+
+    def __init__(self, path: str, parts: Sequence[str], descriptor: int | None) -> None:
+        self.path = os.path.join(path, "")
+        self.parts = parts  # of its real path below the root
+        self.descriptor = descriptor
+        found = os.stat(path) if descriptor is None else os.fstat(descriptor)
+        self.device = found.st_dev
+        self.identity = (found.st_dev, found.st_ino)
+        self.mtime_ns = found.st_mtime_ns
+
+    @classmethod
+    def open(cls, path: str) -> Folder:
+        """Open the root."""
+        return cls(path, (), os.open(path, FOLDER_FLAGS) if HAS_OPEN_FOLDERS else None)
+
+    def __del__(self) -> None:
+        if getattr(self, "descriptor", None) is not None:
+            self.close()
+
+    def close(self) -> None:
+        """Close it. Idempotent."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+    @property
+    def shown(self) -> str:
+        """Its path below the root, with ``/`` after each part."""
+        return "".join(f"{part}/" for part in self.parts)
+
+    def at(self, name: str) -> str:
+        """Return what names a file in it, together with its `descriptor` as ``dir_fd``."""
+        return name if HAS_OPEN_FOLDERS else self.path + name
+
+    def enter(self, name: str) -> Folder:
+        """Open a folder in it. Raises SymbolicLink, and NotADirectoryError for a file."""
+        path, parts = self.path + name, (*self.parts, name)
+        if not HAS_OPEN_FOLDERS:
+            real = os.path.realpath(path, strict=True)
+            if real != path:
+                raise SymbolicLink(real)
+            return Folder(path, parts, None)
+        try:
+            return Folder(path, parts, os.open(name, FOLDER_FLAGS, dir_fd=self.descriptor))
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                raise
+        if stat.S_ISLNK(self.stat(name).st_mode):
+            raise SymbolicLink(os.readlink(name, dir_fd=self.descriptor))
+        raise NotADirectoryError
+
+    def make(self, name: str, mode: int) -> None:
+        """Make a folder in it, unless something has that name."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.at(name), mode, dir_fd=self.descriptor)
+
+    def stat(self, name: str) -> os.stat_result:
+        """Return what is known of a name in it; a link is not followed."""
+        return os.stat(self.at(name), dir_fd=self.descriptor, follow_symlinks=False)
+
+    def has(self, name: str) -> bool:
+        """Return whether anything has that name in it."""
+        try:
+            self.stat(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def has_folder(self, name: str) -> bool:
+        """Return whether a folder has that name in it."""
+        return self.has(name) and stat.S_ISDIR(self.stat(name).st_mode)
+
+    def is_there(self) -> bool:
+        """Return whether it has not been removed meanwhile."""
+        return not HAS_OPEN_FOLDERS or os.fstat(self.descriptor or 0).st_nlink > 0
+
+    def open_file(self, name: str, flags: int = FILE_FLAGS) -> int:
+        """Open a file in it, never through a link nor waiting for it; return the descriptor."""
+        return os.open(self.at(name), flags, 0o600, dir_fd=self.descriptor)
+
+    def remove(self, name: str) -> None:
+        """Remove a file from it."""
+        os.unlink(self.at(name), dir_fd=self.descriptor)
+
+    def replace(self, name: str, target: str) -> None:
+        """Move a file within it over what has the name `target`, in one step."""
+        here = self.descriptor
+        os.replace(self.at(name), self.at(target), src_dir_fd=here, dst_dir_fd=here)
+
+    def names(self, suffix: str) -> Iterator[str]:
+        """Yield the names in it that end in `suffix`."""
+        if not HAS_OPEN_FOLDERS:
+            yield from (name for name in os.listdir(self.path) if name.endswith(suffix))
+            return
+        descriptor = os.open(".", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.descriptor)
+        try:
+            with os.scandir(descriptor) as entries:
+                yield from (each.name for each in entries if each.name.endswith(suffix))
+        finally:
+            os.close(descriptor)
+
+    def finish(self, mtime_ns: int | None, mode: int | None) -> None:
+        """Give it its modification time, and a `mode` if there is one."""
+        place = "." if HAS_OPEN_FOLDERS else self.path
+        if mode is not None and HAS_OPEN_FOLDERS:
+            os.chmod(place, mode, dir_fd=self.descriptor)
+        set_times(place, mtime_ns, self.descriptor)
+
+
+def set_times(path: str | int, mtime_ns: int | None, dir_fd: int | None = None) -> None:
+    """Give a file (also an open one) or folder its modification time, if the client told one.
+
+    One beyond what the system can hold is set as far as it goes. A file system that cannot hold
+    it is no reason to refuse the content.
+    """
+    if mtime_ns is None:
+        return
+    for time_ns in (mtime_ns, max(-MAX_TIME_NS, min(mtime_ns, MAX_TIME_NS))):
+        with contextlib.suppress(OSError, OverflowError):
+            os.utime(path, ns=(time_ns, time_ns), dir_fd=dir_fd)
+            return
+
+
+def follow_link(root: str, above: Sequence[str], target: str) -> list[str]:
+    """Return the parts, below `root`, of the place that a link in the folder `above` leads to.
+
+    Raises Refused where that is outside.
+    """
+    parts = list(above)
+    if os.path.isabs(target):
+        inside = os.path.join(root, "")
+        if not os.path.join(target, "").startswith(inside):
+            raise Refused("a symbolic link there leads out of the folder")
+        parts, target = [], target[len(inside) :]
+    for part in target.replace(os.sep, "/").split("/"):
+        if part == "..":
+            if not parts:
+                raise Refused("a symbolic link there leads out of the folder")
+            parts.pop()
+        elif part not in ("", "."):
+            parts.append(part)
+    return parts
+
+
+class Folders:
+    """The folders below the root that the entries of one batch go to, by their offered paths.
+
+    Each part of a path is opened inside the one before, and links are followed by hand: so
+    nothing leads outside, whatever else happens in there meanwhile.
+    """
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._open: OrderedDict[str, Folder] = OrderedDict()
+        self._missing: dict[str, Folder | None] = {}  # and the nearest above each
+        self._new_left = MAX_NEW_FOLDERS
+
+    def find(self, path: str) -> Folder | None:
+        """Return the folder at an offered `path` ("" is the root); None where there is none.
+
+        Raises Refused where a link leads out of the root or a file is in the way, and OSError.
+        """
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        return None if path in self._missing else self._walk(path, None)
+
+    def make(self, path: str, mode: int) -> Folder:
+        """Return the folder at an offered `path`; where it is missing, it is made with `mode`.
+
+        Raises as `find` does.
+        """
+        folder = self.find(path) or self._walk(path, mode)
+        if folder is None:
+            raise Refused(FOLDER_GONE)
+        return folder
+
+    def close(self) -> None:
+        """Close all that are open, at once."""
+        for folder in (*self._open.values(), *self._missing.values()):
+            if folder is not None:
+                folder.close()
+
+    def forget(self, path: str) -> None:
+        """Have `path` looked up anew: its folder is not where it was."""
+        self._open.clear()
+        self._missing.pop(path, None)
+
+    def nearest(self, path: str) -> Folder | None:
+        """Return the folder at a `path`, or the nearest above that there is."""
+        return self.find(path) or self._missing.get(path)
+
+    def _walk(self, path: str, mode: int | None) -> Folder | None:
+        """Open the folder at `path`, part by part; make what is missing if there is a `mode`."""
+        folder, left = self._begin(path, mode)
+        above = folder
+        links_left = MAX_LINKS
+        while left and folder is not None:
+            above = folder
+            try:
+                folder = self._enter(above, left.pop(), mode)
+            except SymbolicLink as link:
+                links_left -= 1
+                if not links_left:
+                    raise Refused("too many symbolic links there") from None
+                left += reversed(follow_link(self._disk.root, above.parts, link.target))
+                folder = self._root(mode)
+        self._note(path, folder, above)
+        return folder
+
+    def _begin(self, path: str, mode: int | None) -> tuple[Folder | None, list[str]]:
+        """Return a known folder above `path`, and the parts from there, the last one first."""
+        if not path:
+            return self._root(mode), []
+        parent, _, name = path.rpartition("/")
+        if parent in self._open:
+            return self._open[parent], [name]
+        return self._root(mode), path.split("/")[::-1]
+
+    def _root(self, mode: int | None) -> Folder | None:
+        if "" not in self._open:
+            root = self._disk.root
+            if mode is not None:
+                os.makedirs(root, exist_ok=True)
+            try:
+                self._note("", Folder.open(root), None)
+            except FileNotFoundError:
+                return None
+        return self._open[""]
+
+    def _note(self, path: str, folder: Folder | None, above: Folder | None) -> None:
+        if folder is None:
+            root = self._open.get("")  # one descriptor for all, where it tells the same
+            same = root is not None and above is not None and root.device == above.device
+            self._missing[path] = root if same else above
+            return
+        self._missing.pop(path, None)
+        self._open[path] = folder
+        if len(self._open) > MAX_OPEN_FOLDERS:
+            self._open.popitem(last=False)
+
+    def _enter(self, folder: Folder, offered: str, mode: int | None) -> Folder | None:
+        """Open a folder in another, or make it, under the nearest name that it can have."""
+        while True:
+            name = self._disk.rules_in(folder).fit(offered)
+            try:
+                return self._enter_or_make(folder, name, mode)
+            except NotADirectoryError:
+                raise Refused("a file stands where a folder should go") from None
+            except OSError as error:
+                self._disk.learn(folder, error)
+
+    def _enter_or_make(self, folder: Folder, name: str, mode: int | None) -> Folder | None:
+        try:
+            return folder.enter(name)
+        except FileNotFoundError:
+            if mode is None:
+                return None
+        self._new_left -= 1
+        if self._new_left < 0:
+            raise Refused("too many new folders at once")
+        folder.make(name, mode)
+        made = folder.enter(name)
+        if mode == UNFINISHED_MODE:
+            self._disk.unfinished.note(made.identity, True)
+        return made
+
+
+# --- partial files --------------------------------------------------------------------------
+
+# What link() says on file systems and systems without hard links, or with too few.
+NO_HARD_LINKS = {
+    errno.EPERM,
+    errno.EACCES,
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EMLINK,
+}
+# What flock() says on file systems without locks.
+NO_LOCKS = {errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+# What open() says where a file cannot be without a name.
+NO_NAMELESS = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.ENOSYS}
+NAMELESS = getattr(os, "O_TMPFILE", 0) if os.path.isdir("/proc/self/fd") else 0
+# Less than this of a file without a name is not worth a hidden file for the next run.
+KEPT_BYTES = 64 * 1024
+# How long the connection that a client has just lost may take to notice, and release its file.
+RELEASE_TIMEOUT_S = 2.0
+# One that has heard nothing for so long is ended for a new one that offers the same path.
+SILENT_S = 3.0
+TAKEOVER_TIMEOUT_S = 6.0
 
 
 def lock_file(descriptor: int) -> bool:
-    """Lock an open file against other connections and other servers; False if one has it.
+    """Lock an open file against other servers; return False if one has it. Raises OSError.
 
-    The system lets go of the lock when the file is closed or the process dies.
+    The system releases the lock when the file is closed or the process dies. Where there are no
+    locks, it counts as locked.
     """
     try:
         if sys.platform == "win32":
@@ -324,185 +622,708 @@ def lock_file(descriptor: int) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     return True
 
 
-OPEN_FLAGS = (
-    os.O_RDWR
-    | getattr(os, "O_BINARY", 0)
-    | getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_NOFOLLOW", 0)
-    | getattr(os, "O_NONBLOCK", 0)
-)
+class Holder(Protocol):
+    """A client's connection, as far as others have to know of it."""
+
+    tag: str  # of the client's address, in the names of its partial files
+
+    def silent_s(self) -> float:
+        """Return for how long nothing has come from it. For any thread."""
+
+    def end(self) -> None:
+        """Break the connection, which then releases what it holds. For any thread."""
+
+
+class Leases:
+    """Which partial files are in use, and by whom. All methods are for any thread."""
+
+    def __init__(self) -> None:
+        self._holders: dict[tuple[int, int], Holder] = {}
+        self._changed = threading.Condition()
+
+    def take(self, file: tuple[int, int], holder: Holder, since: float) -> bool:
+        """Have `holder` use a file; return False if another does, and goes on doing so.
+
+        Blocks until some seconds after `since`, a time.monotonic(): a client that was cut off
+        comes back at once, perhaps before its old connection has been found broken. One that has
+        been silent for ``SILENT_S`` is ended.
+        """
+        with self._changed:
+            while (other := self._holders.get(file)) is not None:
+                silent_s, waited_s = other.silent_s(), time.monotonic() - since
+                if silent_s >= SILENT_S:
+                    other.end()
+                is_alive = silent_s < waited_s
+                limit_s = RELEASE_TIMEOUT_S if is_alive else TAKEOVER_TIMEOUT_S
+                if other is holder or waited_s >= limit_s:
+                    return False
+                self._changed.wait(max(0.01, min(SILENT_S - silent_s, limit_s - waited_s)))
+            self._holders[file] = holder
+        return True
+
+    def release(self, file: tuple[int, int]) -> None:
+        """Note that a file is not used any more."""
+        with self._changed:
+            self._holders.pop(file, None)
+            self._changed.notify_all()
+
+
+class Place(NamedTuple):
+    """Where a partial file stands: what its hidden name begins with, for whom, on which disk."""
+
+    stem: str
+    holder: Holder
+    disk: Disk
 
 
 class PartialFile:
-    """A file under way: hidden beside its place, locked, and open until it is moved there.
+    """A file under way, open until it is complete and gets its name.
 
-    Ends with exactly one of `publish`, `discard` and `close` (which keeps it for another run).
+    Until then it is hidden beside its place, and others are kept out; a small one has no name at
+    all where the system allows that. Ends with one of `move_to` and `replace`, which may be tried
+    several times, `discard` and `keep`. Not for two threads at once.
     """
 
     _run = secrets.token_hex(4)
     _numbers = itertools.count()
+    _moving = threading.Lock()
 
-    def __init__(self, path: str, descriptor: int, size: int) -> None:
-        self.path = path
+    def __init__(self, folder: Folder, descriptor: int, name: str, place: Place) -> None:
+        self.folder = folder
         self.descriptor = descriptor
-        self.size = size
-        self.digest = hashlib.sha256()  # of those bytes, once they have been read again
+        self.name = name  # the hidden one; "" for none
+        self.size = 0
+        self.digest = hashlib.sha256()  # of all that it holds
+        self._place = place
+        self._mtime_ns: int | None = None
+        self._mode = 0o600
+        self._file: tuple[int, int] | None = None  # that others are kept out of
+
+    # opening
 
     @classmethod
-    def create(cls, folder: Folder, name: str) -> PartialFile:
-        """Make an empty one that is to become `name` in `folder`. Raises OSError."""
-        stem = folder.path + partial_stem(name)
+    def create(cls, folder: Folder, place: Place) -> PartialFile:
+        """Make an empty one. Raises OSError."""
         while True:
-            path = f"{stem}.{cls._run}{next(cls._numbers):x}{PARTIAL_SUFFIX}"
-            descriptor = os.open(path, OPEN_FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
-            try:
-                if lock_file(descriptor):
-                    return cls(path, descriptor, 0)
-            except OSError:  # a file system without locks
-                os.close(descriptor)
-                os.unlink(path)
-                raise
-            os.close(descriptor)
+            token = f"{place.holder.tag}{cls._run}{next(cls._numbers):x}"
+            name = f"{place.stem}.{token}{PARTIAL_SUFFIX}"
+            descriptor = folder.open_file(name, FILE_FLAGS | os.O_CREAT | os.O_EXCL)
+            partial = cls(folder, descriptor, name, place)
+            if partial._keep_others_out(time.monotonic()):
+                return partial
+            partial.close()
 
     @classmethod
-    def claim(cls, path: str) -> PartialFile | None:
-        """Open the one at `path`, left by an earlier run; None if it is not to be used (again).
+    def create_nameless(cls, folder: Folder, place: Place, mode: int) -> PartialFile | None:
+        """Make an empty one without a name; None where there is no such thing. Raises OSError."""
+        if not NAMELESS or folder.device in place.disk.without_nameless:
+            return None
+        flags = NAMELESS | os.O_RDWR | os.O_CLOEXEC
+        try:
+            descriptor = os.open(".", flags, mode, dir_fd=folder.descriptor)
+            return cls(folder, descriptor, "", place)
+        except OSError as error:
+            if error.errno not in NO_NAMELESS:
+                raise
+        if folder.is_there():
+            place.disk.without_nameless.add(folder.device)
+        return None
 
-        Raises BlockingIOError while another connection is still writing it.
+    @classmethod
+    def claim(cls, folder: Folder, name: str, place: Place, since: float) -> PartialFile | None:
+        """Open the one with the hidden `name`, left by an earlier run; None if it is of no use.
+
+        Blocks while another connection uses it, as `Leases.take` does. Raises OSError.
         """
         try:
-            descriptor = os.open(path, OPEN_FLAGS)
+            partial = cls(folder, folder.open_file(name), name, place)
         except OSError:
             return None
-        locked = False
-        try:
-            locked = lock_file(descriptor)
-            if not locked:
-                raise BlockingIOError
-            found = os.fstat(descriptor)
-            # Between opening and locking it may have been moved into place; and a server killed
-            # while it did that leaves both names: writing here would change the finished file.
-            if stat.S_ISREG(found.st_mode) and os.path.samestat(found, os.lstat(path)):
-                if found.st_nlink == 1:
-                    return cls(path, descriptor, found.st_size)
-                os.unlink(path)
-        except FileNotFoundError:
-            locked = False
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+            if partial._is_own() and partial._keep_others_out(since) and partial._is_in_place():
+                partial.size = os.fstat(partial.descriptor).st_size
+                return partial
+        partial.close()
         return None
+
+    def _is_own(self) -> bool:
+        """Return whether it is a regular file of this user's."""
+        found = os.fstat(self.descriptor)
+        return stat.S_ISREG(found.st_mode) and is_own(found)
+
+    def _keep_others_out(self, since: float) -> bool:
+        found = os.fstat(self.descriptor)
+        file = (found.st_dev, found.st_ino)
+        if not self._place.disk.leases.take(file, self._place.holder, since):
+            return False
+        self._file = file
+        return lock_file(self.descriptor)
+
+    def _is_in_place(self) -> bool:
+        """Return whether it still has its hidden name, and no other. Raises OSError.
+
+        It may have got its name before it was locked; and a server killed while it did that
+        leaves both: writing here would change the finished file.
+        """
+        found = os.fstat(self.descriptor)
+        if not os.path.samestat(found, self.folder.stat(self.name)):
+            return False
+        if found.st_nlink > 1:
+            self.folder.remove(self.name)
+        return found.st_nlink == 1
+
+    # what it holds
 
     def write(self, view: memoryview) -> None:
         """Append `view`; blocks until the system has taken it. Raises OSError."""
-        while view:
-            view = view[os.write(self.descriptor, view) :]
+        left = view
+        while left:
+            left = left[os.write(self.descriptor, left) :]
+        self.digest.update(view)
+        self.size += len(view)
 
-    def publish(self, folder: Folder, entry: Entry, overwrite: bool) -> str:
-        """Move the complete file to its name in `folder`; return the name that it has now.
+    def cut(self, size: int, digest: hashlib._Hash) -> None:
+        """Keep only its first `size` bytes, whose SHA-256 is `digest`. Raises OSError."""
+        os.ftruncate(self.descriptor, size)
+        os.lseek(self.descriptor, size, os.SEEK_SET)
+        self.size, self.digest = size, digest
 
-        Raises OSError, and Refused where a folder is in the way; the file is still here then.
+    def shrink(self, count: int) -> None:
+        """Give back the room of up to `count` bytes at its end, which end what may be written."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.descriptor, self.size - min(count, self.size))
+
+    def is_of(self, holder: Holder) -> bool:
+        """Return whether it was made for a client with the address of `holder`."""
+        token = self.name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[2]
+        return token.startswith(holder.tag)
+
+    def is_untouched(self) -> bool:
+        """Return whether no other program has made it longer or shorter. Raises OSError."""
+        return not self.name or os.fstat(self.descriptor).st_size == self.size
+
+    # getting its name
+
+    def set_metadata(self, mtime_ns: int | None, mode: int) -> None:
+        """Give it its modification time and permissions.
+
+        A file system that cannot hold them is no reason to refuse the content.
         """
-        self._set_metadata(entry)
-        if sys.platform == "win32":  # where an open file cannot be moved
-            self.close()
-        name = name_of(entry)
-        if overwrite:
-            replace_file(self.path, folder.path + name)
-        else:
-            names = numbered_names(name)
-            while not move_new(self.path, folder.path + (name := next(names))):
-                pass
-        self.close()
-        return name
+        self._mtime_ns, self._mode = mtime_ns, mode
+        if self.name and sys.platform != "win32":  # one without a name was made with them
+            with contextlib.suppress(OSError):
+                os.fchmod(self.descriptor, mode & ~self._place.disk.umask)
+        can_use_descriptor = os.utime in os.supports_fd
+        set_times(self.descriptor if can_use_descriptor else self._hidden_path(), mtime_ns)
 
-    def _set_metadata(self, entry: Entry) -> None:
-        if entry.executable or self.size:  # one just made is not executable
-            mode = stat.S_IMODE(os.stat(self.path).st_mode)
-            # Who may read it may run it, as a compiler would leave it.
-            wanted = mode | (mode & 0o444) >> 2 if entry.executable else mode & ~0o111
-            with contextlib.suppress(OSError):  # as in set_times
-                os.chmod(self.path, wanted)
-        set_times(self.path, entry.mtime_ns)
+    def _hidden_path(self) -> str:
+        return self.folder.at(self.name)
+
+    def move_to(self, name: str) -> bool:
+        """Give it `name` in its folder in one step, unless something has that: False then.
+
+        Raises OSError.
+        """
+        try:
+            if sys.platform == "win32":  # where an open file has to stay, and nothing is replaced
+                self.close()
+                os.rename(self._hidden_path(), self.folder.at(name))
+            else:
+                self._link(name)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
+                raise
+            return self._move_without_links(name)
+        if sys.platform != "win32" and self.name:
+            with contextlib.suppress(OSError):  # where names can only be added, it stays
+                self.folder.remove(self.name)
+        self.close()
+        return True
+
+    def _link(self, name: str) -> None:
+        """Give the open file, whatever stands under its hidden name by now, another name."""
+        here = self.folder.descriptor
+        if NAMELESS:
+            os.link(f"/proc/self/fd/{self.descriptor}", name, dst_dir_fd=here)
+        else:
+            os.link(self.name, name, src_dir_fd=here, dst_dir_fd=here, follow_symlinks=False)
+
+    def _move_without_links(self, name: str) -> bool:
+        """Do what `move_to` does on FAT and the like, safe among this server's own threads."""
+        self._give_name()
+        with self._moving:
+            if self.folder.has(name):
+                return False
+            self.folder.replace(self.name, name)
+        self.close()
+        return True
+
+    def replace(self, name: str) -> bool:
+        """Give it `name` in its folder in one step, in the place of a file; False for a folder.
+
+        Raises OSError.
+        """
+        self._give_name()
+        if sys.platform == "win32":
+            self.close()
+        try:
+            self.folder.replace(self.name, name)
+        except OSError:
+            if self.folder.has_folder(name):
+                return False
+            raise
+        self.close()
+        return True
+
+    def _give_name(self) -> None:
+        """Give it a hidden name, if it has none. Raises OSError."""
+        if self.name:
+            return
+        token = f"{self._place.holder.tag}{self._run}{next(self._numbers):x}"
+        name = f"{self._place.stem}.{token}{PARTIAL_SUFFIX}"
+        try:
+            self._link(name)
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
+                raise
+            self._copy_to_named()
+        else:
+            self.name = name
+
+    def _copy_to_named(self) -> None:
+        """Go on as a copy that has a hidden name: this system gives the open file none."""
+        self._place.disk.without_nameless.add(self.folder.device)
+        named = PartialFile.create(self.folder, self._place)
+        os.lseek(self.descriptor, 0, os.SEEK_SET)
+        while data := os.read(self.descriptor, SEGMENT_BYTES):
+            named.write(memoryview(data))
+        os.close(self.descriptor)
+        self.descriptor, self.name, self._file = named.descriptor, named.name, named._file
+        self.set_metadata(self._mtime_ns, self._mode)
+
+    # ending otherwise
 
     def discard(self) -> None:
         """Remove it."""
         if sys.platform == "win32":  # where an open file cannot be removed
             self.close()
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
+        if self.name:
+            with contextlib.suppress(OSError):
+                self.folder.remove(self.name)
         self.close()
 
+    def keep(self) -> int:
+        """Leave what came of it for the next run; return how many bytes, if it is worth it."""
+        if self.descriptor < 0:
+            return 0
+        kept = self.size
+        if not self.name:
+            kept = kept if kept >= KEPT_BYTES else 0
+            try:
+                if kept:
+                    os.fchmod(self.descriptor, 0o600)
+                    self._give_name()
+            except OSError:
+                kept = 0
+        elif not kept:
+            self.discard()
+        self.close()
+        return kept
+
     def close(self) -> None:
-        """Close and unlock it, and keep it as it is. May be called twice."""
+        """Close and release it, and leave it as it is. Idempotent."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+        if self._file is not None:
+            self._place.disk.leases.release(self._file)
+            self._file = None
 
 
-def set_times(path: str, mtime_ns: int | None) -> None:
-    """Give the file or folder at `path` its modification time, if the client told one.
+# --- what clients share ---------------------------------------------------------------------
 
-    A file system that cannot hold it is no reason to refuse the content.
+MAX_REMEMBERED = 10_000  # of each kind; a few hundred bytes each
+MAX_KNOWN_FOLDERS = 500  # with the leftovers in them
+MAX_LEFTOVERS = 1_000  # that count in one folder
+LEFTOVER_LIFE_S = 7 * 24 * 3600.0
+SWEEP_INTERVAL_S = 3600.0
+# What was written so lately may be written again without a later time.
+CLOCK_TICK_NS = 100_000_000
+# Kept free for what else is on the disk, and of it the share that small disks keep.
+RESERVE_BYTES = 256 * 1024 * 1024
+RESERVE_SHARE = 50
+SPACE_AGE_S = 0.25
+# Batches in which something differed: so many at once cost nothing, then one a second.
+FREE_MISMATCHES = 50
+MISMATCH_SPACING_S = 1.0
+MAX_MISMATCH_WAIT_S = 10.0
+# A file of which more is held is compared at some shorter lengths, too.
+CHECKPOINT_BYTES = 64 * 1024 * 1024
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Recent(Generic[K, V]):
+    """The newest `limit` of what has been noted. For any thread."""
+
+    def __init__(self, limit: int = MAX_REMEMBERED) -> None:
+        self._limit = limit
+        self._values: OrderedDict[K, V] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def note(self, key: K, value: V) -> None:
+        """Remember `value`, and forget the oldest one if there are too many."""
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            if len(self._values) > self._limit:
+                self._values.popitem(last=False)
+
+    def find(self, key: K, default: V) -> V:
+        """Return what was noted, or `default`."""
+        with self._lock:
+            return self._values.get(key, default)
+
+    def forget(self, key: K) -> bool:
+        """Forget one; return whether it was there."""
+        with self._lock:
+            return self._values.pop(key, None) is not None
+
+
+class Turns:
+    """Lets one thread at a time do what takes the processor, in the order in which they asked."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()
+        self._is_taken = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._is_taken:
+                self._is_taken = True
+                return
+            mine = threading.Lock()
+            mine.acquire()
+            self._waiting.append(mine)
+        mine.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._is_taken = False
+
+    def pass_on(self) -> None:
+        """Let the others who wait have their turn first. Only inside the ``with`` block."""
+        if self._waiting:
+            self.__exit__()
+            self.__enter__()
+
+
+class Digests:
+    """The SHA-256 of files that have been read before, and have not changed since.
+
+    All methods are for any thread.
     """
-    if mtime_ns is not None:
-        with contextlib.suppress(OSError, OverflowError):
-            os.utime(path, ns=(mtime_ns, mtime_ns))
+
+    def __init__(self) -> None:
+        self._known: Recent[tuple[int, ...], dict[int, hashlib._Hash]] = Recent()
+        self._turns = Turns()
+
+    def read(
+        self, descriptor: int, lengths: Sequence[int], on_progress: Callable[[int], object]
+    ) -> dict[int, hashlib._Hash]:
+        """Return the SHA-256 of so many first bytes of an open file, for each of `lengths`.
+
+        They are ascending. Blocks while it reads, block by block in turn with others. Raises
+        OSError, and FileShrunk where there are fewer bytes.
+        """
+        before = os.fstat(descriptor)
+        known = self._known.find(self._key(before), {})
+        if not all(length in known for length in lengths):
+            known = self._read(descriptor, lengths, on_progress)
+            after = os.fstat(descriptor)
+            if self._key(after) == self._key(before):
+                self.note(after, known)
+        return {length: known[length].copy() for length in lengths}
+
+    def note(self, found: os.stat_result, digests: dict[int, hashlib._Hash]) -> None:
+        """Remember the digests of a file that is as it was `found`."""
+        if found.st_ctime_ns < time.time_ns() - CLOCK_TICK_NS:
+            self._known.note(self._key(found), digests)
+
+    @staticmethod
+    def _key(found: os.stat_result) -> tuple[int, ...]:
+        times = found.st_mtime_ns, found.st_ctime_ns
+        return (found.st_dev, found.st_ino, found.st_size, *times)
+
+    def _read(
+        self, descriptor: int, lengths: Sequence[int], on_progress: Callable[[int], object]
+    ) -> dict[int, hashlib._Hash]:
+        def take_turns(count: int) -> None:
+            self._turns.pass_on()
+            on_progress(count)
+
+        digests, digest, done = {}, hashlib.sha256(), 0
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        with self._turns:
+            for length in lengths:
+                calculate_checksum(descriptor, length - done, digest=digest, on_progress=take_turns)
+                digests[length], done = digest.copy(), length
+        return digests
 
 
-def replace_file(source: str, target: str) -> None:
-    """Move `source` over `target` in one step. Raises OSError, or Refused for a folder."""
-    try:
-        os.replace(source, target)
-    except (IsADirectoryError, PermissionError):
-        if os.path.isdir(target):
-            raise Refused("a folder of that name is there already") from None
-        raise
+class Leftovers:
+    """The partial files of earlier runs, found by their names. All methods are for any thread."""
+
+    def __init__(self) -> None:
+        self._folders: Recent[tuple[int, int], KnownFolder] = Recent(MAX_KNOWN_FOLDERS)
+
+    def find(self, folder: Folder, stem: str, since: float) -> list[str]:
+        """Return the names of those in `folder` that begin with `stem`.
+
+        A folder is looked through again only for one that has connected since (its
+        time.monotonic()), and where something in it has changed.
+        """
+        known = self._folders.find(folder.identity, KnownFolder(-1, -1.0, {}))
+        if known.mtime_ns != folder.mtime_ns and known.seen_s < since:
+            known = KnownFolder.look_through(folder)
+            self._folders.note(folder.identity, known)
+        return known.names.get(stem, [])
 
 
-_moving = threading.Lock()
+class KnownFolder(NamedTuple):
+    """The names of a folder's partial files by their stems, as they were at a time."""
+
+    mtime_ns: int
+    seen_s: float
+    names: dict[str, list[str]]
+
+    @classmethod
+    def look_through(cls, folder: Folder) -> KnownFolder:
+        """Return what is in `folder` now. Raises OSError."""
+        seen_s = time.monotonic()
+        names: dict[str, list[str]] = {}
+        with contextlib.suppress(PermissionError):  # it may still be written to
+            for name in itertools.islice(folder.names(PARTIAL_SUFFIX), MAX_LEFTOVERS):
+                stem = name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
+                names.setdefault(stem, []).append(name)
+        is_settled = folder.mtime_ns < time.time_ns() - CLOCK_TICK_NS
+        return cls(folder.mtime_ns if is_settled else -1, seen_s, names)
 
 
-def move_new(source: str, target: str) -> bool:
-    """Move `source` to `target` in one step unless something is there; False if so.
+def remove_old_leftovers(root: str) -> None:
+    """Remove the partial files below `root` that nobody has continued for ``LEFTOVER_LIFE_S``."""
+    newest = time.time() - LEFTOVER_LIFE_S
+    if sys.platform == "win32":
+        for place, _, names in os.walk(root):
+            for name in names:
+                remove_old_leftover(os.path.join(place, name), None, newest)
+    else:
+        for _, _, names, folder in os.fwalk(root):
+            for name in names:
+                remove_old_leftover(name, folder, newest)
+
+
+def remove_old_leftover(name: str, dir_fd: int | None, newest: float) -> None:
+    """Remove a file if it is a partial file that nobody uses, not changed since `newest`."""
+    if not name.endswith(PARTIAL_SUFFIX):
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(name, FILE_FLAGS, dir_fd=dir_fd)
+        try:
+            found = os.fstat(descriptor)
+            is_old = stat.S_ISREG(found.st_mode) and found.st_mtime < newest
+            is_free = is_old and is_own(found) and lock_file(descriptor)
+        finally:
+            os.close(descriptor)
+        if is_free:
+            os.unlink(name, dir_fd=dir_fd)
+
+
+def is_own(found: os.stat_result) -> bool:
+    """Return whether a file belongs to this process's user: another's could change meanwhile."""
+    return sys.platform == "win32" or found.st_uid == os.geteuid()
+
+
+class Space:
+    """The free space of each file system, and how much of it is promised to files under way.
+
+    All methods are for any thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._promised: Counter[int] = Counter()
+        self._free: dict[int, tuple[float, int | None]] = {}
+
+    def promise(self, folder: Folder, needed: int) -> Promise:
+        """Set `needed` bytes aside, to be released as they are written.
+
+        Raises Refused where there is not so much, beside what is kept free; OSError.
+        """
+        with self._lock:
+            left = self._left(folder)
+            if left is not None and needed > left:
+                there = format_bytes(max(0, left))
+                raise Refused(f"the disk is too full ({format_bytes(needed)} needed, {there} free)")
+            self._promised[folder.device] += needed
+        return Promise(self, folder, needed)
+
+    def release(self, folder: Folder, count: int) -> None:
+        """Note that so many bytes that were promised have been written, or will not be."""
+        with self._lock:
+            self._promised[folder.device] -= count
+
+    def check_left(self, folder: Folder) -> None:
+        """Raise an OSError like that of a full disk once only what is kept free is left."""
+        with self._lock:
+            left = self._left(folder)
+        if left is not None and left <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _left(self, folder: Folder) -> int | None:
+        """Return what nobody has been promised; None where the system knows no size."""
+        free = self._measure(folder)
+        return None if free is None else free - self._promised[folder.device]
+
+    def _measure(self, folder: Folder) -> int | None:
+        """Return what is free beside the reserve; None where the system does not know."""
+        measured_s, free = self._free.get(folder.device, (0.0, None))
+        if time.monotonic() - measured_s > SPACE_AGE_S:
+            total, available = measure_disk(folder)
+            free = available - reserve_of(total) if total else None
+            self._free[folder.device] = time.monotonic(), free
+        return free
+
+
+class Promise:
+    """Space on a disk that is set aside for one file. For one thread at a time."""
+
+    def __init__(self, space: Space, folder: Folder, left: int) -> None:
+        self._space = space
+        self._folder = folder
+        self._left = left
+
+    def release(self, count: int | None = None) -> None:
+        """Give back `count` bytes as they are written, or all that is left."""
+        count = self._left if count is None else min(count, self._left)
+        if count:
+            self._left -= count
+            self._space.release(self._folder, count)
+
+    def check_left(self) -> None:
+        """Raise OSError once the disk is too full for what was promised nothing."""
+        self._space.check_left(self._folder)
+
+    def reserve(self) -> int:
+        """Return how many bytes are kept free on this disk."""
+        with contextlib.suppress(OSError):
+            return reserve_of(measure_disk(self._folder)[0])
+        return 0
+
+
+def measure_disk(folder: Folder) -> tuple[int, int]:
+    """Return the size of the file system that `folder` is on, and what is free there, in bytes.
 
     Raises OSError.
     """
-    try:
-        if sys.platform == "win32":
-            os.rename(source, target)  # which never replaces there
-        else:
-            os.link(source, target)
-            os.unlink(source)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_HARD_LINKS:
-            raise
-        return _move_new_without_links(source, target)
-    return True
+    if sys.platform == "win32":
+        usage = shutil.disk_usage(folder.path)
+        return usage.total, usage.free
+    found = os.statvfs(folder.path if folder.descriptor is None else folder.descriptor)
+    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
 
-def _move_new_without_links(source: str, target: str) -> bool:
-    """Do what `move_new` does on FAT and the like, safe among this server's own threads."""
-    with _moving:
-        if os.path.lexists(target):
-            return False
-        os.rename(source, target)
-        return True
+def reserve_of(total: int) -> int:
+    """Return how many bytes are kept free on a file system of `total` bytes."""
+    return min(RESERVE_BYTES, total // RESERVE_SHARE)
+
+
+class Mismatches:
+    """Slows down who has guesses at what is here compared, by address. For any thread.
+
+    An honest client resends what has changed, and hardly notices. Who guesses needs a batch for
+    each guess.
+    """
+
+    def __init__(self) -> None:
+        self._next_s: Recent[str, float] = Recent()
+        self._lock = threading.Lock()
+
+    def wait_s(self, host: str) -> float:
+        """Return for how long `host` has to wait until something is compared for it again."""
+        return max(0.0, self._next_s.find(host, 0.0) - time.monotonic())
+
+    def note(self, host: str) -> None:
+        """Take note of a batch in which something differed."""
+        with self._lock:
+            earliest = time.monotonic() - FREE_MISMATCHES * MISMATCH_SPACING_S
+            before = max(earliest, self._next_s.find(host, earliest))
+            self._next_s.note(host, before + MISMATCH_SPACING_S)
+
+
+class Disk:
+    """What is known of the root that files go to, and shared by all connections."""
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.realpath(root)
+        self.umask = read_umask()
+        self.rules: dict[int, NameRules] = {}  # by file system, where stricter than usual
+        self.without_nameless: set[int] = set()  # file systems on which each file has a name
+        self.unfinished: Recent[tuple[int, int], bool] = Recent()  # folders made here
+        self.numbers: Recent[tuple[tuple[int, int], str], int] = Recent()  # next for a taken name
+        self.leases = Leases()
+        self.digests = Digests()
+        self.leftovers = Leftovers()
+        self.space = Space()
+        self.mismatches = Mismatches()
+        self.looking_up = Turns()
+
+    def rules_in(self, folder: Folder) -> NameRules:
+        """Return what is known of the names that `folder` takes."""
+        return self.rules.get(folder.device, USUAL_RULES)
+
+    def learn(self, folder: Folder, error: OSError) -> None:
+        """Learn from the refusal of a name in `folder`; raises `error` if that tells nothing."""
+        self.rules[folder.device] = self.rules_in(folder).learn(error)
+
+
+def read_umask() -> int:
+    """Return which permissions this process gives no file. Not beside other threads."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 # --- one file -------------------------------------------------------------------------------
 
+# What has come of a segment on a slow line is written after so long.
+PIECE_S = 1.0
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
+STATUS_NAME_CHARS = 30
+# More partial files than this of one batch are not looked at: each is an open file.
+MAX_CLAIMS = 32
+# Finished files of one name that may be the same, the newest of them.
+MAX_CANDIDATES = 8
+# Names with a number that one batch has looked up.
+MAX_NUMBERS_LOOKED_UP = 10_000
 
-def folder_of(entry: Entry) -> str | None:
-    """Return the path of an entry's folder; None is the root, "" is no folder's path."""
-    folder, slash, _ = entry.path.rpartition("/")
-    return folder if slash else None
+
+def folder_of(entry: Entry) -> str:
+    """Return the path of an entry's folder; "" is the root."""
+    return entry.path.rpartition("/")[0]
 
 
 def name_of(entry: Entry) -> str:
@@ -510,137 +1331,276 @@ def name_of(entry: Entry) -> str:
     return entry.path.rpartition("/")[2]
 
 
-@dataclass(slots=True)
-class Incoming:
-    """One entry of an offer, and what is known and decided of it so far."""
+def mode_of(entry: Entry) -> int:
+    """Return which permissions an entry may have here: none that it does not have there."""
+    if entry.mode is not None:
+        return entry.mode & 0o777
+    return 0o777 if entry.executable or entry.is_folder else 0o666
 
-    index: int
+
+def making_mode(entry: Entry) -> int:
+    """Return with which permissions a folder is made for an entry."""
+    return 0o777 if entry.mode is None else UNFINISHED_MODE
+
+
+class LookedUp(NamedTuple):
+    """An offered file, and what is here that may be its beginning, or the whole of it."""
+
     entry: Entry
-    folder: Folder | None = None
-    claims: list[PartialFile] = field(default_factory=list)  # may be its beginning
-    twins: dict[str, str] = field(default_factory=dict)  # names of what may be it, their SHA-256
-    partial: PartialFile | None = None
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
-    received: int = 0  # bytes of it that are here, those of earlier runs too
-    arrived: bool = False  # nothing of it is left to read from the connection
-    outcome: Outcome | None = None
+    folder: Folder
+    claims: Sequence[PartialFile]
+    candidates: Sequence[str]  # names of finished files of its size
 
     def held(self) -> list[int]:
-        """Return the lengths, in bytes, of all that may be its beginning or the whole of it."""
-        lengths = {claim.size for claim in self.claims}
-        if self.twins and self.entry.size is not None:
+        """Return the lengths, in bytes, of which the client is to tell the SHA-256."""
+        lengths = {length for claim in self.claims for length in checkpoints(claim.size)}
+        if self.candidates and self.entry.size is not None:
             lengths.add(self.entry.size)
         return sorted(lengths)
 
-    def hash_held(self, known: dict[str, str], keepalive: Keepalive) -> None:
-        """Hash what is held of it, finished files only if not `known` yet; blocks until done."""
+    def read(self, disk: Disk, on_progress: Callable[[int], object]) -> Here:
+        """Return the SHA-256 of all that is here; blocks until it is read."""
+        beginnings = []
         for claim in self.claims:
-            with contextlib.suppress(OSError, FileShrunk):  # then it has another SHA-256, too
-                calculate_checksum(
-                    claim.descriptor, claim.size, digest=claim.digest, on_progress=keepalive
-                )
-        for name in self.twins:
-            assert self.folder is not None
-            path = self.folder.path + name
-            if path not in known:
-                with contextlib.suppress(OSError):  # unreadable: not known to be the same
-                    known[path] = calculate_checksum(path, on_progress=keepalive)
-            self.twins[name] = known.get(path, "")
-
-    def find_twin(self, checksum: str | None) -> str | None:
-        """Return the name of the finished file whose SHA-256 is `checksum`, if there is one."""
-        return next((name for name, its in self.twins.items() if its and its == checksum), None)
-
-    def choose_partial(self, prefixes: dict[int, str]) -> None:
-        """Go on with the longest partial file whose SHA-256 is the client's; remove the others."""
-        for claim in sorted(self.claims, key=lambda claim: claim.size, reverse=True):
-            if self.partial is None and prefixes.get(claim.size) == claim.digest.hexdigest():
-                self.partial, self.digest, self.received = claim, claim.digest, claim.size
-            else:
-                claim.discard()
-        self.claims = []
-
-    def open(self) -> None:
-        """Make a partial file for it unless one is gone on with. Raises OSError."""
-        assert self.folder is not None
-        if not self.folder.is_in_place():
-            raise Refused("its folder was moved or removed meanwhile")
-        if self.partial is None:
-            self.partial = PartialFile.create(self.folder, name_of(self.entry))
-
-    def consume(self, view: memoryview) -> None:
-        """Write and hash its next bytes; blocks until done. Raises OSError."""
-        assert self.partial is not None
-        self.partial.write(view)
-        self.digest.update(view)
-
-    def size_on_disk(self) -> int:
-        """How large its partial file really is. Raises OSError."""
-        assert self.partial is not None
-        return os.fstat(self.partial.descriptor).st_size
-
-    def publish(self, overwrite: bool) -> str:
-        """Move the complete file into place; return the name that it has there.
-
-        Raises OSError and Refused.
-        """
-        assert self.folder is not None
-        assert self.partial is not None
-        name = self.partial.publish(self.folder, self.entry, overwrite)
-        self.partial = None
-        return name
-
-    def discard(self) -> None:
-        """Remove what is here of it."""
-        if self.partial is not None:
-            self.partial.discard()
-            self.partial = None
-
-    def close(self) -> None:
-        """Let go of what is open; keep on disk what another run can go on from."""
-        for claim in self.claims:
-            claim.close()
-        if self.entry.size is None or not self.received:
-            self.discard()
-        elif self.partial is not None:
-            self.partial.close()
+            with contextlib.suppress(OSError, FileShrunk):  # as good as different
+                found = disk.digests.read(claim.descriptor, checkpoints(claim.size), on_progress)
+                beginnings += [Beginning(claim, *each) for each in found.items()]
+        size = self.entry.size or 0
+        names = {
+            name: read_finished(self.folder, name, size, disk, on_progress)
+            for name in self.candidates
+        }
+        return Here(beginnings, names)
 
 
-def find_twins(folder: Folder, entry: Entry, overwrite: bool) -> dict[str, str]:
-    """Return the names of finished files that `entry` may be: theirs is its name and its size.
+def checkpoints(size: int) -> list[int]:
+    """Return the lengths at which a partial file of `size` bytes is compared, ascending."""
+    if size < CHECKPOINT_BYTES:
+        return [size]
+    quarter = size // 4 // SEGMENT_BYTES * SEGMENT_BYTES
+    return [quarter, 2 * quarter, 3 * quarter, size]
 
-    Raises Refused where a folder has the name.
-    """
-    twins: dict[str, str] = {}
-    for name in numbered_names(name_of(entry)):
+
+def read_finished(
+    folder: Folder, name: str, size: int, disk: Disk, on_progress: Callable[[int], object]
+) -> str:
+    """Return the SHA-256 of a finished file of `size` bytes; "" if it is another or unreadable."""
+    with contextlib.suppress(OSError, FileShrunk):
+        descriptor = folder.open_file(name, READ_FLAGS)
         try:
-            found = os.lstat(folder.path + name)
-        except FileNotFoundError:
-            return twins
-        if name == name_of(entry) and stat.S_ISDIR(found.st_mode):
-            raise Refused("a folder of that name is there already")
-        if stat.S_ISREG(found.st_mode) and found.st_size == entry.size:
-            twins[name] = ""
-        if overwrite:
-            break
-    return twins
+            found = os.fstat(descriptor)
+            if stat.S_ISREG(found.st_mode) and found.st_size == size:
+                return disk.digests.read(descriptor, [size], on_progress)[size].hexdigest()
+        finally:
+            os.close(descriptor)
+    return ""
+
+
+class Beginning(NamedTuple):
+    """So many first bytes of a partial file, and their SHA-256."""
+
+    partial: PartialFile
+    length: int
+    digest: hashlib._Hash
+
+    def cut(self) -> None:
+        """Have the partial file hold no more than this. Raises OSError."""
+        self.partial.cut(self.length, self.digest)
+
+
+class Here(NamedTuple):
+    """What is here that may be a file's beginning or the whole of it, read."""
+
+    beginnings: Sequence[Beginning]
+    names: dict[str, str]  # of finished files, with their SHA-256
+
+    def find_whole(self, checksum: str | None) -> str | None:
+        """Return the name of the finished file whose SHA-256 is `checksum`, if there is one."""
+        return next((name for name, its in self.names.items() if its and its == checksum), None)
+
+    def find_beginning(self, there: dict[int, str]) -> Beginning | None:
+        """Return the longest that has the SHA-256 that the client has `there` for its length."""
+        same = [
+            each for each in self.beginnings if there.get(each.length) == each.digest.hexdigest()
+        ]
+        return max(same, key=lambda each: each.length, default=None)
+
+    def matches(self, partial: PartialFile, there: dict[int, str]) -> bool:
+        """Return whether any beginning of `partial` is the client's."""
+        mine = [each for each in self.beginnings if each.partial is partial]
+        return self._replace(beginnings=mine).find_beginning(there) is not None
+
+
+class Wanted(NamedTuple):
+    """An entry of which the client is to send all that is not here."""
+
+    entry: Entry
+    beginning: PartialFile | None = None  # what is here of it
+
+    @property
+    def offset(self) -> int:
+        """How many bytes are here."""
+        return self.beginning.size if self.beginning else 0
+
+
+Stage = LookedUp | Wanted | Outcome
+
+
+class Tampered(Refused):
+    """Another program has written to a partial file."""
+
+    def __init__(self) -> None:
+        super().__init__("another program writes to its hidden file here")
+
+
+class UnderWay:
+    """A file whose bytes are arriving."""
+
+    def __init__(self, entry: Entry, partial: PartialFile, promise: Promise) -> None:
+        self.entry = entry
+        self.partial = partial
+        self._promise = promise
+        self._offset = partial.size
+        self._started_s = time.monotonic()
+
+    @property
+    def bytes_left(self) -> int:
+        """How many bytes are still to come; 0 where nobody knows."""
+        return max(0, (self.entry.size or 0) - self.partial.size)
+
+    def write(self, view: memoryview) -> None:
+        """Write and hash its next bytes; blocks until done. Raises OSError."""
+        if self.entry.size is None:
+            self._promise.check_left()
+        self.partial.write(view)
+        self._promise.release(len(view))
+
+    def leave(self, error: BaseException) -> str:
+        """Keep what has come, after `error`, if another run can use it; return words about that."""
+        number = error.errno if isinstance(error, OSError) else 0
+        if self.entry.size is None or isinstance(error, Tampered) or number == errno.EFBIG:
+            self.partial.discard()
+        elif number in DISK_FULL:
+            self.partial.shrink(self._promise.reserve())
+        kept = self.partial.keep()
+        shown = f"{format_bytes(kept)} of {escape(self.entry.path)}"
+        return f"; {shown} are kept for the next run" if kept else ""
+
+    # in words
+
+    def describe_progress(self) -> str:
+        """Return its name and how far it is, for a status line. For any thread."""
+        size, name = self.partial.size, escape(name_of(self.entry), STATUS_NAME_CHARS)
+        speed = format_bytes((size - self._offset) / self._seconds())
+        if not self.entry.size:
+            return f"{name} {format_bytes(size)}, {speed}/s"
+        done = 100 * size // self.entry.size
+        return f"{name} {done} % of {format_bytes(self.entry.size)}, {speed}/s"
+
+    def _seconds(self) -> float:
+        return max(1e-6, time.monotonic() - self._started_s)
+
+    def describe_rest(self) -> str:
+        """Return how much of it is to come."""
+        return f"{format_bytes(self.bytes_left)}{self._of_whole(self.entry.size or 0)}"
+
+    def describe_sent(self) -> str:
+        """Return how much of it has come, how fast, and what it is."""
+        size, seconds = self.partial.size, self._seconds()
+        count = size - self._offset
+        return (
+            f"{format_bytes(count)}{self._of_whole(size)} in {seconds:.2f} s "
+            f"({format_bytes(count / seconds)}/s), SHA-256 {self.partial.digest.hexdigest()[:8]}"
+        )
+
+    def _of_whole(self, size: int) -> str:
+        return f" (the rest of {format_bytes(size)})" if self._offset else ""
+
+
+class Content:
+    """The bytes of one file on a connection: segments, then the SHA-256 of the whole.
+
+    `received` counts them, those that were here before included.
+    """
+
+    def __init__(self, connection: Connection, size: int | None, offset: int) -> None:
+        self._connection = connection
+        self._size = size
+        # A large file's bytes go straight into the blocks; many small files come with one call.
+        self._ahead = RECEIVE_BYTES if size is not None and size < RECEIVE_BYTES else 0
+        self.received = offset
+        self.is_over = False
+
+    def read(self, blocks: Blocks) -> bytes:
+        """Hand all of it to `blocks`; return the client's SHA-256 of the whole.
+
+        Blocks until all is there. Raises GivenUp, ProtocolError, whatever `blocks` raises, and
+        ConnectionLost once it has handed over all that had come.
+        """
+        connection = self._connection
+        while (length := connection.read_length(self._ahead)) != END_OF_FILE:
+            if length == GIVEN_UP:
+                self.is_over = True
+                raise GivenUp("the client gave up in the middle of it")
+            if length != STILL_HERE:
+                self._read_segment(length, blocks)
+        checksum = connection.read(hashlib.sha256().digest_size)
+        self.is_over = True
+        return checksum
+
+    def _read_segment(self, length: int, blocks: Blocks) -> None:
+        if length > SEGMENT_BYTES:
+            raise ProtocolError(f"received a segment of {length} bytes")
+        if self._size is not None and self.received + length > self._size:
+            raise ProtocolError("received more of a file than was offered")
+        while length:
+            block = blocks.take()[:length]
+            count = self._connection.read_some(block, PIECE_S)
+            self.received += count
+            length -= count
+            blocks.give(block[:count])
+
+    def pass_over(self) -> None:
+        """Read and drop the rest."""
+        with contextlib.suppress(GivenUp), Blocks(lambda view: None) as blocks:
+            self.read(blocks)
 
 
 # --- file conversation ----------------------------------------------------------------------
 
-# More partial files than this of one batch are not looked at again: each is an open file.
-MAX_CLAIMS = 32
-# How long the connection that a client has just lost may take to notice, and let go its file.
-CLAIM_TIMEOUT_S = 2.0
-CLAIM_INTERVAL_S = 0.02
+# In the log, for one batch: what is more is counted.
+LINES_A_BATCH = 10
+# A file of which so much is to come has a line in the log when it begins.
+LARGE_BYTES = 64 * 1024 * 1024
+ENTRIES_BETWEEN_CHECKS = 64
 
 
-@dataclass
 class Store:
-    """Where files go, and whether they replace others of their name."""
+    """Where files go, whether they replace others of their name, and who sends them just now."""
 
-    folder: str
-    overwrite: bool = False
+    def __init__(self, folder: str, overwrite: bool = False) -> None:
+        self.folder = folder
+        self.overwrite = overwrite
+        self.disk = Disk(folder)
+        self._receptions: set[Reception] = set()
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def attend(self, reception: Reception) -> Iterator[None]:
+        """Count a client in inside the ``with`` block. For any thread."""
+        with self._lock:
+            self._receptions.add(reception)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._receptions.discard(reception)
+
+    def describe_arrivals(self) -> str:
+        """Return what is arriving just now, in a line. For any thread."""
+        with self._lock:
+            receptions = list(self._receptions)
+        return "; ".join(filter(None, (each.describe_progress() for each in receptions)))
 
 
 def handle_file_client(connection: Connection, store: Store) -> None:
@@ -650,112 +1610,256 @@ def handle_file_client(connection: Connection, store: Store) -> None:
     """
     reception = Reception(connection, store)
     try:
-        while (batch := reception.receive_offer()) is not None:
-            reception.receive_batch(batch)
+        with store.attend(reception):
+            while (offer := reception.receive_offer()) is not None:
+                reception.receive_batch(offer)
     except ProtocolError as error:
         log.warning("%s: %s", connection.peer, error)
         with contextlib.suppress(SocketPairError):
             connection.send(common.Error(str(error)))
             connection.finish()
     except SocketPairError as error:
-        log.warning("%s: %s%s", connection.peer, error, reception.describe_current())
+        log.warning("%s: %s%s", connection.peer, error, reception.kept)
     except OSError as error:
         log.error("%s: %s", connection.peer, escape(str(error)))
 
 
+class Batch:
+    """What the entries of one offer share: their folders, what is claimed, lines of the log."""
+
+    def __init__(self, disk: Disk, peer: str) -> None:
+        self.folders = Folders(disk)
+        self.looked_up: set[str] = set()  # paths: one comparison for each
+        self.claims: list[PartialFile] = []
+        self.numbers_left = MAX_NUMBERS_LOOKED_UP
+        self.promised: dict[int, Promise] = {}
+        self.differed = False
+        self._peer = peer
+        self._lines: Counter[str] = Counter()
+
+    def fail(self, path: str, error: Exception) -> Outcome:
+        """Return that an entry is not taken, and log it."""
+        reason = describe_error(error)
+        self._log(logging.WARNING, "failed", f"failed {escape(path)}: {reason}")
+        return Outcome("failed", reason)
+
+    def note_already(self, path: str) -> None:
+        """Log that an entry is there already."""
+        self._log(logging.INFO, "are there already", f"offers what is there already: {path}")
+
+    def _log(self, level: int, kind: str, text: str) -> None:
+        self._lines[kind] += 1
+        if self._lines[kind] <= LINES_A_BATCH:
+            log.log(level, "%s %s", self._peer, text)
+
+    def release(self, index: int) -> None:
+        """Release what is left of the space promised to an entry."""
+        if promise := self.promised.pop(index, None):
+            promise.release()
+
+    def close(self) -> None:
+        """Release all that is still claimed or promised, and log how much was left out."""
+        for claim in self.claims:
+            claim.keep()
+        for index in list(self.promised):
+            self.release(index)
+        self.folders.close()
+        for kind, lines in self._lines.items():
+            if lines > LINES_A_BATCH:
+                log.info("%s and %d more %s", self._peer, lines - LINES_A_BATCH, kind)
+
+
 class Reception:
-    """The conversation with one client that sends files."""
+    """The conversation with one client that sends files.
+
+    Each entry of a batch goes through the stages that it has at the client, too: offered (an
+    Entry), looked up (LookedUp, then Wanted), under way (UnderWay), decided (an Outcome).
+    """
 
     def __init__(self, connection: Connection, store: Store) -> None:
+        self.kept = ""  # of the file that was under way, for the end of a log line
         self._connection = connection
         self._store = store
-        self._folders = Folders(store.folder)
-        self._current: Incoming | None = None
-        self._claims_left = MAX_CLAIMS
+        self._disk = store.disk
+        self._host = connection.peer.rpartition(":")[0]
+        self.tag = hashlib.sha256(self._host.encode()).hexdigest()[:8]
+        self._began_s = time.monotonic()
+        self._is_reading_disk = False
+        self._current: UnderWay | None = None
+        self._count = 0  # of files that were saved
+        self._just_saved: Recent[tuple[int, int], bool] = Recent()
         self._results: list[tuple[int, Outcome]] = []  # by index, not told yet
         self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
-    def describe_current(self) -> str:
-        """Return what becomes of the file that was under way, for the end of a log line."""
-        if self._current is None or not self._current.received or not self._current.entry.size:
-            return ""
-        path, received = self._current.entry.path, self._current.received
-        return f"; {format_bytes(received)} of {escape(path)} are kept for the next run"
+    # for other threads
 
-    def receive_offer(self) -> list[Incoming] | None:
+    def silent_s(self) -> float:
+        """See `Holder`."""
+        return 0.0 if self._is_reading_disk else self._connection.silent_s()
+
+    def end(self) -> None:
+        """See `Holder`."""
+        self._connection.wake()
+
+    def describe_progress(self) -> str:
+        """Return what is arriving, from where and how far it is. For any thread."""
+        current = self._current
+        if current and (current.entry.size or SEGMENT_BYTES) >= SEGMENT_BYTES:
+            return f"{current.describe_progress()} from {self._host}"
+        return f"{count(self._count, 'file')} from {self._host}" if self._count else ""
+
+    # offered
+
+    def receive_offer(self) -> Offer | None:
         """Return the next batch; None when the client has hung up instead: it is done."""
         try:
-            offer = self._connection.receive(Offer)
+            return self._connection.receive(Offer)
         except PeerClosed:
             return None
-        return [
-            Incoming(index, entry if isinstance(entry, Entry) else Entry(""))
-            for index, entry in enumerate(offer.entries)
-        ]
 
-    def receive_batch(self, batch: list[Incoming]) -> None:
+    def receive_batch(self, offer: Offer) -> None:
         """Answer an offer, take what is then sent, and say what became of each entry."""
+        batch = Batch(self._disk, self._connection.peer)
         try:
-            self._look_up(batch)
-            self._compare([incoming for incoming in batch if incoming.held()])
-            self._check_space(batch)
-            self._connection.send(Start([each.outcome or each.received for each in batch]))
-            for incoming in batch:
-                if incoming.outcome is None:
-                    self._receive_entry(incoming)
+            with self._disk.looking_up:
+                looked_up = self._look_up(batch, offer)
+            compared = self._set_space_aside(batch, self._compare(batch, looked_up))
+            self._connection.send(
+                Start([each.offset if isinstance(each, Wanted) else each for each in compared])
+            )
+            for index, each in enumerate(compared):
+                if isinstance(each, Wanted):
+                    self._transfer(batch, index, each)
             self._tell_results()
         finally:
-            for incoming in batch:
-                incoming.close()
+            batch.close()
+            if batch.differed:
+                self._disk.mismatches.note(self._host)
 
-    # before the transfer
+    # looked up
 
-    def _look_up(self, batch: list[Incoming]) -> None:
-        """Find where each entry goes and what is there of it already."""
-        patience = Deadline(CLAIM_TIMEOUT_S)
-        self._claims_left = MAX_CLAIMS
-        self._folders.forget_moved()
-        for incoming in batch:
+    def _look_up(self, batch: Batch, offer: Offer) -> list[LookedUp | Wanted | Outcome]:
+        """Find what is here of each entry already; nothing is written yet."""
+        began_s = time.monotonic()
+        looked_up: list[LookedUp | Wanted | Outcome] = []
+        for index, entry in enumerate(offer.entries):
+            if index % ENTRIES_BETWEEN_CHECKS == 0 and self._connection.is_gone():
+                raise PeerClosed
+            if isinstance(entry, Outcome):
+                looked_up.append(batch.fail("an entry", Refused(entry.text)))
+                continue
             try:
-                check_name(name_of(incoming.entry))
-                if not incoming.entry.is_folder:
-                    incoming.folder = self._folders.locate(folder_of(incoming.entry))
-                    # Partial files first: one that is moved into place meanwhile is a twin then.
-                    self._claim(incoming, patience)
-                    incoming.twins = find_twins(
-                        incoming.folder, incoming.entry, self._store.overwrite
-                    )
+                looked_up.append(self._look_up_entry(batch, entry, began_s))
             except (Refused, OSError) as error:
-                self._fail(incoming, error)
+                looked_up.append(batch.fail(entry.path, error))
+        return looked_up
 
-    def _claim(self, incoming: Incoming, patience: Deadline) -> None:
+    def _look_up_entry(self, batch: Batch, entry: Entry, began_s: float) -> LookedUp | Wanted:
+        split_path(entry.path)
+        if entry.is_folder:
+            return Wanted(entry)
+        folder = batch.folders.find(folder_of(entry))
+        if folder is None or entry.path in batch.looked_up:
+            return Wanted(entry)
+        batch.looked_up.add(entry.path)
+        # Partial files first: one that gets its name meanwhile is a candidate then.
+        claims = self._claim(batch, folder, entry, began_s)
+        while True:
+            try:
+                candidates = self._find_candidates(batch, folder, entry)
+                break
+            except OSError as error:
+                self._disk.learn(folder, error)
+        if claims or candidates:
+            return LookedUp(entry, folder, claims, candidates)
+        return Wanted(entry)
+
+    def _claim(
+        self, batch: Batch, folder: Folder, entry: Entry, began_s: float
+    ) -> list[PartialFile]:
         """Claim what earlier runs have left of an entry."""
-        assert incoming.folder is not None
-        paths = incoming.folder.leftovers.pop(partial_stem(name_of(incoming.entry)), [])
-        for path in paths[: self._claims_left]:
-            if incoming.entry.size is not None and (claim := claim_patiently(path, patience)):
-                incoming.claims.append(claim)
-                self._claims_left -= 1
+        if entry.size is None:
+            return []
+        place = self._place(entry)
+        claims = []
+        for name in self._disk.leftovers.find(folder, place.stem, self._began_s):
+            if len(batch.claims) < MAX_CLAIMS:
+                claim = PartialFile.claim(folder, name, place, began_s)
+                if claim:
+                    claims.append(claim)
+                    batch.claims.append(claim)
+        return claims
 
-    def _compare(self, held: list[Incoming]) -> None:
+    def _place(self, entry: Entry) -> Place:
+        return Place(partial_stem(name_of(entry)), self, self._disk)
+
+    def _find_candidates(self, batch: Batch, folder: Folder, entry: Entry) -> list[str]:
+        """Return the names of finished files that `entry` may be: those of its name and size."""
+        rules = self._disk.rules_in(folder)
+        name = rules.fit(name_of(entry))
+        if not folder.has(name):
+            return []
+        numbers = iter([(0, name)])
+        if not self._store.overwrite:
+            numbers = itertools.chain(numbers, self._numbers(folder, name, MAX_CANDIDATES))
+        candidates = []
+        for number, each in numbers:
+            batch.numbers_left -= 1
+            try:
+                found = folder.stat(each)
+            except FileNotFoundError:
+                self._disk.numbers.note((folder.identity, name), number)
+                break
+            if stat.S_ISREG(found.st_mode) and found.st_size == entry.size:
+                candidates.append(each)
+            if batch.numbers_left <= 0:
+                break
+        return candidates[-MAX_CANDIDATES:]
+
+    def _numbers(self, folder: Folder, name: str, back: int = 0) -> Iterator[tuple[int, str]]:
+        """Yield the numbered names from about the first that is free, or from `back` before it."""
+        rules = self._disk.rules_in(folder)
+        first = max(1, self._disk.numbers.find((folder.identity, name), 1) - back)
+        if first > 1 and not folder.has(next(rules.numbered(name, first - 1))[1]):
+            first = 1  # some have gone since
+        return rules.numbered(name, first)
+
+    # compared
+
+    def _compare(
+        self, batch: Batch, looked_up: list[LookedUp | Wanted | Outcome]
+    ) -> list[Wanted | Outcome]:
         """Find out, together with the client, what of the files here is the same as there."""
-        if not held:
-            return
-        connection = self._connection
-        connection.send(Held([(each.index, each.held()) for each in held]))
-        keepalive = Keepalive(lambda: connection.send(Hashing()))
-        known: dict[str, str] = {}
-        for incoming in held:
-            incoming.hash_held(known, keepalive)
-        answers = self._receive_prefixes(len(held))
-        for incoming, checksums in zip(held, answers, strict=True):
-            # Short where the client could not read so much of its file.
-            prefixes = dict(zip(incoming.held(), checksums, strict=False))
-            incoming.choose_partial(prefixes)
-            twin = incoming.find_twin(prefixes.get(incoming.entry.size or 0))
-            if twin is not None:
-                incoming.discard()
-                incoming.outcome = Outcome("already", twin)
+        held = [(index, each) for index, each in enumerate(looked_up) if isinstance(each, LookedUp)]
+        answers = iter(self._ask(held) if held else ())
+        return [
+            self._decide(batch, each, *next(answers)) if isinstance(each, LookedUp) else each
+            for each in looked_up
+        ]
+
+    def _ask(self, held: Sequence[tuple[int, LookedUp]]) -> Iterator[tuple[Here, dict[int, str]]]:
+        """Return, for each entry, the SHA-256 of what is here and of as much at the client."""
+        self._wait_after_mismatches()
+        self._connection.send(Held([(index, each.held()) for index, each in held]))
+        keepalive = Keepalive(lambda: self._connection.send(Hashing()))
+        self._is_reading_disk = True
+        try:
+            here = [each.read(self._disk, keepalive) for _, each in held]
+        finally:
+            self._is_reading_disk = False
+        # Short where the client could not read so much of its file.
+        there = [
+            dict(zip(each.held(), checksums, strict=False))
+            for (_, each), checksums in zip(held, self._receive_prefixes(len(held)), strict=True)
+        ]
+        return zip(here, there, strict=True)
+
+    def _wait_after_mismatches(self) -> None:
+        left_s = min(MAX_MISMATCH_WAIT_S, self._disk.mismatches.wait_s(self._host))
+        while left_s > 0:
+            time.sleep(min(left_s, KEEPALIVE_INTERVAL_S))
+            self._connection.send(Hashing())
+            left_s -= KEEPALIVE_INTERVAL_S
 
     def _receive_prefixes(self, count: int) -> Sequence[Sequence[str]]:
         while isinstance(message := self._connection.receive(Prefixes, Hashing), Hashing):
@@ -764,112 +1868,186 @@ class Reception:
             raise ProtocolError("received a message with bad 'entries'")
         return message.entries
 
-    def _check_space(self, batch: list[Incoming]) -> None:
+    def _decide(
+        self, batch: Batch, stage: LookedUp, here: Here, there: dict[int, str]
+    ) -> Wanted | Outcome:
+        """Return what is done with an entry, knowing what is the same as at the client."""
+        name = here.find_whole(there.get(stage.entry.size or 0))
+        beginning = here.find_beginning(there)
+        for claim in stage.claims:
+            if name is None and beginning and claim is beginning.partial:
+                continue
+            # What differs may be the beginning of what another client sends.
+            if claim.is_of(self) or here.matches(claim, there):
+                claim.discard()
+            else:
+                claim.close()
+        if name is not None:
+            batch.note_already(self._spell(stage.folder, name))
+            return Outcome("already", name)
+        if beginning is None:
+            batch.differed = True
+            return Wanted(stage.entry)
+        beginning.cut()
+        return Wanted(stage.entry, beginning.partial)
+
+    def _set_space_aside(
+        self, batch: Batch, compared: list[Wanted | Outcome]
+    ) -> list[Wanted | Outcome]:
         """Refuse what cannot fit, file by file, before any of it is sent."""
-        free: dict[int, int] = {}
-        for incoming in batch:
-            entry, folder = incoming.entry, incoming.folder
-            if incoming.outcome is not None or folder is None or not entry.size:
-                continue
-            try:
-                if folder.device not in free:
-                    free[folder.device] = shutil.disk_usage(folder.path).free
-            except OSError as error:
-                self._fail(incoming, error)
-                continue
-            needed = entry.size - incoming.received
-            if needed <= free[folder.device]:
-                free[folder.device] -= needed
-            else:
-                there = format_bytes(free[folder.device])
-                shortage = f"{format_bytes(needed)} needed, {there} free"
-                self._fail(incoming, Refused(f"the disk is too full ({shortage})"))
+        for index, each in enumerate(compared):
+            if isinstance(each, Wanted) and each.entry.size:
+                try:
+                    folder = batch.folders.nearest(folder_of(each.entry))
+                    if folder is not None:
+                        needed = each.entry.size - each.offset
+                        batch.promised[index] = self._disk.space.promise(folder, needed)
+                except (Refused, OSError) as error:
+                    compared[index] = batch.fail(each.entry.path, error)
+        return compared
 
-    # the transfer
+    # under way
 
-    def _receive_entry(self, incoming: Incoming) -> None:
-        """Take one entry, and note its result."""
-        self._current = incoming
-        large = incoming.entry.size is None or incoming.entry.size > SEGMENT_BYTES
-        if large or not self._connection.buffered() or self._told.remaining() == 0:
+    def _transfer(self, batch: Batch, index: int, wanted: Wanted) -> None:
+        """Take one entry, and note what has become of it."""
+        entry = wanted.entry
+        if entry.is_folder:
+            self._results.append((index, self._finish_folder(batch, entry)))
+            return
+        is_large = entry.size is None or entry.size > SEGMENT_BYTES
+        if is_large or not self._connection.buffered() or self._told.remaining() == 0:
             self._tell_results()  # before what may take a while
+        content = Content(self._connection, entry.size, wanted.offset)
         try:
-            if incoming.entry.is_folder:
-                self._make_folder(incoming)
-            else:
-                self._receive_file(incoming)
+            outcome = self._receive_file(batch, index, wanted, content)
         except (Refused, GivenUp, OSError) as error:
-            incoming.discard()
-            self._fail(incoming, error)
-        if incoming.outcome is not None:
-            self._results.append((incoming.index, incoming.outcome))
-        if not incoming.arrived:
+            outcome = batch.fail(entry.path, error)
+        self._results.append((index, outcome))
+        if not content.is_over:
             # Let the client know, so that it stops sending what nobody can keep.
             self._tell_results()
-            self._pass_over(incoming)
-        self._current = None
+            content.pass_over()
 
-    def _make_folder(self, incoming: Incoming) -> None:
+    def _finish_folder(self, batch: Batch, entry: Entry) -> Outcome:
         """Make an offered folder, or find it there; it comes after all that is in it."""
-        incoming.arrived = True
-        folder = self._folders.locate(incoming.entry.path)
-        set_times(folder.path, incoming.entry.mtime_ns)
-        incoming.outcome = Outcome("saved", name_of(incoming.entry))
+        try:
+            folder = batch.folders.make(entry.path, making_mode(entry))
+            mode = None
+            if self._disk.unfinished.forget(folder.identity):
+                mode = (mode_of(entry) | UNFINISHED_MODE) & ~self._disk.umask
+            folder.finish(entry.mtime_ns, mode)
+            return Outcome("saved", self._disk.rules_in(folder).fit(name_of(entry)))
+        except (Refused, OSError) as error:
+            return batch.fail(entry.path, error)
 
-    def _receive_file(self, incoming: Incoming) -> None:
-        """Take a file's bytes and move it into place.
+    def _receive_file(self, batch: Batch, index: int, wanted: Wanted, content: Content) -> Outcome:
+        """Take a file's bytes and give it its name; return what has become of it.
 
         Raises OSError for what fails on this side, Refused where it is not to be kept, GivenUp.
         """
-        started, offset = time.monotonic(), incoming.received
-        incoming.open()
-        with blocks_for(incoming.entry.size, incoming.consume) as blocks:
-            checksum = self._receive_segments(incoming, blocks)
-        whole = incoming.entry.size in (None, incoming.received)
-        if not whole or checksum != incoming.digest.digest():
+        self._current = under_way = self._begin(batch, index, wanted)
+        try:
+            with blocks_for(wanted.entry.size, under_way.write) as blocks:
+                checksum = content.read(blocks)
+            return self._settle(batch, under_way, checksum)
+        except BaseException as error:
+            self.kept = under_way.leave(error)
+            raise
+        finally:
+            self._current = None
+            batch.release(index)
+
+    def _begin(self, batch: Batch, index: int, wanted: Wanted) -> UnderWay:
+        """Open the partial file of an entry, in its folder, which is made if it is missing."""
+        entry = wanted.entry
+        path, mode = folder_of(entry), making_mode(entry)
+        folder = batch.folders.make(path, mode)
+        try:
+            partial = wanted.beginning or self._create(folder, entry)
+        except FileNotFoundError:  # removed since it was looked up
+            batch.folders.forget(path)
+            partial = self._create(batch.folders.make(path, mode), entry)
+        promise = batch.promised.get(index) or Promise(self._disk.space, partial.folder, 0)
+        under_way = UnderWay(entry, partial, promise)
+        if under_way.bytes_left >= LARGE_BYTES:
+            shown = self._spell(partial.folder, name_of(entry))
+            log.info(f"{self._connection.peer} begins to send {under_way.describe_rest()}: {shown}")
+        return under_way
+
+    def _create(self, folder: Folder, entry: Entry) -> PartialFile:
+        place = self._place(entry)
+        partial = None
+        if entry.size is not None and entry.size <= SEGMENT_BYTES:
+            partial = PartialFile.create_nameless(folder, place, mode_of(entry))
+        return partial or PartialFile.create(folder, place)
+
+    # decided
+
+    def _settle(self, batch: Batch, under_way: UnderWay, checksum: bytes) -> Outcome:
+        """Give a file that is the client's its name. Raises Refused and OSError."""
+        entry, partial = under_way.entry, under_way.partial
+        if entry.size not in (None, partial.size) or checksum != partial.digest.digest():
             raise Refused("its SHA-256 does not match: it changed while it was sent")
-        if incoming.size_on_disk() != incoming.received:
-            raise Refused("another program writes to its hidden file here")
-        incoming.outcome = Outcome("saved", incoming.publish(self._store.overwrite))
-        self._log_saved(incoming, incoming.received - offset, time.monotonic() - started)
+        if not partial.is_untouched():
+            raise Tampered
+        partial.set_metadata(entry.mtime_ns, mode_of(entry))
+        while True:
+            name = self._disk.rules_in(partial.folder).fit(name_of(entry))
+            try:
+                outcome = self._take_name(batch, partial, name)
+                break
+            except FileNotFoundError:
+                raise Refused(FOLDER_GONE) from None
+            except OSError as error:
+                self._disk.learn(partial.folder, error)
+        self._count += 1
+        if log.isEnabledFor(logging.INFO):
+            self._log_decided(batch, under_way, outcome)
+        return outcome
 
-    def _receive_segments(self, incoming: Incoming, blocks: Blocks) -> bytes:
-        """Hand all segments of a file to `blocks`; return the client's SHA-256 of the whole.
+    def _take_name(self, batch: Batch, partial: PartialFile, name: str) -> Outcome:
+        """Give a complete file `name`, or one with a number, unless the same is there already."""
+        if partial.move_to(name):
+            self._note_saved(partial.folder, name)
+            return Outcome("saved", name)
+        if self._store.overwrite and self._replace(partial, name):
+            return Outcome("saved", name)
+        numbers = itertools.chain([(0, name)], self._numbers(partial.folder, name))
+        for number, each in numbers:
+            if number and partial.move_to(each):
+                self._disk.numbers.note((partial.folder.identity, name), number + 1)
+                self._note_saved(partial.folder, each)
+                break
+            if self._is_same(batch, partial, each):
+                partial.discard()
+                return Outcome("already", each)
+        return Outcome("saved", each)
 
-        Raises GivenUp, and whatever `blocks` raises.
-        """
-        connection, size = self._connection, incoming.entry.size
-        # A large file's bytes go straight into the blocks; many small files come with one call.
-        ahead = RECEIVE_BYTES if size is not None and size < RECEIVE_BYTES else 0
-        while (length := connection.read_length(ahead)) != END_OF_FILE:
-            if length == GIVEN_UP:
-                incoming.arrived = True
-                raise GivenUp("the client gave up in the middle of it")
-            if length == STILL_HERE:
-                continue
-            if length > SEGMENT_BYTES:
-                raise ProtocolError(f"received a segment of {length} bytes")
-            if size is not None and incoming.received + length > size:
-                raise ProtocolError("received more of a file than was offered")
-            segment = blocks.take()[:length]
-            connection.read_into(segment)
-            incoming.received += length
-            blocks.give(segment)
-        checksum = connection.read(hashlib.sha256().digest_size)
-        incoming.arrived = True
-        return checksum
+    def _replace(self, partial: PartialFile, name: str) -> bool:
+        """Replace a file, but not one that this client has just sent under a like name."""
+        found = partial.folder.stat(name)
+        if self._just_saved.find((found.st_dev, found.st_ino), False):
+            return False
+        if partial.replace(name):
+            self._note_saved(partial.folder, name)
+            return True
+        return False
 
-    def _pass_over(self, incoming: Incoming) -> None:
-        """Read and drop the rest of a file that has failed here."""
-        with contextlib.suppress(GivenUp), Blocks(lambda view: None) as blocks:
-            self._receive_segments(incoming, blocks)
+    def _note_saved(self, folder: Folder, name: str) -> None:
+        if self._store.overwrite:
+            found = folder.stat(name)
+            self._just_saved.note((found.st_dev, found.st_ino), True)
 
-    # results
+    def _is_same(self, batch: Batch, partial: PartialFile, name: str) -> bool:
+        """Return whether a finished file has the content that `partial` has."""
+        if self._disk.mismatches.wait_s(self._host) > MAX_MISMATCH_WAIT_S:
+            return False
+        found = read_finished(partial.folder, name, partial.size, self._disk, lambda _: None)
+        is_same = found == partial.digest.hexdigest()
+        batch.differed |= bool(found) and not is_same
+        return is_same
 
-    def _fail(self, incoming: Incoming, error: Exception) -> None:
-        reason = describe_error(error)
-        incoming.outcome = Outcome("failed", reason)
-        log.warning("%s failed %s: %s", self._connection.peer, escape(incoming.entry.path), reason)
+    # told
 
     def _tell_results(self) -> None:
         if self._results:
@@ -877,25 +2055,17 @@ class Reception:
             self._results = []
         self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
-    def _log_saved(self, incoming: Incoming, count: int, seconds: float) -> None:
-        if not log.isEnabledFor(logging.INFO):
+    def _spell(self, folder: Folder, name: str) -> str:
+        return spell_path(os.path.join(self._store.folder, folder.shown + name))
+
+    def _log_decided(self, batch: Batch, under_way: UnderWay, outcome: Outcome) -> None:
+        path = self._spell(under_way.partial.folder, outcome.text)
+        if outcome.kind == "already":
+            batch.note_already(path)
             return
-        assert incoming.folder is not None
-        assert incoming.outcome is not None
-        below = incoming.folder.shown + incoming.outcome.text
-        path = os.path.join(self._store.folder, below)
-        rest = (
-            ""
-            if count == incoming.received
-            else f" (the rest of {format_bytes(incoming.received)})"
-        )
         # The path is the only word of the client's, and the last: nothing in a name can be taken
         # for another part of the line by whoever reads it.
-        log.info(
-            f"{self._connection.peer} sent {format_bytes(count)}{rest} in {seconds:.2f} s "
-            f"({format_bytes(count / max(seconds, 1e-6))}/s), "
-            f"SHA-256 {incoming.digest.hexdigest()[:8]}, saved as {spell_path(path)}"
-        )
+        log.info(f"{self._connection.peer} sent {under_way.describe_sent()}, saved as {path}")
 
 
 def spell_path(path: str) -> str:
@@ -910,22 +2080,6 @@ def spell_path(path: str) -> str:
         else "".join(f"\\0{byte:03o}" for byte in char.encode("utf-8", "surrogateescape"))
         for char in path
     )
-
-
-def claim_patiently(path: str, patience: Deadline) -> PartialFile | None:
-    """Claim the partial file at `path`; None if it is gone or stays in use.
-
-    A client that was cut off comes back at once, perhaps before its old connection has been
-    found broken: so it is worth waiting a moment for the file. (Nothing tells when a lock is
-    let go, but taking it: hence the short sleeps.)
-    """
-    while True:
-        try:
-            return PartialFile.claim(path)
-        except BlockingIOError:
-            if not patience.remaining():
-                return None
-            time.sleep(CLAIM_INTERVAL_S)
 
 
 # --- sound: inputs --------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import common
 import server
 from common import Connection, Hello, Message, Welcome, decode_message, encode_message
 from peers import RawPeer, socket_pair
+from proxy import HOST
 from waiting import background
 
 
@@ -23,7 +24,7 @@ def real_server(folder: Path, overwrite: bool = False) -> Iterator[RawPeer]:
     near, far = socket_pair()
 
     def serve() -> None:
-        with Connection(far, "client") as connection:
+        with Connection(far, f"{HOST}:1") as connection:
             server.handle_file_client(connection, server.Store(str(folder), overwrite))
 
     with RawPeer(near) as peer, background(serve):

@@ -150,9 +150,9 @@ def visible(folder: Path) -> list[str]:
 
 
 def make_partial(folder: Path, name: str, content: bytes) -> Path:
-    """Make a partial file as a server leaves it behind."""
+    """Make a partial file as a server leaves it behind, of a client on this machine."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".{name}.0123456789{PARTIAL_SUFFIX}"
+    path = folder / f".{name}.{hashlib.sha256(HOST.encode()).hexdigest()[:8]}89{PARTIAL_SUFFIX}"
     path.write_bytes(content)
     return path
 

@@ -301,14 +301,15 @@ def test_one_name_offered_twice_is_saved_twice(inbox: Path) -> None:
 
 
 def test_a_partial_file_that_is_written_to_meanwhile_is_not_trusted(inbox: Path) -> None:
+    content = bytes(2 * SEGMENT_BYTES)  # a small one has no name at all
     inbox.mkdir()
     with real_server(inbox) as peer:
-        peer.send(say(OFFER))
+        peer.send(say(Offer([Entry("file", len(content))])))
         assert start_of(peer).entries == [0]
-        peer.send(encode_frame(CONTENT[:5]))
+        peer.send(encode_frame(content[:SEGMENT_BYTES]))
         (partial,) = wait_for(lambda: partials(inbox), what="a partial file")
         with open(partial, "ab") as file:
-            file.write(b"somebody else's" * 100)
-        peer.send(segments(CONTENT[5:], hashlib.sha256(CONTENT).digest()))
+            file.write(b"somebody else's" * SEGMENT_BYTES)
+        peer.send(segments(content[SEGMENT_BYTES:], hashlib.sha256(content).digest()))
         assert outcomes_of(peer)[0].kind == "failed"
-    assert "file" not in contents(inbox)
+    assert contents(inbox) == {}

@@ -225,10 +225,9 @@ BAD_PATHS = [
     "a//x",
     "a/",
     "nul\0x",
-    "x" * 256,
+    "x" * 5000,
     "/".join(["x"] * 20_000),
     ".x.0.socketpair-part",
-    "\ud800",
 ]
 
 

@@ -153,12 +153,19 @@ def test_recorded_sound_is_decoded_and_encoded_to_the_same_bytes() -> None:
     assert not down
 
 
+# Where a folder had a file's name, version 1 refused the file; now it gets a number. So that the
+# rest can be replayed, its entry is changed into one that is refused, too.
+REFUSED_THEN, REFUSED_NOW = b'"taken"', b'"../xx"'
+REASON_THEN = "a folder of that name is there already"
+REASON_NOW = "the path is not one inside the folder"
+
+
 def replay(name: str, inbox: Path) -> tuple[list[Message], list[Message]]:
     """Say to a server in this process what a client said; return its answers and those of then."""
     up, down = Recorded.named(name, "up"), Recorded.named(name, "down")
     up.frame(), down.frame()  # the handshake
     with real_server(inbox) as peer:
-        peer.send(up.rest())
+        peer.send(up.rest().replace(REFUSED_THEN, REFUSED_NOW))
         peer.hang_up()
         answers = Recorded(peer.read_all())
     return merge_results(answers), merge_results(down)
@@ -182,15 +189,15 @@ def test_a_client_of_version_1_is_answered_as_it_was(inbox: Path) -> None:
     resumed = random.Random(2).randbytes(300)
     make_partial(inbox, "resumed.bin", resumed[:200])
     make_file(inbox / ".resumed.bin.1.socketpair-part", 1)
-    (inbox / "taken").mkdir()
     answers, recorded = replay("files", inbox)
-    assert answers == recorded
+    assert repr(answers) == repr(recorded).replace(REASON_THEN, REASON_NOW)
     found = contents(inbox)
     assert found["same.txt"] == same
     assert found["resumed.bin"] == resumed
     assert found["piped"] == b"from a pipe"
     assert found.keys() == {
-        *("Gr\u00fc\u00dfe \n.txt", "piped", "resumed.bin", "same.txt", "taken/"),
+        *("Gr\u00fc\u00dfe \n.txt", "piped", "resumed.bin", "same.txt"),
+        ".resumed.bin.1.socketpair-part",  # may be the beginning of what another sends
         *("tree/", "tree/empty file", "tree/empty folder/", "tree/program"),
     }
 

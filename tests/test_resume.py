@@ -75,7 +75,7 @@ def test_the_longest_good_partial_file_of_several_is_used(server: Server, tmp_pa
     good = source.read_bytes()
     for number, content in enumerate((good[:MIB], good[: 8 * MIB], os.urandom(9 * MIB))):
         partial = make_partial(server.folder, "file.bin", content)
-        partial.rename(partial.with_name(f".file.bin.{number}.socketpair-part"))
+        partial.rename(partial.with_name(partial.name.replace("89.", f"8{number}.")))
     with Proxy(server.port) as link:
         assert server.send(source, port=link.port).status == 0
         assert link.passed < 3 * MIB

@@ -1,0 +1,278 @@
+"""Places: nothing that a client says leads out of the folder, nor into another's file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import PARTIAL_SUFFIX
+from server import Disk, Folder, Folders, PartialFile, Place, Refused, partial_stem
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="links need a right on Windows")
+
+
+class Client:
+    """Whoever uses a partial file; `silent` for so long."""
+
+    tag = "01234567"
+
+    def __init__(self, silent: float = 0.0) -> None:
+        self.silent = silent
+        self.has_ended = False
+
+    def silent_s(self) -> float:
+        """See `server.Holder`."""
+        return self.silent
+
+    def end(self) -> None:
+        """See `server.Holder`."""
+        self.has_ended = True
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Return a folder that has another beside it."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+def folders_in(root: Path) -> Folders:
+    return Folders(Disk(str(root)))
+
+
+def open_root(root: Path) -> Folder:
+    return Folder.open(str(root))
+
+
+def place_of(root: Path, name: str, client: Client | None = None) -> Place:
+    return Place(partial_stem(name), client or Client(), Disk(str(root)))
+
+
+# --- symbolic links -------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("target", ["../outside", "/", "/tmp", "..", "../outside/new", "/proc/1"])
+def test_a_link_that_leads_out_is_refused(root: Path, target: str) -> None:
+    (root / "link").symlink_to(target)
+    for path in ("link", "link/deeper"):
+        with pytest.raises(Refused, match="leads out"):
+            folders_in(root).find(path)
+        with pytest.raises(Refused, match="leads out"):
+            folders_in(root).make(path, 0o777)
+    assert os.listdir(root.parent / "outside") == []
+
+
+@posix
+def test_a_link_to_a_link_that_leads_out_is_refused(root: Path) -> None:
+    (root / "second").symlink_to("../outside")
+    (root / "first").symlink_to("second")
+    with pytest.raises(Refused, match="leads out"):
+        folders_in(root).find("first")
+
+
+@posix
+def test_a_folder_beside_whose_name_begins_alike_is_outside(root: Path) -> None:
+    (root.parent / "root2").mkdir()
+    for target in ("../root2", root.parent / "root2"):
+        (root / "link").symlink_to(target)
+        with pytest.raises(Refused, match="leads out"):
+            folders_in(root).find("link")
+        (root / "link").unlink()
+
+
+@posix
+@pytest.mark.parametrize("target", ["real", "./real/", "deep/../real", "absolute"])
+def test_a_link_inside_the_folder_is_followed(root: Path, target: str) -> None:
+    (root / "real").mkdir()
+    (root / "deep").mkdir()
+    (root / "link").symlink_to(root / "real" if target == "absolute" else target)
+    found = folders_in(root).make("link/new", 0o777)
+    assert found.path == str(root / "real" / "new") + os.sep
+    assert found.shown == "real/new/"
+    assert (root / "real" / "new").is_dir()
+
+
+@posix
+def test_a_link_from_a_deeper_folder_is_followed(root: Path) -> None:
+    (root / "a" / "b").mkdir(parents=True)
+    (root / "real").mkdir()
+    (root / "a" / "b" / "link").symlink_to("../../real")
+    assert folders_in(root).make("a/b/link/new", 0o777).shown == "real/new/"
+
+
+@posix
+def test_a_dangling_link_inside_the_folder_gets_its_folder(root: Path) -> None:
+    (root / "link").symlink_to("missing")
+    assert folders_in(root).make("link", 0o777).path == str(root / "missing") + os.sep
+
+
+@posix
+def test_a_link_to_itself_is_an_error_and_not_a_hang(root: Path) -> None:
+    (root / "loop").symlink_to("loop")
+    with pytest.raises((Refused, OSError)):
+        folders_in(root).find("loop/x")
+
+
+@posix
+def test_the_folder_itself_may_be_a_link(root: Path) -> None:
+    link = root.parent / "link"
+    link.symlink_to("root")
+    assert folders_in(link).make("a/b", 0o777).path == str(root / "a" / "b") + os.sep
+
+
+def test_a_file_where_a_folder_should_go_is_refused(root: Path) -> None:
+    (root / "taken").write_bytes(b"mine")
+    for path in ("taken", "taken/x"):
+        with pytest.raises(Refused, match="a file stands"):
+            folders_in(root).make(path, 0o777)
+    assert (root / "taken").read_bytes() == b"mine"
+
+
+# --- folders that change meanwhile ----------------------------------------------------------
+
+
+def test_looking_a_folder_up_makes_none(root: Path) -> None:
+    folders = folders_in(root)
+    assert folders.find("a/b/c") is None
+    assert os.listdir(root) == []
+    assert folders.make("a/b/c", 0o777).shown == "a/b/c/"
+    assert folders.find("a/b/c") is not None
+
+
+def test_one_batch_makes_a_bounded_number_of_folders(root: Path) -> None:
+    folders = folders_in(root)
+    with pytest.raises(Refused, match="too many new folders"):
+        for number in range(10):
+            folders.make(f"{number}/" + "/".join("d" * 1000), 0o700)
+
+
+@posix
+def test_what_takes_a_folders_place_gets_nothing(root: Path) -> None:
+    outside = root.parent / "outside"
+    folder = folders_in(root).make("sub", 0o777)
+    (root / "sub").rename(root / "sub.old")
+    (root / "sub").symlink_to(outside)
+    place = place_of(root, "x")
+    partial = PartialFile.create(folder, place)
+    partial.write(memoryview(b"content"))
+    partial.set_metadata(10**18, 0o644)
+    assert partial.move_to("x")
+    assert os.listdir(outside) == []
+    assert (root / "sub.old" / "x").read_bytes() == b"content"
+    with pytest.raises(Refused, match="leads out"):
+        folders_in(root).find("sub")
+
+
+@posix
+def test_what_takes_a_partial_files_place_stays_untouched(root: Path) -> None:
+    precious = root.parent / "outside" / "precious"
+    precious.write_bytes(b"precious")
+    before = precious.stat()
+    partial = PartialFile.create(open_root(root), place_of(root, "x"))
+    partial.write(memoryview(b"content"))
+    (root / partial.name).unlink()
+    (root / partial.name).symlink_to(precious)
+    partial.set_metadata(10**18, 0o777)
+    with pytest.raises(FileNotFoundError):
+        partial.move_to("x")
+    assert precious.read_bytes() == b"precious"
+    assert precious.stat().st_mtime_ns == before.st_mtime_ns
+    assert precious.stat().st_mode == before.st_mode
+    assert not (root / "x").exists()
+
+
+# --- partial files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["x", "x" * 255, "é" * 127, "a:b"])
+def test_a_partial_file_is_hidden_and_found_again(root: Path, name: str) -> None:
+    place = place_of(root, name)
+    folder = open_root(root)
+    partial = PartialFile.create(folder, place)
+    partial.write(memoryview(b"content"))
+    assert partial.keep() == 7
+    (found,) = os.listdir(root)
+    assert found.startswith(".")
+    assert found.endswith(PARTIAL_SUFFIX)
+    assert place.disk.leftovers.find(folder, place.stem, 0.0) == [found]
+    assert (root / found).stat().st_mode & 0o077 == 0, "nobody else may read it"
+    claimed = PartialFile.claim(folder, found, place, 0.0)
+    assert claimed is not None
+    assert claimed.size == 7
+    claimed.discard()
+    assert os.listdir(root) == []
+
+
+def claim(root: Path, name: str) -> PartialFile | None:
+    return PartialFile.claim(open_root(root), name, place_of(root, "x"), 0.0)
+
+
+@posix
+def test_a_partial_file_that_is_a_link_is_never_written_through(root: Path) -> None:
+    outside = root.parent / "outside" / "precious"
+    outside.write_bytes(b"precious")
+    link = root / f".x.0{PARTIAL_SUFFIX}"
+    link.symlink_to(outside)
+    assert claim(root, link.name) is None
+    assert outside.read_bytes() == b"precious"
+
+
+@posix
+def test_a_partial_file_with_a_second_name_is_never_written(root: Path) -> None:
+    """A server killed between its two steps of moving a file leaves both names."""
+    complete = root / "complete"
+    complete.write_bytes(b"complete")
+    partial = root / f".complete.0{PARTIAL_SUFFIX}"
+    os.link(complete, partial)
+    assert claim(root, partial.name) is None
+    assert complete.read_bytes() == b"complete"
+    assert not partial.exists()
+
+
+@posix
+def test_a_partial_file_that_is_a_pipe_is_not_waited_for(root: Path) -> None:
+    pipe = root / f".x.0{PARTIAL_SUFFIX}"
+    os.mkfifo(pipe)
+    assert claim(root, pipe.name) is None
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="only root can plant another's file"
+)
+def test_a_partial_file_of_another_user_is_not_continued(root: Path) -> None:
+    planted = root / f".x.0{PARTIAL_SUFFIX}"
+    planted.write_bytes(b"planted")
+    os.chown(planted, 1, 1)
+    assert claim(root, planted.name) is None
+    assert planted.read_bytes() == b"planted"
+
+
+def test_a_partial_file_in_use_is_not_claimed_again(root: Path) -> None:
+    place = place_of(root, "x")
+    folder = open_root(root)
+    partial = PartialFile.create(folder, place)
+    again = Place(place.stem, Client(), place.disk)
+    assert PartialFile.claim(folder, partial.name, again, 0.0) is None
+    elsewhere = place_of(root, "x")  # another server
+    assert PartialFile.claim(folder, partial.name, elsewhere, 0.0) is None
+    partial.write(memoryview(b"x"))
+    partial.keep()
+    claimed = PartialFile.claim(folder, partial.name, again, 0.0)
+    assert claimed is not None
+    claimed.discard()
+    assert os.listdir(root) == []
+
+
+def test_a_silent_client_is_ended_for_the_next_one(root: Path) -> None:
+    place = place_of(root, "x", Client(silent=10.0))
+    partial = PartialFile.create(open_root(root), place)
+    again = Place(place.stem, Client(), place.disk)
+    assert PartialFile.claim(open_root(root), partial.name, again, 0.0) is None
+    assert isinstance(place.holder, Client)
+    assert place.holder.has_ended
+    partial.close()

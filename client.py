@@ -395,6 +395,7 @@ LOOK_UP_S = 1.0
 # Linux's virtual files (/proc, /sys) have no blocks, and say that they have 0 or 4096 bytes.
 MAX_DOUBTFUL_BYTES = 4096
 LEADS_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 STDIN = "-"
 
 
@@ -474,7 +475,7 @@ def has_size(path: str, size: int) -> bool:
 
 def open_for_reading(path: str) -> int:
     """Return a descriptor of a file. Does not wait for a writer, should it be a pipe by now."""
-    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    return os.open(path, READ_FLAGS)
 
 
 def look_up_named(
@@ -578,7 +579,8 @@ def walk_folder(
             continue
         below = f"{name}/{entry.name}"
         if not is_real_folder(entry):
-            yield from look_at(entry, below, on_problem)
+            if source := look_at(entry, below, on_problem):
+                yield source
         elif left_out and is_same_folder(entry, left_out):
             on_problem(entry.path, below, "the server's own folder, left out", False)
         else:
@@ -594,8 +596,9 @@ def look_up_folder(path: str, name: str) -> Source:
 def is_real_folder(entry: os.DirEntry[str]) -> bool:
     """Tell whether `entry` is a folder, not a link to one, nor Windows' junction."""
     with contextlib.suppress(OSError):  # look_at will say it
-        is_junction = getattr(entry, "is_junction", bool)  # from Python 3.12 on
-        return entry.is_dir(follow_symlinks=False) and not is_junction()
+        if entry.is_dir(follow_symlinks=False):
+            is_junction = getattr(entry, "is_junction", bool)  # from Python 3.12 on
+            return not is_junction()
     return False
 
 
@@ -619,23 +622,26 @@ def list_folder(path: str, name: str, on_problem: Problem) -> list[os.DirEntry[s
         return []
 
 
-def look_at(entry: os.DirEntry[str], name: str, on_problem: Problem) -> Iterator[Source]:
-    """Yield the file that `entry` is or links to."""
+def look_at(entry: os.DirEntry[str], name: str, on_problem: Problem) -> Source | None:
+    """Return the file that `entry` is or links to."""
     try:
         found = entry.stat()
-        if name.endswith(common.PARTIAL_SUFFIX):
-            on_problem(entry.path, name, "a server's unfinished file, left out", False)
-        elif stat.S_ISREG(found.st_mode):
-            yield look_up_file(entry.path, name, found)
-        elif stat.S_ISDIR(found.st_mode):
-            on_problem(entry.path, name, "a link to a folder, not followed", False)
-        else:
-            on_problem(entry.path, name, "not a file or a folder", False)
+        if stat.S_ISREG(found.st_mode) and not name.endswith(common.PARTIAL_SUFFIX):
+            return look_up_file(entry.path, name, found)
+        on_problem(entry.path, name, describe_left_out(found.st_mode), False)
     except OSError as error:
         if entry.is_symlink() and error.errno in LEADS_NOWHERE:
             on_problem(entry.path, name, "a broken link, left out", False)
         else:
             on_problem(entry.path, name, describe_missing(entry.path, error))
+    return None
+
+
+def describe_left_out(mode: int) -> str:
+    """Return why what has this mode is no file to send from a folder."""
+    if stat.S_ISREG(mode):
+        return "a server's unfinished file, left out"
+    return "a link to a folder, not followed" if stat.S_ISDIR(mode) else "not a file or a folder"
 
 
 def in_batches(sources: Iterable[Source]) -> Iterator[list[Source]]:
@@ -1191,12 +1197,12 @@ class OfferAgain(SocketPairError):
 
 
 class UnderWay(NamedTuple):
-    """A file being sent: what is left begins at `offset`; `digest` is that of all before."""
+    """A file being sent: what is left begins at `offset`; `digest` is that of what is before."""
 
     source: Source
     number: int  # in its batch
     offset: int
-    digest: hashlib._Hash
+    digest: hashlib._Hash | None
 
 
 class Pace:
@@ -1350,7 +1356,7 @@ class Upload:
                 raise ProtocolError("received an offset that was not asked about")
             if verdict:
                 self._report.resumed(source, verdict)
-            transfers.append(UnderWay(source, index, verdict, known.get(verdict, hashlib.sha256())))
+            transfers.append(UnderWay(source, index, verdict, known.get(verdict)))
         return transfers
 
     # under way
@@ -1361,8 +1367,11 @@ class Upload:
         if source.entry.is_folder:
             return
         self._progress.start(source, transfer.offset)
+        end: Sent | NotSent
         try:
-            end: Sent | NotSent = self._send_small(transfer) or self._send_large(batch, transfer)
+            if self._send_small(batch, transfer):
+                return
+            end = self._send_large(batch, transfer)
         except ConnectionLost:
             raise
         except OfferAgain as error:
@@ -1376,29 +1385,31 @@ class Upload:
         else:
             self._connection.queue(LENGTH.pack(GIVEN_UP))
 
-    def _send_small(self, transfer: UnderWay) -> Sent | None:
-        """Send a small file in one go, if it is still as it was offered; else return None."""
+    def _send_small(self, batch: Batch, transfer: UnderWay) -> bool:
+        """Send a small file in one go; return False if it is none, or not as it was offered."""
         source, size = transfer.source, transfer.source.entry.size
         if source.found is None or size is None or size > SMALL_FILE_BYTES or transfer.offset:
-            return None
+            return False
         descriptor = open_for_reading(source.path)
         try:
             content = os.read(descriptor, size + 1)
             if len(content) != size or not is_same(source.found, os.fstat(descriptor)):
-                return None
+                return False
         finally:
             os.close(descriptor)
-        if size:
-            self._connection.queue(LENGTH.pack(size) + content)
-            self._count(size)
-        return Sent(hashlib.sha256(content).hexdigest())
+        digest = hashlib.sha256(content)
+        batch.end(transfer.number, Sent(digest.hexdigest()))
+        segment = LENGTH.pack(size) + content if size else b""
+        self._connection.queue(segment + LENGTH.pack(END_OF_FILE) + digest.digest())
+        self._count(size)
+        return True
 
     def _send_large(self, batch: Batch, transfer: UnderWay) -> Sent:
         """Send a file step by step, hashed meanwhile.
 
         Raises OSError, OfferAgain, and SocketPairError where it changed or is not wanted any more.
         """
-        source, digest = transfer.source, transfer.digest
+        source, digest = transfer.source, transfer.digest or hashlib.sha256()
         left = sys.maxsize if source.entry.size is None else source.entry.size - transfer.offset
         with self._open(transfer) as file:
             check_offer(source, file)

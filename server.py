@@ -2758,10 +2758,11 @@ class Listener:
 
     def lose(self, reason: str) -> None:
         """Send no more to this listener, and wake its thread. `reason` may be empty."""
-        # So that nothing, not even a goodbye, goes out behind a block that was cut off.
-        self.connection.wake()
+        # Before it wakes: the client's thread takes a connection that ends for one that left. With
+        # a loss nothing, not even a goodbye, goes out behind a block that was cut off.
         self.loss = reason
         self.gone.set()
+        self.connection.wake()
 
     def end(self) -> None:
         """Have the client's thread finish, as no more sound comes. Idempotent."""

@@ -108,6 +108,25 @@ def test_a_device_is_known_again_by_its_name_and_its_sound_system() -> None:
     assert not device(1, "Mic").is_same(device(1, "Mic 2"))
 
 
+def test_pulse_source_chooses_the_microphone_behind_the_default(card: VirtualSoundCard) -> None:
+    environment = {**card.environment, "PULSE_SOURCE": "speaker.monitor"}
+    with Script("server.py", "--port", "0", environment=environment) as sender:
+        sender.wait_for("Broadcasting default")
+        sources = dict(
+            line.split()[1::-1] for line in card.pactl("list", "short", "sources").splitlines()
+        )
+        wait_for(
+            lambda: (
+                sources["speaker.monitor"]
+                in [
+                    line.split()[1]
+                    for line in card.pactl("list", "short", "source-outputs").splitlines()
+                ]
+            ),
+            "the use of that source",
+        )
+
+
 # --- while it is used -----------------------------------------------------------------------
 
 

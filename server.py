@@ -148,6 +148,8 @@ class GivenUp(SocketPairError):
 
 # Linux's own limit, to bound what a client can make us work through.
 MAX_PATH_BYTES = 4096
+# What removes a tree recursively goes no deeper than 1,000, often.
+MAX_FOLDER_DEPTH = 500
 MAX_NAME_BYTES = 255
 # The least that is met with: encrypted folders (eCryptfs).
 SHORT_NAME_BYTES = 143
@@ -168,6 +170,8 @@ def split_path(path: str) -> list[str]:
     if len(path) > MAX_PATH_BYTES or len(path.encode(errors="surrogatepass")) > MAX_PATH_BYTES:
         raise Refused(f"the path is too long ({MAX_PATH_BYTES} bytes at most)")
     parts = path.split("/")
+    if len(parts) > MAX_FOLDER_DEPTH + 1:
+        raise Refused(f"the path is too deep ({MAX_FOLDER_DEPTH} folders at most)")
     for part in parts:
         check_name(part)
     return parts
@@ -274,8 +278,8 @@ MAX_TIME_NS = 2**63 - 1
 MAX_LINKS = 40  # as many as Linux follows in one path
 # Of one batch: each is a descriptor. One that is needed again after others is opened again.
 MAX_OPEN_FOLDERS = 32
-# By one batch: one for each entry, and those above the first, as many as a path has room for.
-MAX_NEW_FOLDERS = common.MAX_BATCH_ENTRIES + MAX_PATH_BYTES // 2
+# By one batch: one for each entry, and those above the first.
+MAX_NEW_FOLDERS = common.MAX_BATCH_ENTRIES + MAX_FOLDER_DEPTH
 # Until all that it should hold has arrived, and its own permissions are told.
 UNFINISHED_MODE = 0o700
 # With O_PATH, where the system has it, permission to search a folder is enough.

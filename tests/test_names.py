@@ -99,6 +99,11 @@ def test_paths_that_no_system_may_take_are_refused(path: str) -> None:
         split_path(path)
 
 
+def test_paths_deeper_than_what_removes_them_again_can_go_are_refused() -> None:
+    with pytest.raises(Refused, match="too deep"):
+        split_path("/".join("x" * 502))
+
+
 @pytest.mark.parametrize("path", ["x" * 5000, "/".join("x" * 2500), "é" * 2100])
 def test_paths_longer_than_any_system_takes_are_refused(path: str) -> None:
     with pytest.raises(Refused, match="too long"):

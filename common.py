@@ -137,8 +137,8 @@ class NotPaired(SocketPairError):
 
 # --- text for people ------------------------------------------------------------------------
 
-# Those of requirements.txt that Debian 12 has as python3-NAME.
-DEBIAN_PACKAGES = {"av", "cryptography", "ifaddr", "numpy", "pyaudio", "spake2", "tqdm", "zeroconf"}
+# Those of requirements.txt that Debian 12 has as python3-NAME. Its av crashes when it encodes.
+DEBIAN_PACKAGES = {"cryptography", "ifaddr", "numpy", "pyaudio", "spake2", "tqdm", "zeroconf"}
 
 
 def escape(text: str, limit: int = 500) -> str:
@@ -230,7 +230,10 @@ def how_to_install(*packages: str) -> str:
         return f"{python_name()} -m pip install {' '.join(packages)}"
     if DEBIAN_PACKAGES.issuperset(packages) and shutil.which("apt"):
         return f"apt install {' '.join(f'python3-{package}' for package in packages)}"
-    return f"{python_name()} -m venv .venv && .venv/bin/pip install -r requirements.txt"
+    environment = f"{python_name()} -m venv --system-site-packages .venv"
+    if shutil.which("apt"):
+        environment = f"apt install python3-venv && {environment}"
+    return f"{environment} && .venv/bin/pip install {' '.join(packages)}"
 
 
 def format_address(host: str, port: int) -> str:

@@ -7,7 +7,8 @@ import secrets
 import subprocess
 from collections.abc import Mapping
 
-from sound_card import stop_process, wait_for
+from sound_card import stop_process
+from waiting import wait_for
 
 COMMAND_LIMIT_S = 20.0
 

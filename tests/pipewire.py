@@ -12,7 +12,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from sound_card import stop_process, wait_for
+from sound_card import stop_process
+from waiting import wait_for
 
 COMMAND_LIMIT_S = 20.0
 

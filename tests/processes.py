@@ -88,6 +88,7 @@ class Program:
     ) -> None:
         self._group = group
         self._expected = 0  # how far `expect` has read
+        self._printed = ("", "")  # on both streams, once it is closed
         with contextlib.ExitStack() as stack:
             self._stdout = stack.enter_context(tempfile.TemporaryFile())
             self._stderr = stack.enter_context(tempfile.TemporaryFile())
@@ -137,12 +138,15 @@ class Program:
         self.popen.wait(LIMIT_S)
         if self.popen.stdin:
             self.popen.stdin.close()
+        if not self._stdout.closed:
+            self._printed = (self.stdout(), self.stderr())
         self._stack.close()
 
     # what it prints
 
-    @staticmethod
-    def _read(file: Any) -> str:
+    def _read(self, file: Any) -> str:
+        if file.closed:
+            return self._printed[file is self._stderr]
         size = os.fstat(file.fileno()).st_size
         return os.pread(file.fileno(), size, 0).decode("utf-8", "surrogateescape")
 
@@ -191,7 +195,7 @@ class Program:
             return value
 
         try:
-            value = wait_for(found, timeout, f"printed {what!r}")
+            value = wait_for(found, f"printed {what!r}", timeout)
         except AssertionError as error:
             raise AssertionError(f"{error}; printed was:\n{self.text()}") from None
         assert value is not None

@@ -99,7 +99,7 @@ class Proxy:
     def wait_until_passed(self, count: int, client: Process) -> None:
         """Wait until `count` bytes have passed, or `client` has ended."""
         try:
-            wait_for(lambda: self.passed >= count or not client.running(), LIMIT_S)
+            wait_for(lambda: self.passed >= count or not client.running(), timeout=LIMIT_S)
         except AssertionError:
             said = client.text()
             raise AssertionError(f"{self.passed} of {count} bytes have passed: {said}") from None

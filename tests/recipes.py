@@ -11,16 +11,14 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from support import LIMIT_S, ROOT, environment, wait_for
+from support import ROOT, Program, environment, wait_for
 
 README = (ROOT / "README.md").read_text()
 MODULES = ("common.py", "server.py", "client.py")
@@ -38,55 +36,6 @@ def read_recipe(name: str) -> str:
     return read_block(f"recipe: {name}", "sh")
 
 
-class Shell:
-    """A recipe running, with all that it has started; its output gathers in `output`."""
-
-    def __init__(self, command: Sequence[str], folder: Path, env: Mapping[str, str]) -> None:
-        self.output = ""
-        self._process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.output += line
-
-    def __enter__(self) -> Shell:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(LIMIT_S)
-        self._reader.join(LIMIT_S)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-    def wait_for(self, text: str) -> None:
-        """Wait until `text` was printed."""
-        wait_for(lambda: text in self.output or self._died(), LIMIT_S, f"{text!r} is printed")
-        assert text in self.output, self.output
-
-    def _died(self) -> bool:
-        return self._process.poll() is not None and not self._reader.is_alive()
-
-    def wait(self) -> int:
-        """Wait until all has ended by itself; return the exit status."""
-        status = self._process.wait(LIMIT_S)
-        self._reader.join(LIMIT_S)
-        return status
-
-
 class Workplace:
     """A folder to run recipes in, and the network that they have."""
 
@@ -101,12 +50,13 @@ class Workplace:
         python.chmod(0o755)
         self.env = environment({"PATH": f"{python.parent}:{os.environ['PATH']}"})
 
-    def run(self, script: str, **env: str) -> Shell:
-        """Return a running shell script, to be used in a ``with`` block."""
+    def run(self, script: str, **env: str) -> Program:
+        """Return a running shell script, to be used in a ``with`` block, which ends all of it."""
         command = [*self._wrapper, "sh", "-c", script]
-        return Shell(command, self.folder, {**self.env, **env})
+        env = {**self.env, **env}
+        return Program(command, cwd=self.folder, env=env, merged=True, group=True)
 
-    def recipe(self, name: str, **env: str) -> Shell:
+    def recipe(self, name: str, **env: str) -> Program:
         """Return a running recipe of the README, to be used in a ``with`` block."""
         return self.run(read_recipe(name), **env)
 
@@ -140,18 +90,11 @@ def user_network() -> Iterator[tuple[str, ...]]:
     """Have a network, as any user, where the system lets users have one; else give nothing."""
     unshare = ["unshare", "--user", "--net", "--map-current-user", "--keep-caps"]
     script = "ip link set lo up && echo up && exec cat"
-    with subprocess.Popen(
-        [*unshare, "sh", "-c", script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as holder:
-        assert holder.stdout is not None
-        up = holder.stdout.readline() == b"up\n"
-        target = str(holder.pid)
+    with Program([*unshare, "sh", "-c", script], stdin=subprocess.PIPE) as holder:
+        wait_for(lambda: holder.stdout() or not holder.running(), "the network is up")
+        target = str(holder.popen.pid)
         enter = ("nsenter", "--target", target, "--user", "--net", "--preserve-credentials")
-        yield enter if up else ()
-        # At the end of its input the holder ends, and the network with it.
+        yield enter if holder.running() else ()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import time
 import wave
 from array import array
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,8 @@ from common import AudioFormat
 from peers import message
 from processes import Process
 from proxy import DOWN, Hook
-from sound_card import (
-    MICROPHONE_MONITOR,
-    RATE,
-    SPEAKER_MONITOR,
-    VirtualSoundCard,
-    stop_process,
-    wait_for,
-)
+from sound_card import MICROPHONE_MONITOR, RATE, SPEAKER_MONITOR, VirtualSoundCard, stop_process
+from waiting import wait_for
 
 LIMIT_S = 30.0
 
@@ -87,6 +82,15 @@ def at_terminal(card: VirtualSoundCard, port: str, *arguments: str) -> Script:
     return start_client(card, port, *arguments, terminal=True)
 
 
+def let_pass(
+    card: VirtualSoundCard, sender: Script, seconds: int, folder: Path, *arguments: str
+) -> None:
+    """Wait until `sender` has sent so much sound, and another listener has heard it."""
+    arguments += ("--output", str(folder / "passed.wav"), "--seconds", str(seconds))
+    with start_client(card, port_of(sender), *arguments) as other:
+        assert other.end() == common.EXIT_OK
+
+
 def make_tone(seconds: float, hertz: float = TONE_HZ) -> bytes:
     """Return a loud tone, mono at ``RATE``."""
     step = 2 * math.pi * hertz / RATE
@@ -109,7 +113,7 @@ def hears_tone(card: VirtualSoundCard) -> bool:
     player = card.play(make_tone(60))
     try:
         with card.record() as said:
-            wait_for(lambda: is_tone(said.tail(0.1)), "the tone at the loudspeaker", LIMIT_S)
+            wait_for(lambda: is_tone(said.tail(0.1)), "the tone at the loudspeaker")
     finally:
         stop_process(player)
     return True
@@ -143,7 +147,8 @@ def measure_delay_s(card: VirtualSoundCard) -> float:
         after_s = time.monotonic()
         player = card.play(bytes(RATE) + make_tone(PIP_S) + bytes(RATE))
         try:
-            wait_for(lambda: first_loud_s(said, after_s), "the pip at the loudspeaker", LIMIT_S)
+            for recording in (said, heard):
+                wait_for(partial(first_loud_s, recording, after_s), "the pip is recorded")
         finally:
             stop_process(player)
         heard_s, said_s = first_loud_s(heard, after_s), first_loud_s(said, after_s)

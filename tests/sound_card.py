@@ -15,9 +15,11 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+
+from waiting import wait_for
 
 RATE = 48_000
 SPEAKER_MONITOR = "speaker.monitor"
@@ -36,15 +38,6 @@ ALSA_CONFIGURATION = """\
 pcm.!default { type pulse }
 ctl.!default { type pulse }
 """
-
-
-def wait_for(condition: Callable[[], object], what: str, limit_s: float = START_LIMIT_S) -> None:
-    """Return once `condition` holds; raises TimeoutError, naming `what`, after `limit_s`."""
-    end = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what} did not happen within {limit_s:.0f} s")
-        time.sleep(0.02)
 
 
 def stop_process(process: subprocess.Popen[bytes]) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import random
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,23 +96,26 @@ def test_junk(either: Server) -> None:
 
 
 @pytest.mark.usefixtures("still_well")
-def test_silence_and_a_byte_a_second_take_ten_seconds(either: Server) -> None:
-    hello = b"\x16\x03\x01\x02\x00" + bytes(512)
+def test_whoever_is_silent_or_sends_a_byte_a_second_is_left_after_ten_seconds(
+    either: Server,
+) -> None:
+    hello = b"\x16\x03\x01\x02\x00" + bytes(55)
     with RawClient(either.port) as silent, RawClient(either.port) as slow:
-        started = time.monotonic()
         slow.socket.settimeout(1.0)
-        for byte in hello:
-            slow.send(bytes([byte]))
-            with contextlib.suppress(TimeoutError, ConnectionResetError):
-                if not slow.socket.recv(100):
-                    break
-                continue
-            if time.monotonic() - started > 30:
-                break
-        assert time.monotonic() - started < 12
-        silent.socket.settimeout(12)
+        assert any(hangs_up_after(slow, bytes([byte])) for byte in hello)
         silent.read_all()
-        assert time.monotonic() - started < 13
+    either.wait_for_output("made no progress for 10 s")
+
+
+def hangs_up_after(client: RawClient, data: bytes) -> bool:
+    """Send `data`; return whether the server hangs up before the client's time limit."""
+    client.send(data)
+    try:
+        return not client.socket.recv(100)
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
 
 
 @pytest.mark.usefixtures("still_well")
@@ -128,8 +130,6 @@ def test_a_thousand_silent_connections_keep_nobody_out(
             raw = stack.enter_context(RawClient(either.port))
             raw.send(b"\x16\x03" if number % 2 else b"")
         assert either.threads() < 2 * server.MAX_UNFINISHED
-        started = time.monotonic()
         assert send_here(either.port, path, its_code) == 0
-        assert time.monotonic() - started < 3
         either.wait_for_output("dropped: too many have not finished their handshake")
     (either.folder / path.name).unlink()

@@ -10,7 +10,6 @@ import socket
 import struct
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from common import (
     escape,
 )
 from peers import socket_pair
-from waiting import background
+from waiting import background, wait_for
 
 
 @contextlib.contextmanager
@@ -209,9 +208,10 @@ def test_after_a_limit_reads_have_their_time_again() -> None:
     with connected() as (connection, far):
         with connection.limit(0.1), pytest.raises(PeerStalled):
             connection.read(1)
+        deadline = common.Deadline(0.3)  # longer than the limit was
 
         def answer_late() -> None:
-            time.sleep(0.3)  # longer than the limit had been
+            wait_for(lambda: not deadline.remaining())
             far.sendall(b"late")
 
         with background(answer_late):

@@ -139,16 +139,20 @@ def test_a_server_killed_again_and_again_gets_there(
 
 
 @pytest.mark.parametrize("seed", [5])
-def test_both_killed_at_random_times_get_there(
+def test_both_killed_at_any_moment_get_there(
     inbox: Path, tmp_path: Path, tree: Path, seed: int
 ) -> None:
     chance = random.Random(seed)
     wanted = expected(tree)
-    pause = threading.Event()
+    total = sum(map(len, wanted.values()))
     with Watch(inbox, wanted):
-        for _ in range(ROUNDS):
-            with Server(inbox) as server, server.client(tree) as client:
-                pause.wait(chance.uniform(0.1, 0.6))  # from before the first byte on
+        for moment in (0, 1, 100, *moments(seed, total)):
+            with (
+                Server(inbox) as server,
+                Proxy(server.port) as link,
+                server.client(tree, port=link.port) as client,
+            ):
+                link.wait_until_passed(moment, client)
                 for process in chance.sample([client, server], 2):
                     process.kill()
         with Server(inbox) as server:
@@ -166,13 +170,13 @@ def test_a_server_killed_while_it_replaces_files_leaves_old_or_new(
     digests = {sha256(source) for source in sources}
     with Server(inbox) as server:
         assert server.send(sources[0]).status == 0
-    pause = threading.Event()
     for number in range(ROUNDS):
         with (
             Server(inbox, "--overwrite") as server,
-            server.client(sources[(number + 1) % 2]) as client,
+            Proxy(server.port) as link,
+            server.client(sources[(number + 1) % 2], port=link.port) as client,
         ):
-            pause.wait(chance.uniform(0.05, 0.25))
+            link.wait_until_passed(int(6 * MIB * chance.random() ** 0.2), client)  # mostly late
             server.kill()
             client.kill()
         assert sha256(inbox / "file") in digests

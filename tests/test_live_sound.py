@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 import common
 from sound import (
     hears_tone,
+    let_pass,
     measure_delay_s,
     port_of,
     read_wav,
@@ -42,13 +42,15 @@ def test_other_formats_keep_their_pitch(card: VirtualSoundCard, arguments: tuple
         assert hears_tone(card)
 
 
-def test_the_delay_is_bounded_and_a_stall_leaves_none(card: VirtualSoundCard) -> None:
+def test_the_delay_is_bounded_and_a_stall_leaves_none(
+    card: VirtualSoundCard, tmp_path: Path
+) -> None:
     with start_server(card) as sender, start_client(card, port_of(sender)) as player:
         player.wait_for("Listening")
         assert hears_tone(card)
         assert measure_delay_s(card) < 0.4
         player.signal(signal.SIGSTOP)
-        time.sleep(2.0)  # the stall itself
+        let_pass(card, sender, 2, tmp_path)  # the stall itself
         player.signal(signal.SIGCONT)
         assert hears_tone(card)
         assert measure_delay_s(card) < 0.4

@@ -69,7 +69,7 @@ def send_measured(server: Server, source: Path, port: int | None = None) -> tupl
             peak = max(peak, client.peak_mib())
             return not client.running()
 
-        wait_for(ended, 240)
+        wait_for(ended, timeout=240)
         return client.wait(), peak
 
 

@@ -14,7 +14,7 @@ import pytest
 import common
 import server
 from recipes import Workplace, network, read_block, workplace
-from support import LIMIT_S, make_file, sha256, wait_for
+from support import make_file, sha256, wait_for
 
 __all__ = ["network", "workplace"]
 
@@ -29,7 +29,7 @@ def test_a_folder_goes_as_one_archive(workplace: Workplace) -> None:
     with workplace.run("exec python3 server.py file") as server:
         server.wait_for("Receiving into")
         with workplace.recipe("files-tar") as client:
-            assert client.wait() == 0, client.output
+            assert client.wait().status == 0, client.text()
     with tarfile.open(workplace.folder / "received" / "photos.tar") as archive:
         for source in sources:
             member = archive.extractfile(str(source.relative_to(workplace.folder)))
@@ -49,7 +49,7 @@ def test_the_files_that_find_finds_are_sent(workplace: Workplace) -> None:
     with workplace.run("exec python3 server.py file") as server:
         server.wait_for("Receiving into")
         with workplace.recipe("files-find") as client:
-            assert client.wait() == 0, client.output
+            assert client.wait().status == 0, client.text()
     received = workplace.folder / "received"
     assert sorted(path.name for path in received.iterdir()) == sorted(names)
     for name in names:
@@ -69,9 +69,9 @@ def test_each_saved_file_is_handed_on(workplace: Workplace, tmp_path: Path) -> N
         with workplace.run(
             'python client.py file "$SENT"/* "$SENT" "$LAST"', SENT=str(folder), LAST=str(last)
         ) as client:
-            assert client.wait() == 0, client.output
+            assert client.wait().status == 0, client.text()
         done = workplace.folder / "done" / "received"
-        wait_for(lambda: is_complete(done / "last.gz"), LIMIT_S, "the last file is handed on")
+        wait_for(lambda: is_complete(done / "last.gz"), "the last file is handed on")
     for name in names:
         for handed_on in (done / f"{name}.gz", done / "sent" / f"{name}.gz"):
             assert gzip.decompress(handed_on.read_bytes()) == (folder / name).read_bytes()

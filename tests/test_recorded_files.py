@@ -29,8 +29,9 @@ from sound import (
     read_wav,
     write_wav,
 )
-from sound_card import RATE, wait_for
+from sound_card import RATE
 from support import small_disk
+from waiting import wait_for
 
 STEREO = AudioFormat(44_100, 2)
 QUIET = common.Console(quiet=True)
@@ -176,7 +177,7 @@ def test_a_server_that_comes_back_in_the_same_format_goes_into_the_same_file(
     with listening, Script("server.py", *again, environment=silent_machine):
         listening.wait_for("Listening", times=2)
         size = recording.stat().st_size
-        wait_for(lambda: recording.stat().st_size > size, "more sound", LIMIT_S)
+        wait_for(lambda: recording.stat().st_size > size, "more sound")
         assert listening.interrupt() == common.EXIT_OK
     assert os.listdir(recording.parent) == ["talk.wav"]
 

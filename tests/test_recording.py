@@ -12,7 +12,6 @@ import client
 import common
 from common import AudioFormat
 from sound import (
-    LIMIT_S,
     MONO,
     OTHER_HZ,
     Script,
@@ -26,10 +25,8 @@ from sound import (
     start_server,
     write_wav,
 )
-from sound_card import (
-    VirtualSoundCard,
-    wait_for,
-)
+from sound_card import VirtualSoundCard
+from waiting import wait_for
 
 
 @pytest.mark.parametrize("audio", [MONO, AudioFormat(44_100, 2)])
@@ -133,7 +130,7 @@ def test_what_comes_last_is_played_before_the_client_ends(card: VirtualSoundCard
         sender.popen.stdin.close()
         assert player.end() == common.EXIT_OK
         assert sender.end() == common.EXIT_OK
-        wait_for(lambda: is_heard(OTHER_HZ, said.tail(3)), "the end of the sound", LIMIT_S)
+        wait_for(lambda: is_heard(OTHER_HZ, said.tail(3)), "the end of the sound")
 
 
 def test_a_wav_that_is_full_is_followed_by_another(

@@ -13,7 +13,8 @@ import common
 import server
 from common import Device
 from sound import Script, ends_with_one_line, start_server
-from sound_card import ALSA_CONFIGURATION, VirtualSoundCard, wait_for
+from sound_card import ALSA_CONFIGURATION, VirtualSoundCard
+from waiting import wait_for
 
 # "gone" is a device that PulseAudio does not have: opening it fails, though it is in the list.
 # The last name is in Latin-1.

@@ -14,9 +14,9 @@ import pytest
 
 import icecast_server
 from melody import hear, is_melody, make_melody, write_melody
-from recipes import Shell, Workplace, network, read_recipe, workplace
+from recipes import Workplace, network, read_recipe, workplace
 from sound_card import VirtualSoundCard, stop_process
-from support import LIMIT_S, ROOT, wait_for
+from support import ROOT, Program, wait_for
 
 __all__ = ["network", "workplace"]
 
@@ -49,14 +49,14 @@ def read_wav(path: Path) -> bytes:
         return file.readframes(file.getnframes())
 
 
-def run_all(workplace: Workplace, script: str) -> Shell:
+def run_all(workplace: Workplace, script: str) -> Program:
     """Run a script to its end, which is to be a good one; return it, with its output."""
     with workplace.run(script) as shell:
-        assert shell.wait() == 0, shell.output
+        assert shell.wait().status == 0, shell.text()
     return shell
 
 
-def start(stack: ExitStack, shell: Shell, text: str) -> Shell:
+def start(stack: ExitStack, shell: Program, text: str) -> Program:
     """Have `shell` run until `stack` ends, and wait for `text`."""
     stack.enter_context(shell)
     shell.wait_for(text)
@@ -76,12 +76,12 @@ def test_a_song_is_heard_to_its_last_sample_by_everyone(workplace: Workplace) ->
         server.wait_for("Ctrl+C to stop")
         with workplace.run("exec python3 client.py audio --output early.wav") as early:
             early.wait_for("Listening to")
-            wait_for(lambda: has_sound(workplace.folder / "early.wav"), LIMIT_S, "its sound")
+            wait_for(lambda: has_sound(workplace.folder / "early.wav"), "its sound")
             with workplace.run("exec python3 client.py audio --output late.wav") as late:
                 for client in (early, late):
-                    assert client.wait() == 0, client.output
-                    assert THE_END in client.output
-        assert server.wait() == 0, server.output
+                    assert client.wait().status == 0, client.text()
+                    assert THE_END in client.text()
+        assert server.wait().status == 0, server.text()
     heard = [read_wav(workplace.folder / name) for name in ("early.wav", "late.wav")]
     assert len(song) > len(heard[0]) > len(heard[1]) > 0
     for samples in heard:
@@ -139,7 +139,7 @@ def test_one_microphone_has_200_listeners_through_icecast(station: Workplace) ->
         start(stack, station.recipe("icecast"), "Listening to")
         wait_until_on_air(station)
         crowd = run_all(station, f"python3 {CROWD} {URL} --count 200 --seconds 6 --keep one.opus")
-        assert "200 of 200 kept up" in crowd.output
+        assert "200 of 200 kept up" in crowd.text()
         run_all(station, f"ffmpeg -loglevel error -i one.opus {PCM} one.raw")
         assert is_melody((station.folder / "one.raw").read_bytes())
 
@@ -161,7 +161,7 @@ def test_snapcast_plays_it(workplace: Workplace, network: tuple[str, ...]) -> No
         play = "exec snapclient -h 127.0.0.1 --sampleformat '48000:16:*'"
         play += " --player file:filename=heard.raw"
         start(stack, workplace.run(play, **home), "Connected to")
-        wait_for(lambda: len(hear(content(heard))) > 8, LIMIT_S, "the melody is played")
+        wait_for(lambda: len(hear(content(heard))) > 8, "the melody is played")
         assert is_melody(content(heard)), hear(content(heard))
 
 

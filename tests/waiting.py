@@ -15,7 +15,7 @@ INTERVAL_S = 0.01
 T = TypeVar("T")
 
 
-def wait_for(condition: Callable[[], T], timeout: float = 60.0, what: str = "") -> T:
+def wait_for(condition: Callable[[], T], what: str = "", timeout: float = 60.0) -> T:
     """Return what `condition` returns as soon as it is true; fail after `timeout` seconds."""
     end = time.monotonic() + timeout
     while not (value := condition()):

@@ -30,7 +30,8 @@ from listeners import cpu_s, is_open, resident_kib  # noqa: E402
 
 import icecast_server  # noqa: E402
 from http_crowd import Crowd, allow_many_connections  # noqa: E402
-from sound_card import stop_process, wait_for  # noqa: E402
+from sound_card import stop_process  # noqa: E402
+from waiting import wait_for  # noqa: E402
 
 PORT = 50910
 URL = f"http://127.0.0.1:{PORT}{icecast_server.MOUNT}"

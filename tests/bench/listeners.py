@@ -35,7 +35,8 @@ if sys.platform != "win32":
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import common  # noqa: E402
-from sound_card import stop_process, wait_for  # noqa: E402
+from sound_card import stop_process  # noqa: E402
+from waiting import wait_for  # noqa: E402
 
 CODE = "KQ7M-2XFD-9WPA"
 RATE = 48_000

@@ -2994,8 +2994,8 @@ def main(argv: Sequence[str]) -> int:
         args.mode, args.host, args.port = found.announced.mode, found.host, found.port
     mode = "audio" if args.list_devices else args.mode or common.ask_mode()
     if mode == "audio":
-        with common.quiet_libraries(args.verbose):
-            return listen(args)
+        common.quiet_libraries(args.verbose)
+        return listen(args)
     address = Address(args.host, args.port, args.code, args.open)
     if not args.paths:
         connect(address, "file")[0].close()  # holds no place there while the user types

@@ -2812,72 +2812,57 @@ class LastWords:
         if sys.platform != "win32":
             os.set_blocking(self.descriptor, False)  # rather lose words than hold up who says them
         self._text = b""
+        self._handler: object = None
         threading.Thread(target=self._gather, args=(reading,), name="words", daemon=True).start()
 
     def _gather(self, reading: int) -> None:
         while words := os.read(reading, LAST_WORDS_BYTES):
             self._text = (self._text + words)[-LAST_WORDS_BYTES:]
-        os.close(reading)
 
     def text(self) -> str:
         """Return the last lines as one, fit for a terminal."""
         lines = self._text.decode(errors="replace").splitlines()
         return " / ".join(escape(line) for line in lines[-LAST_WORDS_LINES:] if line.strip())
 
+    def show_at_abort(self, descriptor: int) -> None:
+        """Have the process end with a line on `descriptor` and status 1 where C code aborts it."""
+        if sys.platform == "win32":
+            return
+        import ctypes  # noqa: PLC0415  (only sound needs it)
 
-@contextlib.contextmanager
-def quiet_libraries(verbose: bool) -> Iterator[None]:
-    """Keep what PortAudio, ALSA and JACK print off the terminal, unless `verbose`.
+        def show(_signal: int) -> None:
+            # Called from C: Python's own handlers would run too late, as abort() waits for none.
+            signal.alarm(ABORT_LIMIT_S)
+            time.sleep(LAST_WORDS_WAIT_S)
+            said = self.text() or "nothing"
+            with contextlib.suppress(OSError):
+                os.write(
+                    descriptor, f"a sound library has ended this process, saying: {said}\n".encode()
+                )
+            os._exit(EXIT_FAILED)
 
-    They write to descriptor 2 from C, also while sound runs. It leads into a pipe inside the
-    ``with`` block; ``sys.stderr``, and so all that Python prints, goes to where it led before. What
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(show)  # which must live on
+        libc = ctypes.CDLL(None)
+        libc.signal(signal.SIGABRT, self._handler)
+        libc.signal(signal.SIGSEGV, self._handler)
+
+
+def quiet_libraries(verbose: bool) -> None:
+    """Keep what PortAudio, ALSA and JACK print off the terminal for good, unless `verbose`.
+
+    They write to descriptor 2 from C, while sound runs and also while all ends. It leads into a
+    pipe now; ``sys.stderr``, and so all that Python prints, goes to where it led before. What
     they said last is shown where one of them aborts the process.
     """
-    if verbose or sys.stderr is None or not _is_descriptor_2(sys.stderr):
-        yield
+    if verbose or not _is_descriptor_2(sys.stderr):
         return
-    real, usual = os.dup(2), sys.stderr
-    usual.flush()
+    sys.stderr.flush()
+    real = os.dup(2)
     words = LastWords()
     os.dup2(words.descriptor, 2)
     os.close(words.descriptor)
-    sys.stderr = open(real, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
-    try:
-        with telling_of_abort(real, words):
-            yield
-    finally:
-        sys.stderr.flush()
-        sys.stderr = usual
-        os.dup2(real, 2)
-        os.close(real)
-
-
-@contextlib.contextmanager
-def telling_of_abort(descriptor: int, words: LastWords) -> Iterator[None]:
-    """End with a line and status 1 where a C library aborts the process in the ``with`` block."""
-    if sys.platform == "win32":
-        yield
-        return
-    import ctypes  # noqa: PLC0415  (only sound needs it)
-
-    def tell(_signal: int) -> None:
-        # Python's own handlers would run too late: abort() does not wait for them.
-        signal.alarm(ABORT_LIMIT_S)
-        time.sleep(LAST_WORDS_WAIT_S)
-        line = f"a sound library has ended this process, saying: {words.text() or 'nothing'}\n"
-        with contextlib.suppress(OSError):
-            os.write(descriptor, line.encode())
-        os._exit(EXIT_FAILED)
-
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(tell)
-    libc = ctypes.CDLL(None)
-    libc.signal(signal.SIGABRT, handler)
-    libc.signal(signal.SIGSEGV, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGABRT, signal.SIG_DFL)
-        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+    sys.stderr = open(real, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
+    words.show_at_abort(real)
 
 
 def _is_descriptor_2(stream: TextIO) -> bool:

@@ -3755,9 +3755,9 @@ def main(argv: Sequence[str]) -> int:
     if mode == "file":
         set_up_log(args)
         return serve_files(args)
-    with common.quiet_libraries(args.verbose):
-        set_up_log(args)
-        return common.list_devices(common.MICROPHONE) if args.list_devices else serve_audio(args)
+    common.quiet_libraries(args.verbose)
+    set_up_log(args)
+    return common.list_devices(common.MICROPHONE) if args.list_devices else serve_audio(args)
 
 
 if sys.platform != "win32":

@@ -133,6 +133,7 @@ def test_a_library_that_ends_the_process_has_its_last_words_shown(
     # In the place of PyAudio, as nothing real is known that still does this.
     (tmp_path / "pyaudio.py").write_text(
         "import os, sys\n"
+        "__version__ = '0.2.14'\n"
         "paContinue = paInt16 = 0\n"
         "def PyAudio():\n"
         "    for _ in range(2_000):\n"

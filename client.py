@@ -676,10 +676,10 @@ SHAPES = (
     "{desc}: {percentage:3.0f}% {rate_fmt}",
 )
 SHAPES_WITHOUT_TOTAL = ("{desc}: {n_fmt} [{elapsed}, {rate_fmt}]",)
-# The speed is the mean over so long. What is smaller than that, or quicker, has none.
+# The speed is the mean over so long; that of a small file which takes no longer means nothing.
 SPEED_WINDOW_S = 5.0
 MIN_MEASURED_BYTES = 1024 * 1024
-MIN_MEASURED_S = 0.001
+MIN_MEASURED_S = 1.0
 
 
 class Gauge:
@@ -699,7 +699,8 @@ class Gauge:
             del self._seen[0]
         then, before = self._seen[0]
         self._seen.append((now, done))
-        if done - self._first < MIN_MEASURED_BYTES or now - then < MIN_MEASURED_S:
+        enough = MIN_MEASURED_S if done - self._first < MIN_MEASURED_BYTES else 0.001
+        if now - then < enough:
             return None
         return (done - before) / (now - then)
 
@@ -1227,8 +1228,8 @@ class Pace:
 class Upload:
     """The conversation with the server over one connection; see "the wire" in common.py.
 
-    Each batch goes through four steps: it is offered, looked up at the server, its files are under
-    way, and each is decided.
+    Each file goes through the same four stages as at the server: offered (a Source), looked up
+    (with the Digests of what is there), under way (UnderWay), decided (an Outcome).
     """
 
     def __init__(

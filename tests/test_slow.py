@@ -1,0 +1,112 @@
+"""Slow disks and slow lines take long, and break nothing."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import common
+from peers import socket_pair
+from support import (
+    UP,
+    Proxy,
+    Server,
+    background,
+    contents,
+    linux,
+    make_file,
+    partial_size,
+    wait_for,
+)
+
+with_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="delays system calls")
+KIB = 1024
+
+
+def slowed(call: str, delay_ms: int, *paths: Path) -> tuple[str, ...]:
+    """Return what runs a program whose system calls about `paths` take so long."""
+    about = [word for path in paths for word in ("-P", str(path))]
+    delay = f"inject={call}:delay_exit={delay_ms * 1000}"
+    return ("strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", *about, "-e", delay)
+
+
+@with_strace
+@pytest.mark.parametrize("call", ["openat", "newfstatat"])
+def test_files_that_are_slow_to_open_or_look_up_are_sent_meanwhile(
+    server: Server, tmp_path: Path, call: str
+) -> None:
+    """Small as they are, they do not wait for each other."""
+    tree = tmp_path / "tree"
+    sources = [make_file(tree / f"{number:02}", 100, seed=number) for number in range(12)]
+    with server.client(tree, wrapper=slowed(call, 300, *sources)) as client:
+        wait_for((server.folder / "tree" / "00").exists)
+        assert client.running()
+        assert not (server.folder / "tree" / "11").exists()
+        assert client.wait().status == 0
+    assert contents(server.folder / "tree") == contents(tree)
+
+
+def limited(bytes_per_s: float) -> Callable[[int, int, bytes], bytes]:
+    """Return what makes a link to the server so slow."""
+
+    def hook(direction: int, _passed: int, data: bytes) -> bytes:
+        if direction == UP:
+            time.sleep(len(data) / bytes_per_s)
+        return data
+
+    return hook
+
+
+def test_what_came_over_a_slow_line_that_breaks_is_kept(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file", 600 * KIB)
+    with (
+        Proxy(server.port, hook=limited(100 * KIB)) as proxy,
+        server.client(source, port=proxy.port) as client,
+    ):
+        proxy.wait_until_passed(200 * KIB, client)
+        proxy.cut()
+        wait_for(lambda: partial_size(server.folder) >= 150 * KIB)
+        result = client.wait()
+    assert result.status == 0, result
+    assert "going on after the first" in result.stdout
+    assert proxy.passed < 700 * KIB
+    assert contents(server.folder) == {"file": source.read_bytes()}
+
+
+def test_the_bar_follows_what_has_arrived(server: Server, tmp_path: Path) -> None:
+    """Not what the system has taken, which is all of it at once."""
+    source = make_file(tmp_path / "file", 600 * KIB)
+    with (
+        Proxy(server.port, hook=limited(200 * KIB)) as proxy,
+        server.client(source, port=proxy.port, terminal=True) as client,
+    ):
+        client.expect(r" [1-9]\d%")
+        assert proxy.passed < 600 * KIB
+        assert client.wait().status == 0
+
+
+@linux
+def test_a_line_that_still_drains_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reply is waited for as long as what was sent before still leaves, and no longer."""
+    monkeypatch.setattr(common, "PROGRESS_TIMEOUT_S", 0.5)
+    near, far = socket_pair()
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * KIB)
+    drained = threading.Event()
+
+    def drain() -> None:
+        for _ in range(20):
+            time.sleep(0.1)
+            far.recv(8 * KIB)
+        drained.set()
+
+    with far, common.Connection(near, "server") as connection, background(drain):
+        connection.write(bytes(400 * KIB))
+        with pytest.raises(common.PeerStalled):
+            connection.read(1)
+        assert drained.is_set()

@@ -15,6 +15,7 @@ file mode               ``start_file_client`` and ``Sender``: batches, resuming,
 sound: jitter buffer    ``JitterBuffer``: plays evenly what arrives unevenly, and soon
 sound: outputs          ``Destination``, ``Output``, and the sound card: ``Speaker``
 sound: recordings       ``RecordingFiles``, ``Pipe``: WAV, FLAC and Opus, standard output
+sound: Opus             ``OpusDecoder``: what comes as Opus, as PCM
 sound: listening        ``start_audio_client``, ``Listening``: receives, comes back; ``Timeline``
 command line            ``main`` asks for what the arguments leave open
 ======================  ===========================================================
@@ -43,6 +44,7 @@ import select
 import shlex
 import socket
 import stat
+import struct
 import sys
 import threading
 import time
@@ -75,6 +77,7 @@ from common import (
     LevelMeter,
     NotPaired,
     Offer,
+    OpusBlock,
     Outcome,
     Pair,
     PeerRefused,
@@ -82,6 +85,7 @@ from common import (
     ProtocolError,
     Results,
     SocketPairError,
+    Sound,
     SoundCard,
     Start,
     StreamEnd,
@@ -240,6 +244,9 @@ REFUSED_PAIRING = {
 }
 
 
+FILE_HELLO = Hello(common.PROTOCOL, "file")
+
+
 class FileChanged(SocketPairError):
     """A file is not what it was when it was offered."""
 
@@ -270,7 +277,7 @@ class Address:
 
 def connect(
     address: Address,
-    mode: str,
+    hello: Hello,
     *,
     timeout_s: float = HANDSHAKE_TIMEOUT_S,
     ask: Callable[[str], str] | None = None,
@@ -285,7 +292,7 @@ def connect(
     PeerRefused, and SocketPairError where no code is wanted.
     """
     try:
-        return connect_once(address, mode, timeout_s)
+        return connect_once(address, hello, timeout_s)
     except CodeWanted:
         if address.open or not sys.stdin.isatty():
             raise
@@ -293,7 +300,7 @@ def connect(
     while True:
         address.code = (ask or ask_for_code)(problem)
         try:
-            return connect_once(address, mode, timeout_s)
+            return connect_once(address, hello, timeout_s)
         except WrongCode as error:
             problem = str(error)
 
@@ -309,13 +316,13 @@ def ask_for_code(problem: str = "") -> str:
             problem = str(error)
 
 
-def connect_once(address: Address, mode: str, timeout_s: float) -> tuple[Connection, Welcome]:
+def connect_once(address: Address, hello: Hello, timeout_s: float) -> tuple[Connection, Welcome]:
     """Do what `connect` does, with the code that we have."""
     peer = escape(common.format_address(address.host, address.port))
     try:
         sock = socket.create_connection((address.host, address.port), timeout=timeout_s)
     except (OSError, ValueError) as error:  # ValueError: a host that no name can be
-        raise NoServer(describe_no_server(address, mode, error)) from error
+        raise NoServer(describe_no_server(address, hello.mode, error)) from error
     try:
         connection = Connection(sock, peer)
     except OSError as error:
@@ -323,7 +330,7 @@ def connect_once(address: Address, mode: str, timeout_s: float) -> tuple[Connect
         raise ConnectionLost(f"{peer}: {describe_error(error)}") from error
     try:
         is_near = common.is_loopback(sock.getpeername()[0])
-        welcome = shake_hands(connection, address.code, mode)
+        welcome = shake_hands(connection, address.code, hello)
         if not (address.code or address.open or is_near):
             raise PeerRefused(OPEN_SERVER)
     except OSError as error:  # it has gone again
@@ -351,13 +358,13 @@ def describe_no_server(address: Address, mode: str, error: OSError | ValueError)
     return f"no server at {peer} ({describe_error(error)}): start one there with: {command}"
 
 
-def shake_hands(connection: Connection, code: str | None, mode: str) -> Welcome:
+def shake_hands(connection: Connection, code: str | None, hello: Hello) -> Welcome:
     """Return the server's welcome; blocks and raises as `connect` does."""
     try:
         with connection.limit(HANDSHAKE_TIMEOUT_S):
             if code:
                 pair(connection, code)
-            connection.send(Hello(common.PROTOCOL, mode))
+            connection.send(hello)
             return connection.receive(Welcome)
     except NotPaired as error:
         if error.wrong_code:
@@ -1137,7 +1144,7 @@ class Sender:
         Comes back to a lost server after growing waits; raises ConnectionLost in the end,
         PeerRefused and ProtocolError at once.
         """
-        connection, welcome = connect(self._address, "file")
+        connection, welcome = connect(self._address, FILE_HELLO)
         backlog = Backlog(find_sources(named, welcome.folder, self._report.problem))
         is_single = len(named) == 1 and isinstance(named[0], Source)
         self._progress.begin(
@@ -1169,7 +1176,7 @@ class Sender:
             self._report.complain(f"{error}; trying again in {wait_s:.2g} s")
             time.sleep(wait_s)
             try:
-                return connect(self._address, "file")[0]
+                return connect(self._address, FILE_HELLO)[0]
             except ConnectionLost as again:
                 error = again
             except SocketPairError as again:  # it may be busy for a while
@@ -2518,13 +2525,12 @@ def find_writer(path: str) -> Callable[[Create, AudioFormat], Writer]:
     return WRITERS[ending]
 
 
-def check_av(ending: str) -> None:
-    """Raise SocketPairError without package ``av``, which writes files of that ending."""
+def check_av(what: str) -> None:
+    """Raise SocketPairError without package ``av``, which `what` needs."""
     try:
-        import av  # noqa: F401, PLC0415  (only such recordings need it)
+        import av  # noqa: F401, PLC0415  (nothing else needs it)
     except ImportError:
-        advice = common.how_to_install("av")
-        raise SocketPairError(f"{ending} needs package av: {advice} (.wav does not)") from None
+        raise SocketPairError(f"{what} needs package av: {common.how_to_install('av')}") from None
 
 
 class Pipe:
@@ -2606,6 +2612,73 @@ def find_destinations(
         yield RecordingFiles(record, console)
 
 
+# --- sound: Opus ----------------------------------------------------------------------------
+
+DEFAULT_OPUS_KBIT = 96
+# Of a decoder that begins in the middle, what is still wrong (RFC 7845, 4.6: pre-roll).
+OPUS_HEAD = struct.Struct("<8sBBHIhB")  # RFC 7845, 5.1
+OPUS_PREROLL_FRAMES = 8 * common.OPUS_FRAMES
+
+
+def sound_receiver(connection: Connection, sound: Sound) -> Callable[[], common.Heard]:
+    """Return a function that receives the next of a server's sound, as PCM."""
+    if sound.opus_kbit is None:
+        return functools.partial(connection.receive_sound, sound.audio)
+    return OpusDecoder(connection, sound.audio).receive
+
+
+class OpusDecoder:
+    """Receives Opus, and gives it as PCM. Needs package ``av``.
+
+    What is lost on the way is a gap between blocks, as it is in PCM.
+    """
+
+    def __init__(self, connection: Connection, audio: AudioFormat) -> None:
+        self._connection = connection
+        self._audio = audio
+        self._unsettled_frames = OPUS_PREROLL_FRAMES
+        self._begin()
+
+    def _begin(self) -> None:
+        import av  # noqa: PLC0415  (nothing else that comes needs it)
+
+        self._av = av
+        rate, channels = self._audio
+        self._decoder = av.CodecContext.create("libopus", "r")
+        self._decoder.sample_rate = rate
+        self._decoder.layout = common.describe_channels(channels)
+        self._decoder.extradata = OPUS_HEAD.pack(b"OpusHead", 1, channels, 0, rate, 0, 0)
+
+    def receive(self) -> common.Heard:
+        """Do what `Connection.receive_sound` does; raises ProtocolError where it is not Opus."""
+        received = self._connection.receive_opus(self._audio)
+        return self.decode(received) if isinstance(received, OpusBlock) else received
+
+    def decode(self, block: OpusBlock) -> AudioBlock:
+        """Return the same part of the sound as PCM; one without samples while it settles."""
+        if block.skipped:
+            self._begin()
+            self._unsettled_frames = 0
+        frame_bytes = self._audio.frame_bytes
+        samples = self._decode(block.packet)[block.skipped * frame_bytes :]
+        if len(samples) < block.frames * frame_bytes:
+            raise ProtocolError("received a packet of Opus with too little sound")
+        if self._unsettled_frames > 0:
+            self._unsettled_frames -= block.frames
+            return AudioBlock(block.first_frame + block.frames, block.captured_ns, b"")
+        samples = samples[: block.frames * frame_bytes]
+        return AudioBlock(block.first_frame, block.captured_ns, samples)
+
+    def _decode(self, packet: bytes) -> bytes:
+        try:
+            frames = self._decoder.decode(self._av.Packet(packet))
+        except self._av.error.FFmpegError as error:
+            raise ProtocolError("received a packet that is not Opus") from error
+        return b"".join(
+            bytes(frame.planes[0])[: frame.samples * self._audio.frame_bytes] for frame in frames
+        )
+
+
 # --- sound: listening -----------------------------------------------------------------------
 
 FOREVER_S = 1e9
@@ -2653,8 +2726,10 @@ class Listening:
         destinations: list[Destination],
         seconds: float | None,
         console: Console,
+        opus_kbit: int | None = None,
     ) -> None:
         self._address = address
+        self._hello = Hello(common.PROTOCOL, "audio", opus_kbit)
         self._destinations = destinations
         self.outputs: list[Output] = []
         self.heard_s = 0.0  # received, with its gaps
@@ -2687,7 +2762,7 @@ class Listening:
 
     def _connect(self) -> tuple[Connection, Welcome]:
         timeout_s = HANDSHAKE_TIMEOUT_S if self._audio is None else RECONNECT_TIMEOUT_S
-        return connect(self._address, "audio", timeout_s=timeout_s, ask=self._ask_for_code)
+        return connect(self._address, self._hello, timeout_s=timeout_s, ask=self._ask_for_code)
 
     def _ask_for_code(self, problem: str) -> str:
         with self._console.without_status():
@@ -2708,18 +2783,22 @@ class Listening:
         """Pass on the sound of one connection; returns when it has ended, or is enough."""
         if welcome.sound is None:
             raise ProtocolError(f"{connection.peer} has no sound")
-        audio, stream, sync_ms = welcome.sound
+        audio, stream, sync_ms, opus_kbit = welcome.sound
+        if opus_kbit != self._hello.opus_kbit:
+            raise ProtocolError(f"{connection.peer} does not send the sound as it was asked to")
+        receive = sound_receiver(connection, welcome.sound)
         clock = ServerClock()
         self._timeline.begin(stream)
         if self._audio is None:
             self._deadline = Deadline(self._seconds)  # however long all that took
         self._open_outputs(audio)
         self._problem_told = False
-        self._console.say(f"Listening to {connection.peer}, {audio.describe()} - Ctrl+C to stop")
+        what = audio.describe() + (f", Opus at {opus_kbit} kbit/s" if opus_kbit else "")
+        self._console.say(f"Listening to {connection.peer}, {what} - Ctrl+C to stop")
         while not self._is_enough(audio):
             if sync_ms is not None and clock.wants_request(time.monotonic()):
                 connection.send(TimeRequest(time.monotonic_ns()))
-            received = connection.receive_sound(audio)
+            received = receive()
             if isinstance(received, TimeReply):
                 clock.take(to_exchange(received, time.monotonic_ns()))
                 continue
@@ -2780,6 +2859,7 @@ def start_audio_client(  # noqa: PLR0913 - the command line's options
     output: str | None = None,
     record: str | None = None,
     latency_ms: float | None = None,
+    opus_kbit: int | None = None,
     seconds: float | None = None,
     quiet: bool = False,
 ) -> int:
@@ -2790,9 +2870,11 @@ def start_audio_client(  # noqa: PLR0913 - the command line's options
     """
     console = Console(quiet, data_on_stdout=output == STDOUT)
     destinations: list[Destination] = []
-    listening = Listening(address, destinations, seconds, console)
+    listening = Listening(address, destinations, seconds, console, opus_kbit)
     try:
         with contextlib.suppress(ReaderGone), closing_all(listening, destinations):
+            if opus_kbit is not None:
+                check_av("--opus")
             destinations += find_destinations(output, record, latency_ms, console)
             threading.Thread(target=listening.show_status, name="status", daemon=True).start()
             listen_until_stopped(listening)
@@ -2849,7 +2931,7 @@ EXAMPLES = """examples:
 
 MODE_OPTIONS = {
     "file": ["name", "retry"],
-    "audio": ["output", "record", "latency", "seconds", "list_devices"],
+    "audio": ["output", "record", "latency", "opus", "seconds", "list_devices"],
 }
 
 
@@ -2870,6 +2952,16 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
         type=common.number(float, 0, MAX_LATENCY_MS),
         metavar="MS",
         help="keep so much sound in reserve, rather than what the network turns out to need",
+    )
+    opus = common.OPUS_KBIT_PER_S
+    sound.add_argument(
+        "--opus",
+        type=common.number(int, opus[0], opus[-1]),
+        nargs="?",
+        const=DEFAULT_OPUS_KBIT,
+        metavar="KBIT/S",
+        help=f"have it sent as Opus, an eighth of the data ({DEFAULT_OPUS_KBIT}; {opus[0]} to "
+        f"{opus[-1]})",
     )
     sound.add_argument(
         "--seconds",
@@ -2999,7 +3091,7 @@ def main(argv: Sequence[str]) -> int:
         return listen(args)
     address = Address(args.host, args.port, args.code, args.open)
     if not args.paths:
-        connect(address, "file")[0].close()  # holds no place there while the user types
+        connect(address, FILE_HELLO)[0].close()  # holds no place there while the user types
         args.paths = [ask_for_path()]
     return start_file_client(
         address,
@@ -3020,6 +3112,7 @@ def listen(args: argparse.Namespace) -> int:
         output=args.output,
         record=args.record,
         latency_ms=args.latency,
+        opus_kbit=args.opus,
         seconds=args.seconds,
         quiet=args.quiet,
     )

@@ -526,7 +526,7 @@ def load_identity(context: ssl.SSLContext, seed: bytes, certificate: bytes) -> N
 #
 # Either side may answer with an Error, which ends the conversation. It begins with:
 #
-#     client  Hello     which protocol it speaks, and the mode it wants
+#     client  Hello     which protocol it speaks, and the mode it wants; how it wants the sound
 #     server  Welcome   the same; in audio mode also the sound's format
 #
 # With a pairing code all of that is encrypted, and this comes first, the only thing that is not:
@@ -551,6 +551,7 @@ def load_identity(context: ssl.SSLContext, seed: bytes, certificate: bytes) -> N
 # second meanwhile.
 #
 # Sound: each frame of the server's holds an AudioBlock, the last one a StreamEnd. A client that
+# wants Opus is sent OpusBlocks; an AudioBlock is a sign of life there, and empty. A client that
 # plays in step asks for the server's time at any moment:
 #
 #     client  TimeRequest
@@ -595,6 +596,13 @@ END_OF_STREAM = 2**64 - 1
 TIME_REPLY = 2**64 - 2  # in place of the number of a first sample frame
 TIMES = struct.Struct("!QQ")
 SYNC_MS = range(10, 10_001)
+OPUS_RATE = 48_000  # Opus' own, whatever it was made of
+OPUS_KBIT_PER_S = range(6, 511)
+OPUS_CHANNELS = (1, 2)
+OPUS_FRAMES = 480  # sample frames in a packet: 10 ms
+MAX_OPUS_FRAMES = 5_760  # a packet never holds more (RFC 6716)
+OPUS_WHOLE, OPUS_PART = 0, 1
+OPUS_PART_HEADER = struct.Struct("!BHH")
 
 Fields = dict[str, Any]
 T = TypeVar("T")
@@ -676,20 +684,33 @@ def require_size(fields: Fields, field: str) -> int:
 # handshake
 
 
+def optional_number(fields: Fields, field: str, allowed: range) -> int | None:
+    """Return a whole number of a message, None where it has none; raises ProtocolError."""
+    if fields.get(field) is None:
+        return None
+    value = require(fields, field, int)
+    if value not in allowed:
+        raise ProtocolError(f"received a message with a bad {field!r}")
+    return value
+
+
 class Hello(NamedTuple):
-    """The first message of a client."""
+    """The first message of a client; `opus_kbit` a second is how it wants the sound, or as PCM."""
 
     protocol: int
     mode: str
+    opus_kbit: int | None = None
 
     def encode(self) -> Fields:
         """See `Message`."""
-        return self._asdict()
+        fields: Fields = {"protocol": self.protocol, "mode": self.mode}
+        return fields if self.opus_kbit is None else {**fields, "opus_kbit": self.opus_kbit}
 
     @classmethod
     def decode(cls, fields: Fields) -> Hello:
         """See `Message`."""
-        return cls(require(fields, "protocol", int), require(fields, "mode", str))
+        protocol, mode = require(fields, "protocol", int), require(fields, "mode", str)
+        return cls(protocol, mode, optional_number(fields, "opus_kbit", OPUS_KBIT_PER_S))
 
 
 class Sound(NamedTuple):
@@ -697,25 +718,29 @@ class Sound(NamedTuple):
 
     `stream` names the numbering of its sample frames: a client that comes back to the same one
     can tell how many it has missed. With `sync_ms` every listener plays each sample frame so long
-    after its capture; without, as soon as it can.
+    after its capture; without, as soon as it can. With `opus_kbit` a second it comes as Opus, and
+    `audio` is the format that it is decoded to.
     """
 
     audio: AudioFormat
     stream: str
     sync_ms: int | None = None
+    opus_kbit: int | None = None
 
     def encode(self) -> Fields:
         """Return it as fields of a Welcome."""
-        fields: Fields = {**self.audio._asdict(), "stream": self.stream}
-        return fields if self.sync_ms is None else {**fields, "sync_ms": self.sync_ms}
+        options = {"sync_ms": self.sync_ms, "opus_kbit": self.opus_kbit}
+        given = {name: value for name, value in options.items() if value is not None}
+        return {**self.audio._asdict(), "stream": self.stream, **given}
 
     @classmethod
     def decode(cls, fields: Fields) -> Sound:
         """Return what a Welcome tells of the sound; raises ProtocolError where that is wrong."""
-        sync_ms = None if fields.get("sync_ms") is None else require(fields, "sync_ms", int)
-        if sync_ms is not None and sync_ms not in SYNC_MS:
-            raise ProtocolError("received a message with a bad 'sync_ms'")
-        return cls(AudioFormat.decode(fields), require(fields, "stream", str), sync_ms)
+        audio, stream = AudioFormat.decode(fields), require(fields, "stream", str)
+        opus_kbit = optional_number(fields, "opus_kbit", OPUS_KBIT_PER_S)
+        if opus_kbit and (audio.rate != OPUS_RATE or audio.channels not in OPUS_CHANNELS):
+            raise ProtocolError(f"received Opus with {audio.describe()}")
+        return cls(audio, stream, optional_number(fields, "sync_ms", SYNC_MS), opus_kbit)
 
 
 class Welcome(NamedTuple):
@@ -1070,6 +1095,41 @@ class AudioBlock(NamedTuple):
         return encode_frame(BLOCK_HEADER.pack(self.first_frame, self.captured_ns) + self.samples)
 
 
+class OpusBlock(NamedTuple):
+    """A packet of Opus, in place of an `AudioBlock`; its sample frames are those of ``OPUS_RATE``.
+
+    Of those that it is decoded to, `skipped` come before the first that counts, and `frames` count.
+    Some are skipped in the first packet of an encoder alone: a decoder begins anew with it, too.
+    """
+
+    first_frame: int
+    captured_ns: int
+    packet: bytes
+    skipped: int = 0
+    frames: int = OPUS_FRAMES
+
+    def encode(self) -> bytes:
+        """Return the block as a frame."""
+        header = BLOCK_HEADER.pack(self.first_frame, self.captured_ns)
+        if (self.skipped, self.frames) == (0, OPUS_FRAMES):
+            return encode_frame(header + bytes([OPUS_WHOLE]) + self.packet)
+        part = OPUS_PART_HEADER.pack(OPUS_PART, self.skipped, self.frames)
+        return encode_frame(header + part + self.packet)
+
+    @classmethod
+    def decode(cls, first_frame: int, captured_ns: int, content: bytes) -> OpusBlock:
+        """Return the block that has `content` behind its header; raises ProtocolError."""
+        skipped, frames, start = 0, OPUS_FRAMES, 1
+        if content[0] == OPUS_PART and len(content) > OPUS_PART_HEADER.size:
+            _, skipped, frames = OPUS_PART_HEADER.unpack_from(content)
+            start = OPUS_PART_HEADER.size
+        elif content[0] != OPUS_WHOLE or len(content) == 1:
+            raise ProtocolError("received a packet of Opus that is none")
+        if skipped + frames > MAX_OPUS_FRAMES:
+            raise ProtocolError("received a packet of Opus with too much sound")
+        return cls(first_frame, captured_ns, content[start:], skipped, frames)
+
+
 class StreamEnd(NamedTuple):
     """The last frame of the server's sound, and why it ends; what came before it is complete."""
 
@@ -1111,7 +1171,10 @@ class TimeReply(NamedTuple):
         return encode_frame(header + TIMES.pack(self.received_ns, self.answered_ns))
 
 
-def decode_sound(content: bytes, audio: AudioFormat) -> AudioBlock | StreamEnd | TimeReply:
+Heard = AudioBlock | StreamEnd | TimeReply
+
+
+def decode_sound(content: bytes, audio: AudioFormat) -> Heard:
     """Return what a frame's `content` holds of sound in the format `audio`.
 
     Raises ProtocolError where it is none of what a listener is sent.
@@ -1127,6 +1190,15 @@ def decode_sound(content: bytes, audio: AudioFormat) -> AudioBlock | StreamEnd |
     if len(samples) % audio.frame_bytes:
         raise ProtocolError("received a block of sound that ends inside a sample frame")
     return AudioBlock(first_frame, captured_ns, samples)
+
+
+def decode_opus(content: bytes, audio: AudioFormat) -> Heard | OpusBlock:
+    """Do what `decode_sound` does, where the sound comes as Opus."""
+    if len(content) > BLOCK_HEADER.size:
+        first_frame, captured_ns = BLOCK_HEADER.unpack_from(content)
+        if first_frame not in (END_OF_STREAM, TIME_REPLY):
+            return OpusBlock.decode(first_frame, captured_ns, content[BLOCK_HEADER.size :])
+    return decode_sound(content, audio)
 
 
 # --- connection -----------------------------------------------------------------------------
@@ -1714,13 +1786,20 @@ class Connection(ByteStream):
             raise message.to_exception()
         return message
 
-    def receive_sound(self, audio: AudioFormat) -> AudioBlock | StreamEnd | TimeReply:
+    def receive_sound(self, audio: AudioFormat) -> Heard:
         """Return the next block of sound in the format `audio`, its end, or the server's time.
 
         Blocks for up to ``AUDIO_TIMEOUT_S``. Raises ProtocolError, and what `read_frame` raises.
         """
+        return decode_sound(self._read_sound(audio), audio)
+
+    def receive_opus(self, audio: AudioFormat) -> Heard | OpusBlock:
+        """Do what `receive_sound` does, where the sound comes as Opus."""
+        return decode_opus(self._read_sound(audio), audio)
+
+    def _read_sound(self, audio: AudioFormat) -> bytes:
         with self.limit(AUDIO_TIMEOUT_S):
-            return decode_sound(self.read_frame(audio.max_block_bytes), audio)
+            return self.read_frame(audio.max_block_bytes)
 
 
 # --- time -----------------------------------------------------------------------------------

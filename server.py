@@ -15,6 +15,7 @@ one file              its stages: ``LookedUp``, ``Wanted``, ``UnderWay``; ``Cont
 file conversation     ``handle_file_client`` and ``Reception``: from offer to results
 sound: inputs         ``Microphone``, ``PacedInput``: sound card, file, pipe; ``CaptureQueue``
 sound: files          ``PlainWav``, and ``DecodedFile`` by FFmpeg; ``SoundLoop``: over and over
+sound: encodings      ``PcmEncoding``, ``OpusEncoding``: what goes out, encoded once for many
 sound: broadcaster    ``handle_audio_client``, ``Broadcaster``, ``Listener``: sound to everyone
 who may connect       ``Door``: the pairing code; ``Lobby`` and ``Patience`` bound what
                       those can do who have not got it
@@ -100,6 +101,7 @@ from common import (
     LevelMeter,
     NotPaired,
     Offer,
+    OpusBlock,
     Outcome,
     Pair,
     PeerClosed,
@@ -2538,6 +2540,8 @@ def decode_frames(container: Any) -> Iterator[Any]:
     damage = None
     stream = container.streams.audio[0]
     context = stream.codec_context
+    if context is None:
+        raise Unplayable("FFmpeg has no decoder for the sound in it")
     # A plain WAV file does not say which of its channels is left: the first, as everywhere.
     context.layout = PLAIN_LAYOUTS.get(context.layout.name, context.layout)
     for packet in container.demux(stream):
@@ -2710,6 +2714,124 @@ def check_sound_file(path: str) -> None:
         raise Unplayable("it is empty")
 
 
+# --- sound: encodings -----------------------------------------------------------------------
+
+# An encoder takes 1 to 3 % of a core: whoever is let in shall not have us run hundreds.
+MAX_OPUS_RATES = 8
+OPUS_KBIT_PER_CHANNEL = 256  # Opus has no more
+# With "lowdelay" Opus looks so far ahead: RFC 6716 has 2.5 ms for CELT alone.
+OPUS_LOOKAHEAD_FRAMES = 120
+OPUS_OPTIONS = {"application": "lowdelay", "frame_duration": "10", "vbr": "off"}
+
+
+class Encoding(Protocol):
+    """How some of the listeners are sent the sound; of use to the broadcaster's thread alone."""
+
+    def encode(self, block: AudioBlock) -> bytes:
+        """Return what there is to send with `block`, as frames; nothing perhaps."""
+
+    def finish(self) -> bytes:
+        """Return what is left to send at the end of the sound, as frames."""
+
+
+class PcmEncoding:
+    """Sends every block as it was captured."""
+
+    def encode(self, block: AudioBlock) -> bytes:
+        """See `Encoding`."""
+        return block.encode()
+
+    def finish(self) -> bytes:
+        """See `Encoding`."""
+        return b""
+
+
+class OpusEncoding:
+    """Sends packets of 10 ms, whatever the length of the blocks; a gap has the encoder begin anew.
+
+    Needs package ``av``.
+    """
+
+    def __init__(self, audio: AudioFormat, kbit: int) -> None:
+        self._audio = audio
+        self._kbit = kbit
+        self._run = OpusRun(audio, kbit, 0)
+        self._next_frame = 0
+
+    def encode(self, block: AudioBlock) -> bytes:
+        """See `Encoding`."""
+        rest = b""
+        if block.first_frame != self._next_frame:
+            rest = self._run.finish()
+            self._run = OpusRun(self._audio, self._kbit, block.first_frame)
+        self._next_frame = block.first_frame + self._audio.frames_of(block.samples)
+        return rest + self._run.encode(block)
+
+    def finish(self) -> bytes:
+        """See `Encoding`."""
+        return self._run.finish()
+
+
+class OpusRun:
+    """Encodes sound without a gap, from sample frame `first_frame` on, and numbers the packets.
+
+    What a packet is decoded to begins ``OPUS_LOOKAHEAD_FRAMES`` earlier than what it was made of.
+    """
+
+    def __init__(self, audio: AudioFormat, kbit: int, first_frame: int) -> None:
+        import av  # noqa: PLC0415  (only a listener with --opus needs it)
+
+        self._av = av
+        self._audio = audio
+        self._layout = common.describe_channels(audio.channels)
+        self._encoder = av.CodecContext.create("libopus", "w")
+        self._encoder.sample_rate = common.OPUS_RATE
+        self._encoder.layout, self._encoder.format = self._layout, "s16"
+        self._encoder.bit_rate = 1000 * min(kbit, OPUS_KBIT_PER_CHANNEL * audio.channels)
+        self._encoder.options = OPUS_OPTIONS
+        self._start = self._at_opus_rate(first_frame)
+        self._taken = 0  # sample frames of `audio` since the start
+        self._packets = 0
+        self._captured_ns = 0  # the last of those taken
+        self.next_frame = self._start
+
+    def _at_opus_rate(self, frames: int) -> int:
+        return round(frames * common.OPUS_RATE / self._audio.rate)
+
+    def encode(self, block: AudioBlock) -> bytes:
+        """Return the packets that are complete with `block`, as frames, or a sign of life."""
+        if not block.samples:
+            return AudioBlock(self.next_frame, block.captured_ns, b"").encode()
+        frames = self._audio.frames_of(block.samples)
+        frame = self._av.AudioFrame("s16", self._layout, frames)
+        frame.planes[0].update(block.samples)
+        frame.sample_rate = self._audio.rate
+        self._taken += frames
+        self._captured_ns = block.captured_ns
+        return b"".join(map(self._pack, self._encoder.encode(frame)))
+
+    def finish(self) -> bytes:
+        """Return what is left inside, as frames; there is no `encode` after it."""
+        if not self._taken:  # an encoder that has had nothing takes no end either
+            return b""
+        return b"".join(map(self._pack, self._encoder.encode(None)))
+
+    def _pack(self, packet: Any) -> bytes:
+        """Return a packet as a frame, without what was not captured, before or after the sound."""
+        begin = self._packets * common.OPUS_FRAMES - OPUS_LOOKAHEAD_FRAMES
+        self._packets += 1
+        taken = self._at_opus_rate(self._taken)
+        end = min(begin + common.OPUS_FRAMES, taken)
+        skipped = max(0, -begin)
+        frames = end - begin - skipped
+        if frames <= 0:
+            return b""
+        self.next_frame = self._start + end
+        captured_ns = max(0, self._captured_ns - (taken - end) * 10**9 // common.OPUS_RATE)
+        first_frame = self.next_frame - frames
+        return OpusBlock(first_frame, captured_ns, bytes(packet), skipped, frames).encode()
+
+
 # --- sound: broadcaster ---------------------------------------------------------------------
 
 LISTENER_TIMEOUT_S = 5.0
@@ -2730,8 +2852,9 @@ class Listener:
     `take_requests`, and `finish` after that.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, encoding: Encoding) -> None:
         self.connection = connection
+        self.encoding = encoding
         self.missed_blocks = 0
         self.gone = threading.Event()
         self.loss: str | None = None
@@ -2823,6 +2946,8 @@ class Broadcaster:
         self.listener_count = 0
         self.served_count = 0
         self._listeners: tuple[Listener, ...] = ()
+        self._pcm = PcmEncoding()
+        self._opus: dict[int, OpusEncoding] = {}  # by kbit/s
         self._lock = threading.Lock()
         self.sent_s = 0.0
         self._ended = False
@@ -2837,10 +2962,26 @@ class Broadcaster:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def add(self, connection: Connection) -> Listener:
-        """Return a new listener, which gets every block from now on."""
-        listener = Listener(connection)
+    def check_opus(self, kbit: int) -> None:
+        """Raise Refused where Opus at `kbit` a second cannot be had. Any thread may call it."""
+        audio = self.captured.audio
+        if audio.channels not in common.OPUS_CHANNELS:
+            raise Refused(f"this server's {audio.describe()} cannot be had as Opus: without --opus")
+        if len(self._opus) >= MAX_OPUS_RATES and kbit not in self._opus:
+            rates = ", ".join(map(str, sorted(self._opus)))
+            raise Refused(f"this server can encode Opus at no more bit rates than {rates}")
+        try:
+            import av  # noqa: F401, PLC0415  (only a listener with --opus needs it)
+        except ImportError:
+            advice = common.how_to_install("av")
+            raise Refused(f"this server has no Opus without package av: {advice} there") from None
+
+    def add(self, connection: Connection, opus_kbit: int | None = None) -> Listener:
+        """Return a new listener, which gets every block from now on. Raises Refused."""
+        if opus_kbit is not None:
+            self.check_opus(opus_kbit)
         with self._lock:
+            listener = Listener(connection, self._encoding(opus_kbit))
             # A new tuple, not a changed list: the broadcaster goes through the old one unlocked.
             self._listeners = (*self._listeners, listener)
             self.listener_count = len(self._listeners)
@@ -2849,6 +2990,13 @@ class Broadcaster:
                 listener.end()
         return listener
 
+    def _encoding(self, opus_kbit: int | None) -> Encoding:
+        if opus_kbit is None:
+            return self._pcm
+        if opus_kbit not in self._opus:
+            self._opus = {**self._opus, opus_kbit: OpusEncoding(self.captured.audio, opus_kbit)}
+        return self._opus[opus_kbit]
+
     def remove(self, listener: Listener) -> None:
         """Send no more to `listener`. May be called twice."""
         with self._lock:
@@ -2856,24 +3004,31 @@ class Broadcaster:
             self.listener_count = len(self._listeners)
             self.missed_blocks += listener.missed_blocks
             listener.missed_blocks = 0
+            used = {other.encoding for other in self._listeners}
+            self._opus = {kbit: opus for kbit, opus in self._opus.items() if opus in used}
 
     def _run(self) -> None:
         while (block := self.captured.take(timeout_s=KEEPALIVE_INTERVAL_S)) is not None:
             started_s = time.monotonic()
+            self.meter.hear(block.samples)
+            self.sent_s += self.captured.audio.frames_of(block.samples) / self.captured.audio.rate
             self._send_round(block, started_s)
             self._rest(time.monotonic() - started_s)
+        self._send_round(None, time.monotonic())
         with self._lock:
             self._ended = True
         for listener in self._listeners:
             listener.end()
 
-    def _send_round(self, block: AudioBlock, now_s: float) -> None:
-        self.meter.hear(block.samples)
-        self.sent_s += self.captured.audio.frames_of(block.samples) / self.captured.audio.rate
-        frame = block.encode()
-        for listener in self._listeners:
-            if not listener.gone.is_set():
-                listener.offer(frame, now_s)
+    def _send_round(self, block: AudioBlock | None, now_s: float) -> None:
+        """Send `block` to every listener, encoded once for all that want it so; None at the end."""
+        listeners = self._listeners
+        encodings = {listener.encoding for listener in listeners}
+        frames = {each: each.encode(block) if block else each.finish() for each in encodings}
+        for listener in listeners:
+            data = frames[listener.encoding]
+            if data and not listener.gone.is_set():
+                listener.offer(data, now_s)
 
     @staticmethod
     def _rest(round_s: float) -> None:
@@ -2882,7 +3037,9 @@ class Broadcaster:
             time.sleep(min(round_s, LONGEST_REST_S))
 
 
-def handle_audio_client(connection: Connection, broadcaster: Broadcaster) -> None:
+def handle_audio_client(
+    connection: Connection, broadcaster: Broadcaster, opus_kbit: int | None = None
+) -> None:
     """Let a client listen until it leaves or the sound ends; its thread waits here.
 
     The welcome is out. Whatever goes wrong with this client is logged, and ends it alone.
@@ -2890,7 +3047,7 @@ def handle_audio_client(connection: Connection, broadcaster: Broadcaster) -> Non
     listener = None
     try:
         connection.limit_send_buffer(send_buffer_bytes(broadcaster.captured.audio))
-        listener = broadcaster.add(connection)
+        listener = broadcaster.add(connection, opus_kbit)
         log.info("%s: listening", connection.peer)
         listener.take_requests()
         broadcaster.remove(listener)
@@ -3363,12 +3520,12 @@ class Server:
     def __init__(
         self,
         entrance: Entrance,
-        handle: Callable[[Connection], None],
+        handle: Callable[[Connection, Hello], None],
         *,
         max_clients: int,
-        sound: Sound | None = None,
-        folder: str | None = None,
+        welcome: Callable[[Hello, str], Welcome],
     ) -> None:
+        """`welcome` returns the answer to a client's hello and host, or raises Refused."""
         self._entrance = entrance
         self._selector = selectors.DefaultSelector()
         for listener in entrance.listeners:
@@ -3376,8 +3533,7 @@ class Server:
             self._selector.register(listener, selectors.EVENT_READ, listener)
         self._handle = handle
         self._max_clients = max_clients
-        self._welcome = Welcome(common.PROTOCOL, entrance.mode, sound)
-        self._folder = folder
+        self._welcome = welcome
         self._gate = Gate(entrance.code)
         self._lobby = Lobby(MAX_UNFINISHED)
         self._threads: set[threading.Thread] = set()
@@ -3440,8 +3596,9 @@ class Server:
         """Shake hands with one client and have it handled; the whole life of a thread."""
         try:
             with connection:
-                if self._shake_hands(connection, crowd):
-                    self._handle(connection)
+                hello = self._shake_hands(connection, crowd)
+                if hello:
+                    self._handle(connection, hello)
         except Exception as error:
             log.error(
                 "%s: internal error: %r", connection.peer, error, exc_info=log.isEnabledFor(10)
@@ -3455,42 +3612,38 @@ class Server:
             self._threads.discard(thread)
             self._served.discard(thread)
 
-    def _shake_hands(self, connection: Connection, crowd: str) -> bool:
-        """Greet a client; False if it is not to be served, which it has been told then."""
+    def _shake_hands(self, connection: Connection, crowd: str) -> Hello | None:
+        """Greet a client; None if it is not to be served, which it has been told then."""
         try:
             with connection.limit(HANDSHAKE_TIMEOUT_S):
                 hello = self._gate.let_in(connection, crowd)
-                objection = self._object(hello)
-                if objection:
-                    turn_away(connection, common.Error(objection))
-                connection.send(self._welcome_for(crowd))
-                return self._lobby.leave(connection)
+                answer = self._answer(hello, crowd)
+                if isinstance(answer, common.Error):
+                    turn_away(connection, answer)
+                connection.send(answer)
+                return hello if self._lobby.leave(connection) else None
         except SocketPairError as error:
             waiting = self._lobby.leave(connection)
             reason = error if waiting else "dropped: too many have not finished their handshake"
             level = error.log_level if isinstance(error, TurnedAway) else logging.WARNING
             log.log(level, "%s: %s", connection.peer, reason)
-            return False
+            return None
 
-    def _welcome_for(self, host: str) -> Welcome:
-        """Return the welcome for a client at `host`; one on this machine is told the folder."""
-        if self._folder is not None and common.is_loopback(host):
-            with contextlib.suppress(OSError):
-                found = os.stat(self._folder)
-                return self._welcome._replace(folder=(found.st_dev, found.st_ino))
-        return self._welcome
-
-    def _object(self, hello: Hello) -> str:
-        """Return why a client that says `hello` is not served; empty if it is."""
+    def _answer(self, hello: Hello, host: str) -> Welcome | common.Error:
+        """Return the answer to a client at `host`; it is served after a Welcome."""
         ours = self._entrance.mode
         if hello.mode != ours:
-            return f"this server is in {ours} mode: python client.py {ours}"
+            return common.Error(f"this server is in {ours} mode: python client.py {ours}")
+        try:
+            welcome = self._welcome(hello, host)
+        except Refused as refusal:
+            return common.Error(str(refusal))
         with self._lock:
             if len(self._served) >= self._max_clients:
                 clients = common.count(self._max_clients, "client")
-                return f"this server is busy with {clients}: try again later"
+                return common.Error(f"this server is busy with {clients}: try again later")
             self._served.add(threading.current_thread())
-        return ""
+        return welcome
 
     def stop(self) -> None:
         """Accept no more connections. May be called twice; blocks while that is announced."""
@@ -3640,9 +3793,9 @@ def serve_files(args: argparse.Namespace) -> int:
     entrance = Entrance.open(args, "file")
     server = Server(
         entrance,
-        lambda connection: handle_file_client(connection, store),
+        lambda connection, _hello: handle_file_client(connection, store),
         max_clients=args.max_clients or MAX_CLIENTS,
-        folder=store.folder,
+        welcome=lambda _hello, host: welcome_to_folder(store.folder, host),
     )
     shown = escape(os.path.join(store.folder, ""))
     entrance.describe(f"Receiving into {shown}", args.quiet)
@@ -3652,6 +3805,16 @@ def serve_files(args: argparse.Namespace) -> int:
         return serve_until_stopped(server)
     finally:
         server.stop()
+
+
+def welcome_to_folder(folder: str, host: str) -> Welcome:
+    """Return the welcome for a client at `host`; one on this machine is told the folder."""
+    welcome = Welcome(common.PROTOCOL, "file")
+    if common.is_loopback(host):
+        with contextlib.suppress(OSError):
+            found = os.stat(folder)
+            return welcome._replace(folder=(found.st_dev, found.st_ino))
+    return welcome
 
 
 def serve_audio(args: argparse.Namespace) -> int:
@@ -3691,12 +3854,21 @@ def make_audio_server(
     args: argparse.Namespace, entrance: Entrance, broadcaster: Broadcaster
 ) -> Server:
     """Return a server that listens, and whose welcome tells what a listener has to know."""
-    audio = broadcaster.captured.audio
+    as_pcm = Sound(broadcaster.captured.audio, secrets.token_hex(8), args.sync)
+
+    def welcome(hello: Hello, _host: str) -> Welcome:
+        sound = as_pcm
+        if hello.opus_kbit is not None:
+            broadcaster.check_opus(hello.opus_kbit)
+            audio = AudioFormat(common.OPUS_RATE, as_pcm.audio.channels)
+            sound = as_pcm._replace(audio=audio, opus_kbit=hello.opus_kbit)
+        return Welcome(common.PROTOCOL, "audio", sound)
+
     return Server(
         entrance,
-        lambda connection: handle_audio_client(connection, broadcaster),
+        lambda connection, hello: handle_audio_client(connection, broadcaster, hello.opus_kbit),
         max_clients=args.max_clients or MAX_LISTENERS,
-        sound=Sound(audio, secrets.token_hex(8), args.sync),
+        welcome=welcome,
     )
 
 

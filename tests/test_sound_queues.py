@@ -111,7 +111,7 @@ def test_a_slow_listener_gets_whole_blocks_and_misses_whole_blocks() -> None:
         near, _ = acceptor.accept()
     with common.Connection(near, "near") as sending, common.Connection(far, "far") as reading:
         sending.limit_send_buffer(server.send_buffer_bytes(MONO))
-        listener = server.Listener(sending)
+        listener = server.Listener(sending, server.PcmEncoding())
         data = {number: bytes([number % 256]) * 20_000 for number in range(2_000)}
         for number, samples in data.items():
             listener.offer(AudioBlock(number, 0, samples).encode(), 0.0)

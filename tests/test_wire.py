@@ -67,9 +67,13 @@ FOLDERS = FILES.map(
     lambda entry: Entry(entry.path, None, entry.mtime_ns, is_folder=True, mode=entry.mode)
 )
 OUTCOMES = st.builds(Outcome, st.sampled_from(["saved", "already", "failed"]), TEXTS)
-SOUNDS = st.builds(Sound, FORMATS, TEXTS, st.none() | st.integers(10, 10_000))
+SYNC = st.none() | st.integers(10, 10_000)
+OPUS = st.integers(6, 510)
+OPUS_FORMATS = st.builds(AudioFormat, st.just(48_000), st.integers(1, 2))
+SOUNDS = st.builds(Sound, FORMATS, TEXTS, SYNC, st.none())
+SOUNDS |= st.builds(Sound, OPUS_FORMATS, TEXTS, SYNC, OPUS)
 MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
-    Hello: st.builds(Hello, st.integers(), TEXTS),
+    Hello: st.builds(Hello, st.integers(), TEXTS, st.none() | OPUS),
     Welcome: st.builds(Welcome, st.integers(), st.just("file"), st.none())
     | st.builds(Welcome, st.integers(), st.just("audio"), SOUNDS),
     Pair: st.builds(Pair, st.binary(min_size=common.SHARE_BYTES, max_size=common.SHARE_BYTES)),

@@ -156,7 +156,8 @@ def fuzz_framing(data: bytes) -> None:
 def fuzz_handshake(data: bytes) -> None:
     """Let in a client, of a server without a code."""
     entrance = server.Entrance("file", [], None, None)
-    doorman = server.Server(entrance, lambda connection: None, max_clients=2)
+    welcome = common.Welcome(common.PROTOCOL, "file")
+    doorman = server.Server(entrance, lambda *_: None, max_clients=2, welcome=lambda *_: welcome)
     connection = connection_from(data)
     doorman._lobby.enter(connection, "127.0.0.1")
     doorman._shake_hands(connection, "127.0.0.1")
@@ -234,7 +235,7 @@ def fuzz_pairing_server(data: bytes) -> None:
 def fuzz_pairing_client(data: bytes) -> None:
     """Shake hands with a server, with a code; it has to prove that it has that, too."""
     try:
-        client.shake_hands(connection_from(data), CODE, "file")
+        client.shake_hands(connection_from(data), CODE, client.FILE_HELLO)
     except SocketPairError as error:
         check_printable(str(error))
     else:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from sound_card import stop_process
 from waiting import wait_for
@@ -58,6 +60,17 @@ class JackServer:
             check=False,
         )
         return b"system:" in found.stdout
+
+    @contextlib.contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Have the server answer nobody inside the ``with`` block."""
+        if self._process is None:
+            raise RuntimeError("there is no server")
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """Kill the server without a chance to tell its clients."""

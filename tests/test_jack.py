@@ -102,3 +102,16 @@ def test_without_any_other_card_jack_is_the_default(
     with start_server(jack.environment(silent_machine)) as sender:
         assert "44100 Hz" in sender.text()
         assert sender.interrupt() == common.EXIT_INTERRUPTED
+
+
+def test_ctrl_c_ends_also_where_jack_hangs(card: VirtualSoundCard, jack: JackServer) -> None:
+    environment = jack.environment(card.environment)
+    with start_server(environment, "--input", "system") as sender:
+        arguments = ("--port", port_of(sender), "--output", "system")
+        with Script("client.py", *arguments, environment=environment) as player:
+            player.wait_for("Listening")
+            with jack.hanging():
+                player.wait_for("is gone")
+                sender.wait_for("is gone")
+                assert player.interrupt() == common.EXIT_OK
+                assert sender.interrupt() == common.EXIT_INTERRUPTED

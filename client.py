@@ -12,7 +12,9 @@ sources                 ``find_sources``: the files and folders that the user na
 progress                ``Progress``: bars, on a terminal
 results                 ``ResultReader`` and ``Report``: what became of each file
 file mode               ``start_file_client`` and ``Sender``: batches, resuming, retries
-sound: jitter buffer    ``JitterBuffer``: plays evenly what arrives unevenly, and soon
+sound: the clocks       ``EarliestLine`` and ``SpeedLoop``: playing at the server's speed
+sound: the reserve      ``Arrivals``: how late sound comes, and how much to keep for it
+sound: playout          ``Playout``: plays evenly what arrives unevenly, and soon
 sound: outputs          ``Destination``, ``Output``, and the sound card: ``Speaker``
 sound: recordings       ``RecordingFiles``, ``Pipe``: WAV, FLAC and Opus, standard output
 sound: Opus             ``OpusDecoder``: what comes as Opus, as PCM
@@ -36,6 +38,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import importlib
 import itertools
 import math
 import os
@@ -48,7 +51,7 @@ import struct
 import sys
 import threading
 import time
-from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
@@ -63,6 +66,7 @@ from common import (
     STILL_HERE,
     AudioBlock,
     AudioFormat,
+    AudioUnavailable,
     CodeWanted,
     Connection,
     ConnectionLost,
@@ -108,7 +112,11 @@ if TYPE_CHECKING:
     from ipaddress import IPv4Interface, IPv6Interface
     from types import ModuleType
 
+    import numpy as np
+    from numpy.typing import NDArray
     from zeroconf import ServiceInfo
+
+    Floats = NDArray[np.floating[Any]]  # 32-bit, frames by channels, 1.0 for full scale
 
 
 # --- finding a server -----------------------------------------------------------------------
@@ -1596,326 +1604,691 @@ def offer_again(source: Source, found: os.stat_result | None) -> SocketPairError
     return FileChanged()
 
 
-# --- sound: jitter buffer -------------------------------------------------------------------
+# --- sound: the clocks ----------------------------------------------------------------------
 
-# Beside the sound card's own buffers: measured with tests/bench/latency.py.
-DEAD_ZONE_MS = 1.0
-# Wherever in the dead zone the spare is, a block may come a whole read later than usual, as it
-# does every few minutes on an idle machine.
-MIN_TARGET_MS = common.PLAYBACK_BLOCK_MS + DEAD_ZONE_MS
-MAX_TARGET_MS = 250.0
-MAX_RAISE_MS = 10.0
-RAISE_SPACING_MS = 500
-START_PHASE_MS = 3_000
-# Of the spare that nothing has used.
-LOWERING_SHARE = 0.5
-# The spare that has to remain unused all the time before the target is lowered.
-RESERVE_MS = 2.5
-ADAPTING_WINDOW_MS = 60_000
-STEERING_WINDOW_MS = 500
-# A frame in 1,000 more or less changes the pitch by a fifth of what can be heard (about 10
-# cents, of 1,200 in an octave), and makes up for two clocks that differ by 1,000 ppm.
-STEERING_SPACING_FRAMES = 1_000
-STEP_SEARCH_FRAMES = 256
-# A mean spare so far above the target, or a burst of so much, is not left to single frames.
-JUMP_MS = 10.0
-BURST_LIMIT_MS = 60.0
-BUFFER_LIMIT_MS = 1_000
-FADE_MS = 2.5
+LINE_PARTS = 6
+# No two clocks differ by more, so that a line that rises faster has stepped.
+MAX_CLOCK_OFFSET = 1e-3
+STEP_S = 0.002
+# After so many seconds of playing, the loop's bandwidth in Hz. Whoever sends a pure tone hears a
+# speed that changes by more than a millionth in a quarter of a second.
+BANDWIDTHS_HZ = ((0.0, 0.3), (6.0, 0.05), (13.0, 0.02), (25.0, 0.006))
+SMOOTHING = 4.0  # of the error, in bandwidths of the loop
+MAX_CORRECTION = 0.002
+# What is beyond does not come from the clocks, and teaches nothing about them.
+MAX_ERROR_S = 0.003
+
+
+class EarliestLine:
+    """The lower edge of moments that are late by chance, but never early.
+
+    What arrives over a network, or is asked for by a sound card, does so regularly but for
+    delays. The earliest moments of the last `window_s` show the regular part: neither a
+    stall nor the beat of two block lengths moves them, as it moves a mean. `note` is given each
+    moment less the time that its frame number stands for; `offset_s` is the edge of these.
+
+    Does nothing by itself, and knows no clock: the caller hands in the time.
+    """
+
+    def __init__(self, window_s: float) -> None:
+        self.offset_s = 0.0
+        self._part_s = window_s / LINE_PARTS
+        self.slope = 0.0  # how fast it moves, as far as that is known, in seconds a second
+        self._parts: list[float] = []
+        self._older_s = math.inf
+        self._newest_s = math.inf
+        self._part_end_s = -math.inf
+        self._noted_s = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything has been noted."""
+        return self._part_end_s > -math.inf
+
+    def note(self, now_s: float, offset_s: float) -> None:
+        """Take in that a frame came at `now_s`, `offset_s` after the time that it stands for."""
+        if not self.is_known:
+            self.offset_s, self._noted_s = offset_s, now_s
+        self.shift(self.slope * (now_s - self._noted_s))
+        if now_s >= self._part_end_s:
+            self._begin_part(now_s)
+        self._newest_s = min(self._newest_s, offset_s)
+        edge_s = min(self._older_s, self._newest_s)
+        if math.inf in self._parts or len(self._parts) < LINE_PARTS:
+            # Too little has come lately to tell a late burst from a new edge.
+            edge_s = min(edge_s, self.offset_s + (now_s - self._noted_s) * MAX_CLOCK_OFFSET)
+        self.offset_s, self._noted_s = edge_s, now_s
+
+    def _begin_part(self, now_s: float) -> None:
+        """Put the newest part to the older ones, and forget those that are out of the window."""
+        passed = (now_s - self._part_end_s) / self._part_s if self.is_known else 0.0
+        self._parts.append(self._newest_s)
+        self._parts += [math.inf] * int(min(passed, LINE_PARTS))
+        self._parts = self._parts[-LINE_PARTS:]
+        self._older_s = min(self._parts)
+        self._newest_s = math.inf
+        self._part_end_s = now_s + self._part_s
+
+    def shift(self, offset_s: float) -> None:
+        """Move the line, and all that it was made from, by `offset_s`."""
+        self.offset_s += offset_s
+        if offset_s:
+            self._parts = [part_s + offset_s for part_s in self._parts]
+        self._older_s += offset_s
+        self._newest_s += offset_s
+
+
+class SpeedLoop:
+    """Tells how fast to play, so that an error in time goes away and stays away.
+
+    A second-order loop whose error is smoothed first (Fons Adriaensen, "Using a DLL to filter
+    time", 2005; "Controlling adaptive resampling", LAC 2012). Its bandwidth narrows: it finds
+    the clocks' difference within seconds, and then holds it so still that a pure tone stays one.
+    The integral is that difference.
+    """
+
+    def __init__(self) -> None:
+        self.clock_offset = 0.0
+        self.knows_clocks = False  # whether there was time to find their difference
+        self._age_s = 0.0
+        self.smooth_error_s = 0.0
+
+    def restart(self) -> None:
+        """Be quick again, from the difference of the clocks that is known."""
+        self._age_s = 0.0
+        self.smooth_error_s = 0.0
+
+    def advance(self, error_s: float, elapsed_s: float) -> float:
+        """Return how fast to play from now on, in parts of the usual speed.
+
+        `error_s` is by how much sound is played too late, `elapsed_s` the time since the last
+        call.
+        """
+        self._age_s += elapsed_s
+        self.knows_clocks |= self._age_s > BANDWIDTHS_HZ[1][0]
+        bandwidth_hz = next(hz for age_s, hz in reversed(BANDWIDTHS_HZ) if self._age_s >= age_s)
+        omega = 2 * math.pi * bandwidth_hz
+        share = 1 - math.exp(-SMOOTHING * omega * elapsed_s)
+        self.smooth_error_s += share * (clamp(error_s, MAX_ERROR_S) - self.smooth_error_s)
+        self.clock_offset += omega**2 * self.smooth_error_s * elapsed_s
+        self.clock_offset = clamp(self.clock_offset, MAX_CLOCK_OFFSET)
+        correction = self.clock_offset + math.sqrt(2) * omega * self.smooth_error_s
+        return 1 + clamp(correction, MAX_CORRECTION)
+
+
+def clamp(value: float, most: float) -> float:
+    """Return `value`, or what is nearest to it from ``-most`` to `most`."""
+    return max(-most, min(most, value))
+
+
+# --- sound: the reserve ---------------------------------------------------------------------
+
+# ALSA's PulseAudio plugin hands over captured sound later and later, and every other second
+# catches up by a block.
+ARRIVALS_WINDOW_S = 3.0
+LATENESS_WINDOW_S = 0.1
+RECENT_WINDOWS = 450
+REMEMBERED_WINDOWS = 1800
+RECURRING = 3.0
+# What the ways to measure are good for, and the loop's own error.
+MARGIN_S = 0.0005
+# On an idle machine a block comes a whole read of the sound card later than usual every few
+# minutes.
+MIN_RESERVE_S = 0.005
+# An outage: no reserve prevents it, and none is kept for it.
+MAX_RESERVE_S = 0.25
+# What is late for longer comes from a server that lost time.
+MAX_OUTAGE_S = 0.5
 MAX_LATENCY_MS = 900
+# One late window says nothing of how late the usual ones are.
+MAX_SPREAD_S = 0.01
+
+
+class Arrivals:
+    """How late blocks come, and so how much sound has to be in reserve.
+
+    Lateness is measured from a line that goes with the server's clock: the earliest arrivals,
+    without their steps (another route, or sound that was lost before it was numbered). The
+    reserve is the worst lateness of the last ``RECENT_WINDOWS``, of ``LATENESS_WINDOW_S`` each:
+    known at once when it grows, forgotten 45 s after. What was worse in the time before, up to
+    ``REMEMBERED_WINDOWS``, still counts where the recent worst is of its kind: beyond what is
+    usual by a third as much. So rare stalls are not forgotten between two of them, but with the
+    last one.
+
+    As long as there are few windows, what others would bring is estimated: the greatest of many
+    comes near to a Gumbel distribution, so that the worst of N is beyond the worst of n by its
+    scale times ln(N / n).
+
+    Compare WebRTC's NetEQ (``delay_manager``), which keeps a quantile of a histogram.
+    """
+
+    def __init__(self) -> None:
+        self._line = EarliestLine(ARRIVALS_WINDOW_S)
+        self._stepped_s = 0.0
+        self._worst_s: deque[float] = deque(maxlen=REMEMBERED_WINDOWS)
+        self._remembered_s = -math.inf
+        self._window_worst_s = -math.inf
+        self._window_end_s = -math.inf
+        self._outage_end_s = -math.inf
+        self._late_since_s = math.inf
+        self._block_s = math.inf
+
+    @property
+    def line_s(self) -> float:
+        """The server's clock: when a frame could arrive, less the time that its number means."""
+        return self._line.offset_s - self._stepped_s
+
+    def note(self, now_s: float, first_s: float, end_s: float) -> None:
+        """Take in that a block came whose first frame and end stand for these times."""
+        self._follow(now_s, now_s - end_s)
+        self._block_s = min(self._block_s, end_s - first_s)
+        if now_s >= self._window_end_s:
+            self._close_window(now_s)
+        lateness_s = now_s - first_s - self.line_s
+        if lateness_s - self._stepped_s > MAX_RESERVE_S:
+            self._outage_end_s = now_s + LATENESS_WINDOW_S
+            self._late_since_s = min(self._late_since_s, now_s)
+        else:
+            self._late_since_s = math.inf
+        if now_s >= self._outage_end_s:
+            self._window_worst_s = max(self._window_worst_s, lateness_s)
+
+    def _follow(self, now_s: float, offset_s: float) -> None:
+        """Move the line, without its steps; it begins anew where all comes far too late."""
+        before_s = self._line.offset_s if self._line.is_known else offset_s
+        if now_s - self._late_since_s > MAX_OUTAGE_S:
+            self._line = EarliestLine(ARRIVALS_WINDOW_S)
+        self._line.note(now_s, offset_s)
+        moved_s = self._line.offset_s - before_s
+        if abs(moved_s) > STEP_S:
+            self._stepped_s += moved_s
+
+    def _close_window(self, now_s: float) -> None:
+        if self._window_worst_s > -math.inf:
+            self._worst_s.append(self._window_worst_s)
+            self._remembered_s = self._remember()
+        self._window_worst_s = -math.inf
+        self._window_end_s = now_s + LATENESS_WINDOW_S
+
+    def _remember(self) -> float:
+        """Return the lateness to expect from the windows that are remembered."""
+        recent_s = sorted(itertools.islice(reversed(self._worst_s), RECENT_WINDOWS))
+        count, usual_s, worst_s = len(recent_s), recent_s[len(recent_s) // 2], recent_s[-1]
+        if count == RECENT_WINDOWS:
+            return min(max(self._worst_s), usual_s + RECURRING * (worst_s - usual_s))
+        spread_s = sum(min(abs(late - usual_s), MAX_SPREAD_S) for late in recent_s) / count
+        return worst_s + spread_s * math.log(RECENT_WINDOWS / count)
+
+    @property
+    def edge_s(self) -> float:
+        """When sound really comes at the earliest, less when the line says: its steps."""
+        return self._stepped_s
+
+    def target_for(self, latency_s: float) -> float:
+        """Return how far behind the line to play, so that so much sound is left after a read."""
+        return self._stepped_s + latency_s + self._block_s
+
+    @property
+    def needed_s(self) -> float:
+        """How far behind the line to play, so that nothing comes too late."""
+        worst_s = max(self._remembered_s, self._window_worst_s)
+        needed_s = max(worst_s + MARGIN_S, self._stepped_s + MIN_RESERVE_S)
+        return min(needed_s, self._stepped_s + MAX_RESERVE_S)
+
+
+# --- sound: playout -------------------------------------------------------------------------
+
+
+class LateModule:
+    """A module that is imported when something of it is first used."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        value = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, value)
+        return value
+
+
+if not TYPE_CHECKING:
+    np = LateModule("numpy")  # only playing on a card needs it: `load_converters` comes first
+
+READS_WINDOW_S = 1.5
+# A sound card that asks for nothing for so long has lost its rhythm.
+STOOD_STILL_S = 0.3
+# After so long a silence the server may be another, with another clock.
+FORGETTING_S = 1.0
+STEERING_INTERVAL_S = 0.05
+# How long to watch arrivals and the sound card's rhythm before the first sound.
+WATCHING_S = 0.4
+# An error that the loop would take too long for is one jump: no clock makes it.
+JUMP_S = 0.01
+SMALL_JUMP_S = 0.002
+# Less to keep is taken in small jumps, and not for every trifle.
+LOWERING_S = 0.01
+LOWERING_INTERVAL_S = 0.5
+UNUSED_S = 0.002
+UNUSED_SHARE = 0.1
+ALIGNING_S = 0.004
+KEPT_S = 1.5
+FADE_S = 0.005
+SHORTEST_FADE_S = 0.001
+CONCEALED_S = 0.03
+CONCEALED_FULLY_S = 0.005
+SHORTEST_PERIOD_S, LONGEST_PERIOD_S = 0.0025, 0.016
+TEMPLATE_S = 0.01
 
 
 class PlayStatistics:
-    """What has happened to the sound on its way through a jitter buffer."""
+    """What has happened to the sound on its way through a playout buffer."""
 
-    played_frames = 0
     missed_frames = 0
     late_frames = 0
-    dropped_frames = 0
-    doubled_frames = 0
     dropouts = 0
 
 
-class SpareWindow:
-    """The spares seen during a span of played time: their mean and their lowest."""
+class Tape:
+    """The latest sound by the numbers of its frames: from `first` to before `end`.
 
-    def __init__(self, length_frames: int) -> None:
-        self._length_frames = length_frames
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin a new span."""
-        self._seen_frames = 0
-        self._weighted = 0
-        self.lowest_frames = sys.maxsize
-
-    def add(self, spare_frames: int, played_frames: int) -> bool:
-        """Note the spare after `played_frames` more; return whether the span is complete."""
-        self._seen_frames += played_frames
-        self._weighted += spare_frames * played_frames
-        self.lowest_frames = min(self.lowest_frames, spare_frames)
-        return self._seen_frames >= self._length_frames
-
-    @property
-    def mean_frames(self) -> float:
-        """The mean spare of the span."""
-        return self._weighted / max(1, self._seen_frames)
-
-
-class JitterBuffer:
-    """Evens out the arrival of sound, so that it is played without a pause and soon.
-
-    Whoever receives calls `write`, the sound card calls `read`. The buffer aims at a **spare**:
-    the sound still there after a read. While the spare is near the target nothing is done to
-    the sound. Two clocks that differ move it slowly: single frames dropped or doubled bring it
-    back. A stall moves it far: what is late is thrown away in one go. A read that finds too
-    little is a **dropout**, after which playing waits until the target is there again.
-
-    Unless it is fixed, the target adapts: up by a step after a dropout, slowly down while the
-    spare never gets low.
-
-    Plain logic: no thread, no clock, no device, and no lock, which the caller has to hold. Time
-    is counted in the frames that are read.
+    Sound is a float32 array, frames by channels, with 1.0 for full scale.
     """
 
-    def __init__(self, audio: AudioFormat, fixed_target_ms: float | None = None) -> None:
+    def __init__(self, rate: int, channels: int) -> None:
+        self.first = 0
+        self.end = 0
+        self._kept_frames = int(KEPT_S * rate)
+        self._store: Floats = np.zeros((2 * self._kept_frames, channels), np.float32)
+        self._used = 0
+
+    def append(self, sound: Floats) -> None:
+        """Put `sound` behind what is there, of which the oldest is forgotten."""
+        self.end += len(sound)
+        sound = sound[-self._kept_frames :]
+        if self._used + len(sound) > len(self._store):
+            kept = self._kept_frames - len(sound)
+            self._store[:kept] = self._store[self._used - kept : self._used].copy()
+            self._used = kept
+        self._store[self._used : self._used + len(sound)] = sound
+        self._used += len(sound)
+        self.first = max(self.first, self.end - min(self._used, self._kept_frames))
+
+    def skip(self, frames: int) -> None:
+        """Count `frames` of silence."""
+        self.end += max(0, frames - self._kept_frames)
+        self.append(np.zeros((min(frames, self._kept_frames), self.channels), np.float32))
+
+    @property
+    def channels(self) -> int:
+        """How many samples a frame has."""
+        return int(self._store.shape[1])
+
+    def between(self, start: int, end: int) -> Floats:
+        """Return the frames from `start` to before `end`, as far as they are there; to be read."""
+        before = self._used - self.end
+        return self._store[max(start, self.first) + before : max(0, min(end, self.end) + before)]
+
+
+class Concealment:
+    """Goes on where sound breaks off: its last pitch period again and again, fading out.
+
+    As ITU-T G.711 Appendix I does, but without the delay that it takes to smooth the seams: the
+    period is where the sound before is most like its end, is made to lead into itself, and
+    starts from the level at which the sound broke off. `sound` is what was before.
+    """
+
+    def __init__(self, sound: Floats, rate: int) -> None:
+        self._rate = rate
+        self._done = 0
+        self._end = int(CONCEALED_S * rate)
+        self._channels = sound.shape[1]
+        self._period = self._find_period(sound)
+        self._step = np.zeros(self._channels, np.float32)
+        if len(self._period):
+            before = sound[-len(self._period) - 1] if len(sound) > len(self._period) else 0
+            self._step = sound[-1] - before
+
+    def _find_period(self, sound: Floats) -> Floats:
+        """Return the last period of `sound`, its end leading into its beginning; none if short."""
+        lag = pitch_period(sound, self._rate)
+        seam = lag // 4
+        if not lag or len(sound) < lag + seam:
+            return sound[:0]
+        period: Floats = sound[-lag:].copy()
+        period[-seam:] = cross_faded(period[-seam:], sound[-lag - seam : -lag])
+        return period
+
+    def take(self, frames: int) -> Floats:
+        """Return the next `frames`: silence in the end."""
+        if self._done >= self._end or not len(self._period):
+            self._done += frames
+            return np.zeros((frames, self._channels), np.float32)
+        place = np.arange(self._done, self._done + frames)
+        self._done += frames
+        fading = (place / self._rate - CONCEALED_FULLY_S) / (CONCEALED_S - CONCEALED_FULLY_S)
+        level = np.cos(np.clip(fading, 0, 1) * (np.pi / 2)) ** 2
+        settling = np.exp(-place / (self._rate * 0.0005))
+        sound = self._period[place % len(self._period)] + settling[:, None] * self._step
+        faded: Floats = (sound * level[:, None]).astype(np.float32)
+        return faded
+
+
+def pitch_period(sound: Floats, rate: int) -> int:
+    """Return after how many frames the end of `sound` is most like itself; 0 if it is too short."""
+    mono = sound.mean(axis=1)
+    template = mono[-int(TEMPLATE_S * rate) :]
+    shortest, longest = int(SHORTEST_PERIOD_S * rate), int(LONGEST_PERIOD_S * rate)
+    searched = mono[-longest - len(template) : -shortest]
+    if len(template) < int(TEMPLATE_S * rate) or len(searched) <= len(template):
+        return 0
+    return shortest + len(searched) - len(template) - most_alike(searched, template)
+
+
+def most_alike(searched: Any, template: Any) -> int:
+    """Return where in `searched`, one channel, `template` fits best: the highest correlation."""
+    product = np.correlate(searched, template)
+    energy = np.cumsum(np.concatenate(([0.0], searched.astype(np.float64) ** 2)))
+    energy = energy[len(template) :] - energy[: -len(template)]
+    return int(np.argmax(product / np.sqrt(energy + 1e-6)))
+
+
+def cross_faded(old: Floats, new: Floats) -> Floats:
+    """Return `old` going over into `new`, of the same length."""
+    share = np.arange(1, len(new) + 1, dtype=np.float32)[:, None] / (len(new) + 1)
+    faded: Floats = old + (new - old) * share
+    return faded
+
+
+def to_sound(samples: bytes, audio: AudioFormat, channels: int) -> Floats:
+    """Return 16-bit samples as floats, mixed down where `channels` are fewer than there are.
+
+    The mean of all to one, else each to the channel of its number, beginning again with the
+    first.
+    """
+    sound = np.frombuffer(samples, "<i2").reshape(-1, audio.channels).astype(np.float32)
+    sound *= np.float32(1 / 32768)
+    if audio.channels == channels:
+        return sound
+    groups = [sound[:, first::channels].mean(axis=1) for first in range(channels)]
+    return np.stack(groups, axis=1)
+
+
+def to_samples(sound: Floats, channels: int) -> bytes:
+    """Return `sound` as 16-bit samples: mono on both sides, channels that are left over silent."""
+    if sound.shape[1] < channels:
+        spread = np.zeros((len(sound), channels), np.float32)
+        spread[:, : max(2, sound.shape[1])] = sound
+        sound = spread
+    scaled = np.rint(sound * np.float32(32768))
+    samples: bytes = np.clip(scaled, -32768, 32767).astype("<i2").tobytes()
+    return samples
+
+
+class Playout:
+    """Plays evenly, soon, and at the server's speed what arrives unevenly.
+
+    Whoever receives calls `write`, the sound card calls `read`; both hand in the time. Frames
+    are numbered as they are written. Two lines are followed: when a frame can arrive at the
+    earliest, and when the sound card wants it at the earliest. Their distance is the **lead**,
+    which is held at a **target**: what `Arrivals` says has to be in reserve. Between blocks it
+    goes on smoothly, so that no beat of written and read blocks moves it.
+
+    `SpeedLoop` steers the resampler by the lead's error, which also converts to the sound card's
+    rate. Another target, and an error that is far, is one jump with a cross-fade, to where the
+    sound is most alike. A read that finds too little is a **dropout**: it is concealed, and
+    playing goes on at what would have prevented it.
+
+    Plain logic: no thread, no clock, no device, and no lock, which the caller has to hold.
+    Needs the packages numpy and samplerate.
+    """
+
+    def __init__(
+        self, audio: AudioFormat, card: AudioFormat, fixed_target_s: float | None = None
+    ) -> None:
+        import samplerate  # noqa: PLC0415  (only playing on a card needs it)
+
         self.audio = audio
+        self.card = card
         self.statistics = PlayStatistics()
-        start_ms = MIN_TARGET_MS if fixed_target_ms is None else fixed_target_ms
-        self.target_frames = audio.frames_in(start_ms)
-        self._target_is_fixed = fixed_target_ms is not None
-        self._samples = bytearray()
-        self._last_frame = audio.silence(1)
-        self._block_frames = 0
+        channels = min(audio.channels, card.channels)
+        self._tape = Tape(audio.rate, channels)
+        self._resampler = samplerate.CallbackResampler(
+            self._supply, card.rate / audio.rate, "sinc_fastest", channels
+        )
+        self.loop = SpeedLoop()
+        self.arrivals = Arrivals()
+        self._reads = EarliestLine(READS_WINDOW_S)
+        self.fixed_target_s = fixed_target_s
+        self.target_s = 0.0
+        self.speed = 1.0
+        self._next = 0  # the frame that the resampler gets next
+        self._asked_frames = 0.0  # as far as all reads reach
         self._playing = False
+        self._unplayed = 0  # where to go on
         self._draining = False
-        self._silent_frames = 0
-        self._read_frames = 0
-        self._raised_at_frames = audio.frames_in(START_PHASE_MS - RAISE_SPACING_MS)
-        self._settling = True
-        self._correction = 0
-        self._uncorrected_frames = 0
-        self._fade_frames = audio.frames_in(FADE_MS)
-        self._jump_frames = audio.frames_in(JUMP_MS)
-        self._dead_zone_frames = audio.frames_in(DEAD_ZONE_MS)
-        self._burst_limit_frames = audio.frames_in(BURST_LIMIT_MS)
-        self._limit_frames = audio.frames_in(BUFFER_LIMIT_MS)
-        self._least_frames = audio.frames_in(MIN_TARGET_MS)
-        self._reserve_frames = audio.frames_in(RESERVE_MS)
-        self._steering = SpareWindow(audio.frames_in(STEERING_WINDOW_MS))
-        self._adapting = SpareWindow(audio.frames_in(ADAPTING_WINDOW_MS))
+        self._start_s: float | None = None
+        self._read_s = 0.0
+        self._steered_s = 0.0
+        self._changed_s = 0.0
+        self._concealment = Concealment(self._tape.between(0, 0), audio.rate)
+        self._overlay = self._tape.between(0, 0)  # what fades out over the frames that are next
+        self._overlay_level = self._overlay
+        self._resampler.read(1)  # it takes some frames for itself
+        self._next = 0
+
+    @property
+    def lead_s(self) -> float:
+        """How long before it is wanted the next frame could have arrived."""
+        return self._reads.offset_s - self.arrivals.line_s
 
     @property
     def fill_frames(self) -> int:
         """The sound that waits to be played."""
-        return self.audio.frames_of(self._samples)
+        return max(0, self._tape.end - (self._next if self._playing else self._unplayed))
 
     def drain(self) -> None:
         """Play what is left, however little: no more will come."""
         self._draining = True
 
+    def restart(self) -> None:
+        """Go on with a sound card that was away, or stood still for long."""
+        self._reads = EarliestLine(READS_WINDOW_S)
+        self.loop.restart()
+        self._stop()
+        self._start_s = None
+
     # writing
 
-    def write(self, samples: bytes, gap_frames: int = 0) -> None:
-        """Add `samples` behind those before, of which `gap_frames` were missed in between.
-
-        Keeps at most ``BUFFER_LIMIT_MS``, also while nobody reads.
-        """
+    def write(self, samples: bytes, gap_frames: int, now_s: float) -> None:
+        """Add `samples`, which came at `now_s`, of which `gap_frames` were missed in between."""
+        tape = self._tape
+        if not samples:
+            return
+        sound = to_sound(samples, self.audio, tape.channels)
         if gap_frames > 0:
             self.statistics.missed_frames += gap_frames
-            self._fade_out(gap_frames)
-            samples = self._fade_in(samples)
-        if samples:
-            self._block_frames = self.audio.frames_of(samples)
-            self._samples += self._steer(samples)
-        self._throw_away(self.fill_frames - self._limit_frames)
+            sound = self._conceal_gap(gap_frames, sound)
+        first = tape.end
+        tape.append(sound)
+        self.arrivals.note(now_s, first / self.audio.rate, tape.end / self.audio.rate)
 
-    def _fade_out(self, gap_frames: int) -> None:
-        """Lead what is buffered into silence, as much as the target and a fade need.
+    def _conceal_gap(self, gap_frames: int, sound: Floats) -> Floats:
+        """Fill a gap before `sound`; return `sound`, faded in."""
+        concealment = Concealment(self._latest(), self.audio.rate)
+        concealed_frames = min(gap_frames, int(CONCEALED_S * self.audio.rate))
+        self._tape.append(concealment.take(concealed_frames))
+        self._tape.skip(gap_frames - concealed_frames)
+        fade_frames = min(len(sound), int(FADE_S * self.audio.rate))
+        sound[:fade_frames] = cross_faded(concealment.take(fade_frames), sound[:fade_frames])
+        return sound
 
-        Silence as long as the gap would keep the delay as it was. But where the gap was heard
-        as a dropout already, or late sound waits, that would come on top.
-        """
-        if self._playing:
-            short_frames = self.target_frames - self.fill_frames
-            before = bytes(self._samples[-self.audio.frame_bytes :]) or self._last_frame
-            self._samples += self._ramp_down(
-                before, min(gap_frames, max(self._fade_frames, short_frames))
-            )
-
-    def _fade_in(self, samples: bytes) -> bytes:
-        return cross_fade(self.audio, bytes(len(samples)), samples)
-
-    def _ramp_down(self, frame: bytes, frames: int) -> bytes:
-        """Return `frames` that lead from the level of `frame` to silence."""
-        return cross_fade(self.audio, frame * frames, self.audio.silence(frames))
-
-    def _steer(self, samples: bytes) -> bytes:
-        """Return `samples` with one frame dropped or doubled where that is due."""
-        frames = self.audio.frames_of(samples)
-        self._uncorrected_frames += frames
-        if not self._correction or self._uncorrected_frames < STEERING_SPACING_FRAMES:
-            return samples
-        self._uncorrected_frames = 0
-        frame_bytes = self.audio.frame_bytes
-        place = quietest_step(self.audio, samples) * frame_bytes
-        if self._correction < 0:
-            self.statistics.dropped_frames += 1
-            return samples[:place] + samples[place + frame_bytes :]
-        self.statistics.doubled_frames += 1
-        return samples[: place + frame_bytes] + samples[place:]
+    def _latest(self) -> Floats:
+        """Return the last of what was written, as much as a concealment looks at."""
+        frames = int((LONGEST_PERIOD_S + TEMPLATE_S) * self.audio.rate)
+        return self._tape.between(self._tape.end - frames, self._tape.end)
 
     # reading
 
+    def _frames_for(self, frames: int) -> int:
+        """Return how many frames a read of `frames` of the sound card may take."""
+        return math.ceil(frames * self._step) + 2
+
+    @property
+    def _step(self) -> float:
+        """How many of the server's frames go into one of the sound card's."""
+        return self.audio.rate / self.card.rate * self.speed
+
     def lacks(self, frames: int) -> bool:
         """Tell whether a read of `frames` would be a dropout."""
-        return self._playing and not self._draining and self.fill_frames < frames
+        there = self._tape.end - self._next
+        return self._playing and not self._draining and there < self._frames_for(frames)
 
-    def read(self, frames: int) -> bytes:
-        """Return exactly `frames` to play now, silence where there is nothing."""
-        self._read_frames += frames
-        if not self._playing and not self._start(frames):
-            self._silent_frames += frames
-            return self.audio.silence(frames)
-        self._catch_up(frames)
-        played = self._take(frames)
-        missing_frames = frames - self.audio.frames_of(played)
-        if missing_frames:
-            return played + self._drop_out(missing_frames)
-        self._observe(self.fill_frames, frames)
-        return played
+    def read(self, frames: int, now_s: float) -> bytes:
+        """Return exactly `frames` to play, which the card wants at `now_s`; silence if need be."""
+        if self._next < self._tape.first and self._playing:  # the card stood still
+            self.restart()
+        self._note_read(frames, now_s)
+        if not self._playing:
+            self._start(self._frames_for(frames), now_s)
+        elif now_s - self._steered_s >= STEERING_INTERVAL_S:
+            self._steer(now_s)
+        self._resampler.ratio = 1 / self._step
+        sound = self._resampler.read(frames)
+        return to_samples(sound, self.card.channels)
 
-    def _start(self, frames: int) -> bool:
-        """Begin to play if the target is there besides `frames`; return whether it is."""
-        spare_frames = self.fill_frames - frames - self.target_frames
-        if spare_frames < 0 and not (self._draining and self._samples):
-            return False
-        if self.statistics.dropouts:
-            self._raise_target()
-        self._throw_away(spare_frames)
-        self._samples[:] = self._fade_in(bytes(self._samples))
-        self._playing = True
-        self._settling = True
-        self._correction = 0
-        self._steering.clear()
-        self._adapting.clear()
-        return True
+    def _note_read(self, frames: int, now_s: float) -> None:
+        self._asked_frames += frames * self._step
+        if now_s - self._read_s > STOOD_STILL_S:
+            self._reads = EarliestLine(READS_WINDOW_S)
+        self._read_s = now_s
+        self._reads.note(now_s, now_s - self._asked_frames / self.audio.rate)
 
-    def _catch_up(self, frames: int) -> None:
-        """Go back to the target at once where a burst has brought far more than that."""
-        excess_frames = self.fill_frames - frames - self.target_frames
-        if excess_frames > self._burst_limit_frames:
-            self._throw_away(excess_frames)
-            self._steering.clear()
+    def _supply(self) -> Floats:
+        """Return the frames that the resampler needs next, one at least."""
+        frames = max(1, math.ceil(self._asked_frames - self._next))
+        if self._playing:
+            sound = self._tape.between(self._next, self._next + frames)
+            if not len(sound):
+                self._drop_out()
+        if not self._playing:
+            sound = self._concealment.take(frames)
+        self._next += len(sound)
+        return self._laid_over(sound)
 
-    def _take(self, frames: int) -> bytes:
-        """Return up to `frames` from the buffer's beginning, as played."""
-        size = frames * self.audio.frame_bytes
-        taken = bytes(self._samples[:size])
-        del self._samples[:size]
-        if taken:
-            self._last_frame = taken[-self.audio.frame_bytes :]
-            self.statistics.played_frames += self.audio.frames_of(taken)
-        return taken
+    def _laid_over(self, sound: Floats) -> Floats:
+        """Return `sound` with what fades out over it."""
+        faded = min(len(sound), len(self._overlay))
+        if faded:
+            old, level = self._overlay[:faded], self._overlay_level[:faded]
+            self._overlay, self._overlay_level = self._overlay[faded:], self._overlay_level[faded:]
+            sound = sound.copy()
+            sound[:faded] += (old - sound[:faded]) * level
+        return sound
 
-    def _drop_out(self, missing_frames: int) -> bytes:
-        """Return the rest of a read that found too little: what was heard last, fading out."""
-        self._playing = False
-        self._silent_frames = missing_frames
+    def _lay_over(self, old: Floats) -> None:
+        """Let `old` fade out over what comes next."""
+        level = np.arange(len(old), 0, -1, dtype=np.float32)[:, None] / (len(old) + 1)
+        self._overlay, self._overlay_level = old.copy(), level
+
+    def _drop_out(self) -> None:
         if not self._draining:
             self.statistics.dropouts += 1
-        return self._ramp_down(self._last_frame, missing_frames)
+        self._stop()
 
-    def _throw_away(self, frames: int) -> None:
-        """Leave out the oldest `frames`, if any, going over smoothly to what follows them."""
-        if frames <= 0:
+    def _stop(self) -> None:
+        """Play nothing more for now; fade out."""
+        if self._playing:
+            self._playing = False
+            self._unplayed = self._next
+            before = self._next - int((LONGEST_PERIOD_S + TEMPLATE_S) * self.audio.rate)
+            self._concealment = Concealment(self._tape.between(before, self._next), self.audio.rate)
+
+    def _start(self, frames: int, now_s: float) -> None:
+        """Begin to play where the target says, if the next `frames` from there have come."""
+        if self._draining:
+            if self._unplayed < self._tape.end:
+                self._play_from(max(self._unplayed, self._tape.first), now_s)
             return
-        self.statistics.late_frames += frames
-        frame_bytes = self.audio.frame_bytes
-        old = bytes(self._samples[: self._fade_frames * frame_bytes])
-        del self._samples[: frames * frame_bytes]
-        new = bytes(self._samples[: len(old)])
-        self._samples[: len(new)] = cross_fade(self.audio, old[: len(new)], new)
+        if self._start_s is None and self._tape.end > self._unplayed:
+            self._start_s = now_s + WATCHING_S
+        if self._start_s is None or now_s < self._start_s:
+            return
+        self.target_s = self._wanted_target_s()
+        place = self._next + round((self.lead_s - self.target_s) * self.audio.rate)
+        if max(self._unplayed, self._tape.first) <= place <= self._tape.end - frames:
+            self.statistics.late_frames += place - self._unplayed
+            self._play_from(place, now_s)
 
-    # steering and adapting
+    def _wanted_target_s(self) -> float:
+        if self.fixed_target_s is not None:
+            return self.arrivals.target_for(self.fixed_target_s)
+        return self.arrivals.needed_s
 
-    def _observe(self, spare_frames: int, frames: int) -> None:
-        """Learn from the spare after a read what to correct, and where the target should be."""
-        if self._steering.add(spare_frames, frames):
-            self._correct(self._steering.mean_frames - self.target_frames)
-            self._steering.clear()
-        if self._adapting.add(spare_frames, frames):
-            self._lower_target(self._adapting.lowest_frames)
-            self._adapting.clear()
+    def _play_from(self, place: int, now_s: float) -> None:
+        if now_s - self._steered_s > FORGETTING_S:
+            self.loop.restart()
+        self._lay_over(self._concealment.take(int(FADE_S * self.audio.rate)))
+        self._go_to(place)
+        self._playing = True
+        self._steered_s = now_s
 
-    def _correct(self, error_frames: float) -> None:
-        """Bring the spare back by its mean error: at once if large, frame by frame if small.
+    def _go_to(self, place: int) -> None:
+        """Let `place` be the next frame; what has been asked for goes with it."""
+        frames = place - self._next
+        self._next = place
+        self._asked_frames += frames
+        self._reads.shift(-frames / self.audio.rate)
 
-        A sound card may take several blocks at once when it starts: only after that is it known
-        how far from the target playing began, so that the first error is always put right.
-        """
-        if error_frames > self._jump_frames or self._settling:
-            self._throw_away(min(round(error_frames), self.fill_frames))
-            self._hold_back(round(-error_frames))
-            error_frames = 0
-        self._settling = False
-        in_place = abs(error_frames) <= self._dead_zone_frames
-        self._correction = 0 if in_place else -1 if error_frames > 0 else 1
+    # steering
 
-    def _hold_back(self, frames: int) -> None:
-        """Put `frames` of silence, if any, before what is buffered, with a fade on either side."""
-        if frames > 0:
-            following = self._fade_in(bytes(self._samples))
-            self._samples[:] = self._ramp_down(self._last_frame, frames) + following
+    def _steer(self, now_s: float) -> None:
+        """Hold the lead at the target, and the target at what is needed."""
+        elapsed_s, self._steered_s = now_s - self._steered_s, now_s
+        self._adapt(now_s)
+        error_s = self.lead_s - self.target_s
+        if abs(error_s) > JUMP_S or abs(self.loop.smooth_error_s) > SMALL_JUMP_S:
+            error_s -= self._jump(error_s)
+            self.loop.smooth_error_s = 0.0
+        self.speed = self.loop.advance(error_s, elapsed_s)
+        self._reads.slope = 1 - self.speed
 
-    def _raise_target(self) -> None:
-        """Keep more from now on, if that would have prevented the silence that just ended.
+    def _adapt(self, now_s: float) -> None:
+        """Keep more at once where it is needed, and less in small steps where it is not."""
+        surplus_s = self.target_s - self._wanted_target_s()
+        if surplus_s < 0:
+            self._change_target(-surplus_s, now_s)
+        elif now_s - self._changed_s > LOWERING_INTERVAL_S and self._is_unused(surplus_s):
+            self._change_target(-min(surplus_s, LOWERING_S), now_s)
 
-        Dropouts in quick succession have one cause, and those at the very start another one: the
-        sound system has yet to find its own pace.
-        """
-        most_frames = self.audio.frames_in(MAX_TARGET_MS)
-        is_new = self._read_frames - self._raised_at_frames >= self.audio.frames_in(
-            RAISE_SPACING_MS
-        )
-        if is_new and not self._target_is_fixed and self._silent_frames <= most_frames:
-            self._raised_at_frames = self._read_frames
-            step_frames = min(self._silent_frames, self.audio.frames_in(MAX_RAISE_MS))
-            self.target_frames = min(self.target_frames + step_frames, most_frames)
+    def _is_unused(self, surplus_s: float) -> bool:
+        """Return whether so much less is worth another target."""
+        kept_s = self.target_s - self.arrivals.edge_s
+        return surplus_s > UNUSED_S + UNUSED_SHARE * kept_s
 
-    def _lower_target(self, lowest_frames: int) -> None:
-        """Keep a little less from now on, if some of the spare was never used.
+    def _change_target(self, change_s: float, now_s: float) -> None:
+        moved_s = self._jump(-change_s)
+        self.target_s -= moved_s
+        self._changed_s = now_s
 
-        A block always remains: where two clocks differ, one comes a read later at some time.
-        """
-        unused_frames = lowest_frames - self._reserve_frames
-        if not self._target_is_fixed and unused_frames > 0:
-            least_frames = max(self._least_frames, self._block_frames + self._dead_zone_frames)
-            lowered_frames = self.target_frames - math.ceil(unused_frames * LOWERING_SHARE)
-            self.target_frames = min(self.target_frames, max(lowered_frames, least_frames))
+    def _jump(self, seconds: float) -> float:
+        """Leave out about `seconds` of sound, or repeat them if negative; return how many."""
+        old = self._tape.between(self._next, self._next + int(FADE_S * self.audio.rate))
+        if len(old) < SHORTEST_FADE_S * self.audio.rate:
+            return 0.0
+        place = self._next + round(seconds * self.audio.rate)
+        place = self._aligned(min(place, self._tape.end - len(old)), old)
+        moved_frames = place - self._next
+        self._lay_over(old)
+        self._go_to(place)
+        return moved_frames / self.audio.rate
 
-
-def cross_fade(audio: AudioFormat, old: bytes, new: bytes) -> bytes:
-    """Return `old` going over into `new`, of the same length, within ``FADE_MS`` at most."""
-    fade_frames = min(audio.frames_in(FADE_MS), audio.frames_of(new))
-    before, mixed = memoryview(old).cast("h"), array("h", new)
-    for index in range(fade_frames * audio.channels):
-        share = (index // audio.channels + 1) / (fade_frames + 1)
-        mixed[index] = round(before[index] * (1 - share) + mixed[index] * share)
-    return mixed.tobytes()
-
-
-def quietest_step(audio: AudioFormat, samples: bytes) -> int:
-    """Return the frame after which the sound changes least: one more or less is not heard there.
-
-    Looks at the first ``STEP_SEARCH_FRAMES`` of `samples`, in which there is a frame at least.
-    """
-    channels = audio.channels
-    values = memoryview(samples).cast("h")[: STEP_SEARCH_FRAMES * channels].tolist()
-    steps = [abs(b - a) for a, b in zip(values, values[channels:], strict=False)]
-    if channels > 1:
-        steps = [sum(steps[i : i + channels]) for i in range(0, len(steps), channels)]
-    return steps.index(min(steps)) if steps else 0
+    def _aligned(self, place: int, old: Floats) -> int:
+        """Return where, at `place` or a little before, the sound is most like `old`."""
+        first = max(self._tape.first, place - int(ALIGNING_S * self.audio.rate))
+        if self.fixed_target_s is not None or first >= place:
+            return max(first, place)
+        searched = self._tape.between(first, place + len(old))
+        return first + most_alike(searched.mean(axis=1), old.mean(axis=1))
 
 
 # --- sound: the server's clock ---------------------------------------------------------------
@@ -2118,17 +2491,28 @@ class Output(Protocol):
 class Speaker:
     """A sound card, as a destination.
 
-    The constructor starts PortAudio, which takes a while, and raises AudioUnavailable where
-    there is no such loudspeaker.
+    The constructor loads what converts the sound and finds the card, which takes a while; it
+    raises AudioUnavailable where there is no such loudspeaker.
     """
 
     def __init__(self, wanted: str | None, latency_ms: float | None, console: Console) -> None:
+        load_converters()
         self._latency_ms = latency_ms
         self._card = SoundCard(common.SPEAKER, wanted, console.complain)
 
     def open(self, audio: AudioFormat) -> SpeakerOutput:
-        """Open the card; blocks for that."""
-        return SpeakerOutput(self._card, JitterBuffer(audio, self._latency_ms))
+        """Open the card at the sound's own rate, or at its own where it does not do that."""
+        own = self._card.own_format
+        try:
+            return self._open_as(AudioFormat(audio.rate, own.channels), audio)
+        except AudioUnavailable:
+            if own.rate == audio.rate:
+                raise
+            return self._open_as(own, audio)
+
+    def _open_as(self, card_format: AudioFormat, audio: AudioFormat) -> SpeakerOutput:
+        latency_s = None if self._latency_ms is None else self._latency_ms / 1000
+        return SpeakerOutput(self._card, Playout(audio, card_format, latency_s))
 
     def close(self) -> None:
         """Close the card."""
@@ -2138,11 +2522,11 @@ class Speaker:
 class SpeakerOutput:
     """Plays through a sound card; PortAudio asks for each block when it needs it."""
 
-    def __init__(self, card: SoundCard, buffer: JitterBuffer) -> None:
+    def __init__(self, card: SoundCard, playout: Playout) -> None:
         self._card = card
-        self._buffer = buffer
+        self._playout = playout
         self._exchanged = threading.Condition()  # guards it, and tells of what was written
-        card.open(buffer.audio, self._exchange)
+        card.open(playout.card, self._exchange, self._return)
 
     def _exchange(self, _samples: bytes | None, frames: int, _ahead_s: float) -> bytes:
         """Return the next `frames`; PortAudio's thread calls this.
@@ -2151,21 +2535,28 @@ class SpeakerOutput:
         sound card ask for several blocks at once, often just before the sound comes that was
         held up as well.
         """
+        now_s = time.monotonic()
         with self._exchanged:
-            self._exchanged.wait_for(lambda: not self._buffer.lacks(frames), LATE_PATIENCE_S)
-            return self._buffer.read(frames)
+            self._exchanged.wait_for(lambda: not self._playout.lacks(frames), LATE_PATIENCE_S)
+            return self._playout.read(frames, now_s)
+
+    def _return(self, _lost_s: float) -> None:
+        """Begin anew with a card that is back; PortAudio's thread calls this."""
+        with self._exchanged:
+            self._playout.restart()
 
     def write(self, samples: bytes, gap_frames: int) -> None:
-        """Hand over to the jitter buffer."""
+        """Hand over to be played."""
+        now_s = time.monotonic()
         with self._exchanged:
-            self._buffer.write(samples, gap_frames)
+            self._playout.write(samples, gap_frames, now_s)
             self._exchanged.notify()
 
     def drain(self) -> None:
         """Play what is left, down to the last sample in the sound card's own buffer."""
-        self._buffer.drain()
+        self._playout.drain()
         deadline = Deadline(DRAIN_LIMIT_S)
-        while self._buffer.fill_frames and deadline.remaining():
+        while self._playout.fill_frames and deadline.remaining():
             time.sleep(common.PLAYBACK_BLOCK_MS / 1000)
         time.sleep(CARD_BUFFER_S)
 
@@ -2174,18 +2565,32 @@ class SpeakerOutput:
         self._card.close()
 
     def status(self) -> str:
-        """Return the buffer's fill and the dropouts so far."""
-        fill_ms = self._buffer.audio.milliseconds(self._buffer.fill_frames)
-        dropouts = count(self._buffer.statistics.dropouts, "dropout")
-        return f"buffer {fill_ms:3.0f} ms  {dropouts}"
+        """Return how much sound waits, of how much ``--latency`` wants, and the dropouts so far."""
+        playout = self._playout
+        waiting_ms = playout.audio.milliseconds(playout.fill_frames)
+        fixed_s = playout.fixed_target_s
+        wanted = "" if fixed_s is None else f" of {fixed_s * 1000:g}"
+        dropouts = count(playout.statistics.dropouts, "dropout")
+        return f"buffer {waiting_ms:3.0f}{wanted} ms  {dropouts}"
 
     def summary(self) -> str:
-        """Return the dropouts so far, and what following the server's clock has taken."""
-        seen = self._buffer.statistics
-        return (
-            f"{count(seen.dropouts, 'dropout')}, {count(seen.dropped_frames, 'frame')} dropped "
-            f"and {seen.doubled_frames} doubled"
-        )
+        """Return the dropouts so far, and how far the server's clock is from the sound card's."""
+        parts = [count(self._playout.statistics.dropouts, "dropout")]
+        if self._playout.loop.knows_clocks:
+            parts.append(f"the server's clock {self._playout.loop.clock_offset * 1e6:+.0f} ppm")
+        return ", ".join(parts)
+
+
+def load_converters() -> None:
+    """Load the packages that converting sound for a card takes; raises AudioUnavailable."""
+    try:
+        import numpy  # noqa: PLC0415, F401  (only playing needs them)
+        import samplerate  # noqa: PLC0415, F401
+    except ImportError as error:
+        raise AudioUnavailable(
+            f"playing needs NumPy and samplerate, which cannot be loaded ({error}): "
+            "pip install numpy samplerate"
+        ) from None
 
 
 # --- sound: recordings ----------------------------------------------------------------------
@@ -2607,9 +3012,21 @@ def find_destinations(
     elif output is not None and output.lower().endswith((*WRITERS, *OTHER_ENDINGS)):
         yield RecordingFiles(output, console)
     else:
-        yield Speaker(output, latency_ms, console)
+        yield from find_speaker(output, latency_ms, console, is_needed=record is None)
     if record is not None:
         yield RecordingFiles(record, console)
+
+
+def find_speaker(
+    wanted: str | None, latency_ms: float | None, console: Console, *, is_needed: bool
+) -> Iterator[Speaker]:
+    """Give a loudspeaker; none where it is not needed, after a line that says why."""
+    try:
+        yield Speaker(wanted, latency_ms, console)
+    except AudioUnavailable as error:
+        if is_needed:
+            raise
+        console.complain(f"{error}; recording without playing")
 
 
 # --- sound: Opus ----------------------------------------------------------------------------
@@ -2815,7 +3232,16 @@ class Listening:
             self.outputs = []
             self._audio = audio
             for destination in self._destinations:
-                self.outputs.append(destination.open(audio))
+                self._open_output(destination, audio)
+
+    def _open_output(self, destination: Destination, audio: AudioFormat) -> None:
+        """Have an output for this format; a recording goes on without a loudspeaker."""
+        try:
+            self.outputs.append(destination.open(audio))
+        except AudioUnavailable as error:
+            if len(self._destinations) == 1:
+                raise
+            self._console.complain(f"{error}; recording without playing")
 
     def _is_enough(self, audio: AudioFormat) -> bool:
         """Return whether ``--seconds`` have been heard, or have gone by in silence."""

@@ -62,14 +62,14 @@ def test_a_server_whose_clock_is_fast_is_followed(card: VirtualSoundCard) -> Non
     with (
         start_server(card, "--rate", "48024") as sender,
         Proxy(int(port_of(sender)), hook=hook) as proxy,
-        start_client(card, str(proxy.port), "--latency", "80", "--seconds", "12") as player,
+        start_client(card, str(proxy.port), "--latency", "80", "--seconds", "20") as player,
     ):
         assert player.end() == common.EXIT_OK
-        found = re.search(r"(\d+) frames? dropped", player.lines[-1])
-    # All that is certain on a busy machine, where stalls have sound thrown away in one go;
-    # test_jitter_buffer.py counts every frame.
-    assert found is not None
-    assert int(found[1]) > 0
+        last = player.lines[-1]
+    # All that is certain on a busy machine, where cards lose time; test_playout.py is exact.
+    found = re.search(r"clock ([+-]\d+) ppm", last)
+    assert found is not None, last
+    assert int(found[1]) > 0, last
 
 
 def test_the_client_waits_for_a_server_and_comes_back_to_it(card: VirtualSoundCard) -> None:

@@ -1258,6 +1258,7 @@ class Upload:
         self._pace = Pace()
         self._stdin_is_begun = False
         self._file_bytes = 0  # handed over to the connection
+        connection.prefer_bbr()
         progress.follow(connection.in_transit)
 
     def close(self) -> None:
@@ -1519,7 +1520,7 @@ class Upload:
     def _decide(self, batch: Batch, index: int, outcome: Outcome) -> None:
         """Report what the server says has become of a file; the results' thread calls it too."""
         source, end = batch.decide(index)
-        is_saved = outcome.kind != "failed" and not isinstance(end, NotSent)
+        is_saved = outcome.kind == "saved" and not isinstance(end, NotSent)
         self._progress.decide(source, is_saved)
         if not isinstance(end, NotSent):
             self._report.decided(source, outcome, end)

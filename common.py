@@ -1409,6 +1409,15 @@ class ByteStream:
         """
         return len(self._queued) + count_unacknowledged(self._socket)
 
+    def prefer_bbr(self) -> None:
+        """Have the system send by BBR where it can, which some loss on a long line does not slow.
+
+        See Cardwell et al., "BBR: Congestion-Based Congestion Control", 2016.
+        """
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
+
     def limit_send_buffer(self, size: int) -> None:
         """Have the system keep about `size` bytes at most that the other side has not taken."""
         with contextlib.suppress(OSError):

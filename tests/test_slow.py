@@ -110,3 +110,14 @@ def test_a_line_that_still_drains_is_not_given_up(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(common.PeerStalled):
             connection.read(1)
         assert drained.is_set()
+
+
+@linux
+def test_a_long_line_with_some_loss_is_sent_over_by_bbr_where_the_system_has_it() -> None:
+    allowed = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control").read_text().split()
+    near, far = socket_pair()
+    with far, common.Connection(near, "server") as connection:
+        before = near.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        connection.prefer_bbr()
+        now = near.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    assert now.rstrip(b"\0") == (b"bbr" if "bbr" in allowed else before.rstrip(b"\0"))

@@ -170,6 +170,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def finished(folder: Path) -> dict[str, bytes]:
+    """Return what `contents` does, without the partial files."""
+    found = contents(folder)
+    return {name: found[name] for name in found if not name.endswith(PARTIAL_SUFFIX)}
+
+
 def control_codes(text: str) -> set[str]:
     """Return the control codes in `text`, but for line ends."""
     return {char for char in text if not char.isprintable() and char != "\n"}

@@ -15,8 +15,10 @@ from support import (
     Result,
     Server,
     contents,
+    finished,
     hold_and,
     make_file,
+    partials,
     posix,
 )
 
@@ -34,7 +36,7 @@ def test_a_change_whose_time_is_set_back_is_noticed(server: Server, tmp_path: Pa
     result = send_and(server, source, change)
     assert result.status == 1
     assert result.error_lines == [f"{source}: it changed while it was sent"]
-    assert contents(server.folder) == {}
+    assert finished(server.folder) == {}
 
 
 def send_and(server: Server, source: Path, change: Callable[[], object]) -> Result:
@@ -89,7 +91,7 @@ def test_a_file_that_grows_and_changes_is_refused(server: Server, tmp_path: Path
 
     result = send_and(server, source, change)
     assert result.status == 1
-    assert contents(server.folder) == {}
+    assert finished(server.folder) == {}
 
 
 def test_a_file_that_changes_while_it_is_compared_counts_as_changed(tmp_path: Path) -> None:
@@ -133,7 +135,8 @@ def test_a_file_that_changes_while_it_is_sent_is_refused(
         result = client.wait()
     assert result.status == 1
     assert result.error_lines == [f"{source}: it changed while it was sent"]
-    assert contents(server.folder) == {"after": after.read_bytes()}
+    assert finished(server.folder) == {"after": after.read_bytes()}
+    assert partials(server.folder), "what came of it stays for the next run"
     assert "log" in server.stderr()
 
 

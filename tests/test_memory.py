@@ -76,12 +76,12 @@ def send_measured(server: Server, source: Path, port: int | None = None) -> tupl
 @linux
 def test_each_further_transfer_takes_little_memory(server: Server, tmp_path: Path) -> None:
     transfers = 6
-    source = make_file(tmp_path / "large", 40 * MIB)
+    sources = [make_file(tmp_path / f"{seed}", 40 * MIB, seed) for seed in range(transfers)]
     with Proxy(server.port, hold_at=24 * MIB) as link:
         args = ("-", "--name", "x")
         clients = []
         try:
-            for _ in range(transfers):
+            for source in sources:
                 with open(source, "rb") as file:
                     clients.append(server.client(*args, port=link.port, stdin=file.fileno()))
             wait_for(lambda: link.passed == transfers * 24 * MIB)

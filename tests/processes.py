@@ -340,7 +340,9 @@ class Server(Process):
         super().__init__("server.py", *arguments, env=env, cwd=cwd, wrapper=wrapper)
         self.folder = folder
         try:
-            found = self.wait_for_output(r"Receiving into .* on (\S+):(\d+) - Ctrl\+C to stop\n")
+            found = self.wait_for_output(
+                r"Receiving into .* on (?:.* and )?(\S+):(\d+) - Ctrl\+C to stop\n"
+            )
         except BaseException:
             self.close()
             raise

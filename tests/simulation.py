@@ -31,6 +31,7 @@ class Moment(NamedTuple):
     now_s: float
     lead_s: float
     target_s: float
+    edge_s: float
     speed: float
     dropouts: int
 
@@ -129,6 +130,7 @@ class Simulation:
                 now_s,
                 self.playout.lead_s,
                 self.playout.target_s,
+                self.playout.arrivals.edge_s,
                 self.playout.speed,
                 self.playout.statistics.dropouts,
             )

@@ -27,11 +27,13 @@ command line            ``main`` asks for what the arguments leave open
 
 from __future__ import annotations
 
+import os
 import signal
 
 if __name__ == "__main__":
-    # Until common.take_signals(), Ctrl+C just ends the program, also during the imports.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Until common.INTERRUPTS.take(), a signal just ends the program, also during the imports.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _frame: os._exit(128 + number))
 
 import argparse
 import contextlib
@@ -41,7 +43,6 @@ import hashlib
 import importlib
 import itertools
 import math
-import os
 import queue
 import select
 import shlex
@@ -3508,7 +3509,7 @@ def complete_paths() -> None:
 def main(argv: Sequence[str]) -> int:
     """Run the client with the command line's arguments; return its exit status."""
     args = parse_arguments(argv)
-    common.take_signals()
+    common.INTERRUPTS.take()
     if args.find:
         found = pick_server(args.mode, data_on_stdout=args.output == STDOUT)
         args.mode, args.host, args.port = found.announced.mode, found.host, found.port

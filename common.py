@@ -1221,6 +1221,9 @@ AUDIO_TIMEOUT_S = 4.0
 RECEIVE_BYTES = 256 * 1024
 SEND_BYTES = 256 * 1024
 TLS_RECORD_BYTES = 16 * 1024
+# What has to move before a connection counts as busy again; and the slowest that a frame may come.
+PROGRESS_BYTES = 16 * 1024
+SLOWEST_FRAME_BYTES_PER_S = 4 * 1024
 
 
 class Deadline:
@@ -1352,7 +1355,8 @@ class ByteStream:
         self._deadline: Deadline | None = None
         self._tls: TLS | None = None
         self._is_cut_off = False  # inside something that was being sent
-        self._heard_s = time.monotonic()
+        self._heard_s = self._progress_s = time.monotonic()
+        self._moved_bytes = 0  # since `_progress_s`
         self._read_error: ConnectionLost | None = None  # that the next `read_some` raises
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1463,6 +1467,19 @@ class ByteStream:
             has_moved = self.sent_bytes - count_unacknowledged(self._socket) > arrived
             if self._deadline or not has_moved:
                 raise PeerStalled(deadline.seconds)
+
+    def note_progress(self) -> None:
+        """Count as busy for now: work is done for the other side. For any thread."""
+        self._progress_s, self._moved_bytes = time.monotonic(), 0
+
+    def idle_s(self) -> float:
+        """Return for how many seconds less than ``PROGRESS_BYTES`` have moved. For any thread."""
+        return time.monotonic() - self._progress_s
+
+    def _note_moved(self, count: int) -> None:
+        self._moved_bytes += count
+        if self._moved_bytes >= PROGRESS_BYTES:
+            self.note_progress()
 
     def wait_for_peer(self, seconds: float) -> bool:
         """Block for `seconds`; return True at once when the other side speaks or hangs up."""
@@ -1592,6 +1609,7 @@ class ByteStream:
     def _receive_raw(self, size: int) -> bytes:
         data = self._retry(lambda: self._socket.recv(size), to_write=False)
         self._heard_s = time.monotonic()
+        self._note_moved(len(data))
         return data
 
     def _receive_into(self, view: memoryview) -> int:
@@ -1600,6 +1618,7 @@ class ByteStream:
         if tls is None:
             count = self._retry(lambda: self._socket.recv_into(view), to_write=False)
             self._heard_s = time.monotonic()
+            self._note_moved(count)
             return count
         while True:
             try:
@@ -1663,6 +1682,7 @@ class ByteStream:
         except OSError as error:
             raise ConnectionBroken(describe_error(error)) from error
         self.sent_bytes += count
+        self._note_moved(count)
         self._unsent = self._unsent[count:]
         self._is_cut_off = bool(self._unsent)
 
@@ -1689,6 +1709,7 @@ class ByteStream:
         while view:
             count = self._retry(lambda: self._socket.send(view), to_write=True)  # noqa: B023
             self.sent_bytes += count
+            self._note_moved(count)
             view = view[count:]
         self._is_cut_off = False
 
@@ -1747,15 +1768,18 @@ class Connection(ByteStream):
     def read_frame(self, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
         """Return the content of the next frame; blocks and raises as `read` does.
 
-        Raises ProtocolError, before it reads any further, where the frame declares more than
-        `max_bytes`.
+        From its first byte on it has to come at a fair speed. Raises ProtocolError, before it
+        reads any further, where the frame declares more than `max_bytes`.
         """
-        header = self.peek(LENGTH.size)
+        self._wait_for(1)
+        with self.limit(PROGRESS_TIMEOUT_S):
+            header = self.peek(LENGTH.size)
         (size,) = LENGTH.unpack(header)
         if size > max_bytes:
             raise ProtocolError(f"not Socket Pair's protocol (received {header!r})")
-        # Nothing is taken before all is there: a wait that was too long can be resumed.
-        return self.read(LENGTH.size + size)[LENGTH.size :]
+        with self.limit(PROGRESS_TIMEOUT_S + size / SLOWEST_FRAME_BYTES_PER_S):
+            # Nothing is taken before all is there: a wait that was too long can be resumed.
+            return self.read(LENGTH.size + size)[LENGTH.size :]
 
     def send_segment(self, segment: memoryview) -> None:
         """Send a part of a file as a frame; blocks and raises as `write` does.
@@ -1772,6 +1796,7 @@ class Connection(ByteStream):
         """Send a message, after all that is queued; blocks and raises as `write` does."""
         self.queue(encode_message(message))
         self.flush()
+        self.note_progress()  # what is said to the other side is an answer, or a sign of work
 
     @overload
     def receive(self, first: type[A], /, *, max_bytes: int = ...) -> A: ...
@@ -3137,6 +3162,8 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+FLUSH_TIMEOUT_S = 2.0
+POKE_WAITS_S = (0.02, 0.2)
 
 
 def make_parser(
@@ -3228,19 +3255,78 @@ class Terminated(BaseException):
     """Raised in the main thread by SIGTERM, as KeyboardInterrupt is by Ctrl+C."""
 
 
-def _terminate(_signal: int, _frame: object) -> NoReturn:
-    raise Terminated
+class Interrupts:
+    """Turns SIGINT and SIGTERM into KeyboardInterrupt and Terminated in the main thread.
 
-
-def take_signals() -> None:
-    """Have Ctrl+C and SIGTERM raise KeyboardInterrupt and Terminated in the main thread.
-
-    Before that, up to the end of parsing the command line, they just end the program: argparse
-    does not bear an exception everywhere. Also where a shell has started us in the background, with
-    SIGINT ignored.
+    One at a time: while the program deals with one, another ends it at once, with its exit status
+    and without a word, unless the program has called `arm` for it.
     """
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __init__(self) -> None:
+        self._is_armed = False
+
+    def take(self) -> None:
+        """Begin, also where a shell has started the program in the background, without SIGINT.
+
+        Before that, up to the end of parsing the command line, signals just end the program:
+        argparse does not bear an exception everywhere.
+        """
+        self._is_armed = True
+        sys.unraisablehook = self._raise_again
+        if sys.platform != "win32":
+            poke_after_signals()
+        signal.signal(signal.SIGINT, self._interrupt)
+        signal.signal(signal.SIGTERM, self._interrupt)
+
+    def arm(self) -> None:
+        """Have the next signal raise its exception again."""
+        self._is_armed = True
+
+    def disarm(self) -> None:
+        """Have every signal end the program at once from now on."""
+        self._is_armed = False
+
+    def _interrupt(self, number: int, _frame: object) -> None:
+        if not self._is_armed:
+            os._exit(128 + number)
+        self._is_armed = False
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+    def _raise_again(self, unraisable: Any) -> None:
+        """Raise anew what came up in a destructor, where Python can only print it."""
+        if isinstance(unraisable.exc_value, (KeyboardInterrupt, Terminated)):
+            self._is_armed = True
+            is_ctrl_c = isinstance(unraisable.exc_value, KeyboardInterrupt)
+            signal.raise_signal(signal.SIGINT if is_ctrl_c else signal.SIGTERM)
+        else:
+            sys.__unraisablehook__(unraisable)
+
+
+INTERRUPTS = Interrupts()
+
+
+if sys.platform != "win32":
+
+    def poke_after_signals() -> None:
+        """Have a thread wake the main thread shortly after each signal.
+
+        Python notes a signal, and then the main thread goes to sleep in a system call all the
+        same, if it was just about to: without that, the signal would be lost until it wakes.
+        """
+        written, read = socket.socketpair()
+        written.setblocking(False)
+        signal.set_wakeup_fd(written.detach(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGURG, lambda _number, _frame: None)  # else it is ignored
+        threading.Thread(target=poke_main_thread, args=(read,), name="signals", daemon=True).start()
+
+    def poke_main_thread(signals: socket.socket) -> None:
+        """Interrupt what the main thread waits in, after each signal that `signals` tells of."""
+        main_thread = threading.main_thread().ident or 0  # which it is not, as it runs
+        while numbers := signals.recv(100):
+            if signal.SIGINT in numbers or signal.SIGTERM in numbers:
+                for wait_s in POKE_WAITS_S:
+                    time.sleep(wait_s)
+                    signal.pthread_kill(main_thread, signal.SIGURG)
 
 
 def open_missing_streams() -> None:
@@ -3282,14 +3368,24 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         status = find_status(main)
-    except (KeyboardInterrupt, Terminated):  # another one, while the first was dealt with
+        INTERRUPTS.disarm()
+    except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    except Terminated:
+        status = EXIT_TERMINATED
+    # In a thread, as whoever is to read may have stopped to.
+    flushing = threading.Thread(target=flush_outputs, daemon=True)
+    with contextlib.suppress(RuntimeError, MemoryError):
+        flushing.start()
+        flushing.join(FLUSH_TIMEOUT_S)
+    os._exit(status)
+
+
+def flush_outputs() -> None:
+    """Write what is still to be printed; blocks until that is read."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
-    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ sound: inputs         ``Microphone``, ``PacedInput``: sound card, file, pipe; ``
 sound: files          ``PlainWav``, and ``DecodedFile`` by FFmpeg; ``SoundLoop``: over and over
 sound: encodings      ``PcmEncoding``, ``OpusEncoding``: what goes out, encoded once for many
 sound: broadcaster    ``handle_audio_client``, ``Broadcaster``, ``Listener``: sound to everyone
-who may connect       ``Door``: the pairing code; ``Lobby`` and ``Patience`` bound what
-                      those can do who have not got it
-listener              ``Server`` accepts, gives each connection a thread, shakes hands;
-                      ``Announcement`` tells the local network of it
+who may connect       ``Gate``: the pairing code; ``RateLimiter``: guesses at it
+endpoint              ``Endpoint``: where a server listens, and what its clients have to know;
+                      ``Advertiser`` tells the local network of it
+serving               ``Server`` accepts, gives each connection a thread, shakes hands;
+                      ``Clients``: all of them, and who gives way where there are too many
+log                   ``BackgroundLog``: lines that nobody waits for
 command line          ``main`` asks for what the arguments leave open
 ====================  =============================================================
 
@@ -31,11 +33,13 @@ command line          ``main`` asks for what the arguments leave open
 
 from __future__ import annotations
 
+import os
 import signal
 
 if __name__ == "__main__":
-    # Until common.take_signals(), Ctrl+C just ends the program, also during the imports.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Until common.INTERRUPTS.take(), a signal just ends the program, also during the imports.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _frame: os._exit(128 + number))
 
 import argparse
 import contextlib
@@ -44,7 +48,7 @@ import hashlib
 import ipaddress
 import itertools
 import logging
-import os
+import math
 import queue
 import secrets
 import selectors
@@ -3101,35 +3105,6 @@ class TurnedAway(SocketPairError):
         self.log_level = log_level
 
 
-class Lobby:
-    """The connections that have not finished their handshake yet: so many of them at most.
-
-    Where there are too many, one has to go: the oldest of the address that has most of them.
-    So a flood from one address keeps nobody out but itself, and even there the newest stay.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._waiting: dict[Connection, str] = {}  # and their crowds, the oldest first
-        self._lock = threading.Lock()
-
-    def enter(self, connection: Connection, crowd: str) -> None:
-        """Let one in, and break another one if it is too many."""
-        with self._lock:
-            self._waiting[connection] = crowd
-            if len(self._waiting) <= self._size:
-                return
-            largest, _ = Counter(self._waiting.values()).most_common(1)[0]
-            oldest = next(each for each, its in self._waiting.items() if its == largest)
-            del self._waiting[oldest]
-        oldest.wake()
-
-    def leave(self, connection: Connection) -> bool:
-        """Let one out; False if it had to go before, or has left already."""
-        with self._lock:
-            return self._waiting.pop(connection, None) is not None
-
-
 def crowd_of(host: str, own_host: str) -> str:
     """Return what stands for all the addresses that whoever has `host` may have.
 
@@ -3268,19 +3243,18 @@ def turn_away(connection: Connection, answer: common.Error) -> NoReturn:
     raise TurnedAway(f"turned away: {answer.error}")
 
 
-# --- listener -------------------------------------------------------------------------------
+# --- endpoint -------------------------------------------------------------------------------
 
 # Base32 without 0, 1, I and O: nothing in a code looks like anything else in it.
 CODE_ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
-MAX_CLIENTS = 64
-MAX_LISTENERS = 2_000
-# Connections that have not finished their handshake: a quarter of a second of a flood.
-MAX_UNFINISHED = 256
 OPEN_WARNING = {
     "file": "--open: anyone who can reach this port may send files here, and others on the "
     "network may read what is sent",
     "audio": "--open: anyone who can reach this port may listen, and others on the network too",
 }
+LOCAL_HINT = (
+    "Only this machine reaches it. For others add --host 0.0.0.0, which makes a pairing code"
+)
 # Addresses of no machine (RFC 5737, RFC 3849).
 ELSEWHERE = {socket.AF_INET: ("192.0.2.1", 9), socket.AF_INET6: ("2001:db8::1", 9)}
 THIS_MACHINE = "ADDRESS-OF-THIS-MACHINE"
@@ -3292,40 +3266,40 @@ ADDRESS_CHECK_S = 5.0
 NO_SUCH_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
 
-def open_listeners(host: str, port: int) -> list[socket.socket]:
+def open_sockets(host: str, port: int) -> list[socket.socket]:
     """Return sockets that listen on all addresses of `host`; raises SocketPairError.
 
     Port 0 means any, the same for all of them.
     """
-    listeners: list[socket.socket] = []
+    sockets: list[socket.socket] = []
     passed_over = None
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, address in dict.fromkeys((each[0], each[4]) for each in found):
             try:
-                listeners.append(open_listener(family, address, port))
+                sockets.append(open_socket(family, address, port))
             except OSError as error:
                 # A name can have an IPv6 address where the system does without IPv6.
                 if error.errno not in NO_SUCH_ADDRESS:
                     raise
                 passed_over = error
                 continue
-            port = listeners[0].getsockname()[1]
-        if passed_over and not listeners:
+            port = sockets[0].getsockname()[1]
+        if passed_over and not sockets:
             raise passed_over
     except (OSError, ValueError) as error:  # ValueError: a host that no name can be
-        for listener in listeners:
-            listener.close()
+        for each in sockets:
+            each.close()
         taken = getattr(error, "errno", None) == errno.EADDRINUSE
         hint = "; a server runs there already, or another program: see --port" if taken else ""
         raise SocketPairError(
             f"cannot listen on {escape(common.format_address(host, port))}: "
             f"{describe_error(error)}{hint}"
         ) from error
-    return listeners
+    return sockets
 
 
-def open_listener(family: int, address: tuple[Any, ...], port: int) -> socket.socket:
+def open_socket(family: int, address: tuple[Any, ...], port: int) -> socket.socket:
     """Return a socket that listens on one address; on `::` also for IPv4. Raises OSError."""
     return socket.create_server(
         (address[0], port, *address[2:]),
@@ -3363,34 +3337,33 @@ def make_code() -> str:
 
 
 @dataclass
-class Entrance:
+class Endpoint:
     """Where a server listens, and what its clients have to know."""
 
     mode: str
-    listeners: list[socket.socket]
+    sockets: list[socket.socket]
     code: str | None  # the pairing code, normalized, if there is one
     new_code: str | None  # as it is shown, if it has just been made
 
     @classmethod
-    def open(cls, args: argparse.Namespace, mode: str) -> Entrance:
+    def open(cls, args: argparse.Namespace, mode: str) -> Endpoint:
         """Return the one that the arguments mean, listening. Raises SocketPairError."""
-        listeners = open_listeners(args.host, args.port)
-        entrance = cls(mode, listeners, args.code, None)
-        if not (args.code or args.open or entrance.is_local()):
-            entrance.new_code = make_code()
-            entrance.code = common.normalize_code(entrance.new_code)
-        if entrance.code:
+        endpoint = cls(mode, open_sockets(args.host, args.port), args.code, None)
+        if not (args.code or args.open or endpoint.is_local()):
+            endpoint.new_code = make_code()
+            endpoint.code = common.normalize_code(endpoint.new_code)
+        if endpoint.code:
             common.require_pairing_packages()
-        return entrance
+        return endpoint
 
     @property
     def port(self) -> int:
         """The port that it listens on."""
-        return int(self.listeners[0].getsockname()[1])
+        return int(self.sockets[0].getsockname()[1])
 
     def bound_addresses(self) -> list[str]:
         """Return the addresses that it listens on; ``0.0.0.0`` and ``::`` are all."""
-        return [str(listener.getsockname()[0]) for listener in self.listeners]
+        return [str(each.getsockname()[0]) for each in self.sockets]
 
     def is_local(self) -> bool:
         """Tell whether only this machine can connect."""
@@ -3412,10 +3385,12 @@ class Entrance:
     def describe(self, doing: str, quiet: bool) -> None:
         """Say where the server is and how a client gets in; a quiet one, what nobody could know."""
         if not quiet:
-            names = [listener.getsockname()[:2] for listener in self.listeners]
+            names = [each.getsockname()[:2] for each in self.sockets]
             where = " and ".join(common.format_address(*name) for name in names)
             common.say(f"{doing} on {where} - Ctrl+C to stop")
         if self.is_local():
+            if not quiet:
+                common.say(LOCAL_HINT)
             return
         if self.code is None:
             common.complain(OPEN_WARNING[self.mode])
@@ -3442,20 +3417,20 @@ class Entrance:
         return address
 
 
-class Announcement:
+class Advertiser:
     """Tells the local network of a server by DNS-SD (RFC 6763), until it is closed.
 
     A thread of its own does all of it, as it takes most of a second; and again when this machine
     gets other addresses. What fails is logged: the server can be reached all the same.
     """
 
-    def __init__(self, entrance: Entrance) -> None:
-        self._entrance = entrance
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
         # A name that nobody else has, so that there is nothing to be found out or argued about.
         self._token = secrets.token_hex(4)
         self._closed = threading.Event()
         self._problem = ""
-        self._thread = threading.Thread(target=self._run, name="announcement", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="advertiser", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -3476,14 +3451,14 @@ class Announcement:
 
     def _announce(self) -> None:
         """Be announced until it is closed, or this machine's addresses are others."""
-        addresses = self._entrance.addresses()
+        addresses = self._endpoint.addresses()
         if not addresses:
             raise SocketPairError("this machine is in none")
-        with contextlib.closing(common.open_network(self._entrance.networks())) as network:
+        with contextlib.closing(common.open_network(self._endpoint.networks())) as network:
             network.register_service(self._service(addresses), cooperating_responders=True)
             self._problem = ""
             while not self._closed.wait(ADDRESS_CHECK_S):
-                if self._entrance.addresses() != addresses:
+                if self._endpoint.addresses() != addresses:
                     break
 
     def _complain(self, problem: str) -> None:
@@ -3497,165 +3472,433 @@ class Announcement:
         import zeroconf  # noqa: PLC0415  (see _run)
 
         machine = socket.gethostname().encode(errors="replace")[:MAX_MACHINE_BYTES]
-        name, mode = machine.decode(errors="ignore"), self._entrance.mode
+        name, mode = machine.decode(errors="ignore"), self._endpoint.mode
         return zeroconf.ServiceInfo(
             common.SERVICE_TYPE,
             f"{name.replace('.', ' ')} {mode} {self._token}.{common.SERVICE_TYPE}",
             # Not the machine's own name, which may be another program's to announce.
             server=f"socket-pair-{self._token}.local.",
             parsed_addresses=addresses,
-            port=self._entrance.port,
-            properties=common.Announced(name, mode, self._entrance.code is not None).to_txt(),
+            port=self._endpoint.port,
+            properties=common.Announced(name, mode, self._endpoint.code is not None).to_txt(),
         )
 
     def close(self) -> None:
-        """Take it back; blocks for a second or two. May be called twice."""
+        """Take it back; blocks for a second or two. Idempotent."""
         self._closed.set()
         self._thread.join(ANNOUNCEMENT_TIMEOUT_S)
 
 
+# --- serving --------------------------------------------------------------------------------
+#
+# One thread accepts; each connection has its own. `Clients` knows them all, from the moment that
+# they were accepted until their threads end, and is the only place where one can make way for
+# another. To stop: no more are accepted, those at the handshake are dropped, those being served may
+# finish while they make progress.
+
+MAX_CLIENTS = 64
+MAX_LISTENERS = 2_000
+# Connections that have not finished their handshake: a quarter of a second of a flood.
+MAX_PENDING = 256
+# So long without progress, a client is idle: it gives way to others, and is not waited for.
+IDLE_S = 10.0
+ACCEPT_RETRY_S = 0.1
+# Lines of the log about clients that are turned away, at once and for good.
+TURNED_AWAY_LINES = 50
+TURNED_AWAY_LINES_PER_S = 2.0
+BUSY = common.Error("this server is busy: try again later")
+
+
+class Client:
+    """One connection, from when it was accepted until its thread ends.
+
+    `eviction` is why it had to make way, if it had to. Both are for `Clients` to change.
+    """
+
+    def __init__(self, connection: Connection, crowd: str) -> None:
+        self.connection = connection
+        self.crowd = crowd
+        self.is_served = False
+        self.eviction = ""
+
+    def evict(self, reason: str) -> None:
+        """Break the connection, so that its thread ends."""
+        self.eviction = reason
+        self.connection.wake()
+
+
+class Clients:
+    """All clients: pending ones, at the handshake, and those being served. For any thread.
+
+    Where there are too many pending ones, the oldest of the largest crowd gives way: a flood from
+    one address keeps nobody out but itself, and even there the newest stay. Where all places are
+    taken, the idlest of the largest crowd does.
+    """
+
+    def __init__(self, max_served: int, max_pending: int = MAX_PENDING) -> None:
+        self._max_served = max_served
+        self._max_pending = max_pending
+        self._clients: dict[Client, None] = {}  # in the order in which they came
+        self._changed = threading.Condition()
+
+    def add(self, client: Client) -> None:
+        """Register a pending client; blocks while threads of evicted ones have yet to end."""
+        with self._changed:
+            most = self._max_served + 2 * self._max_pending
+            self._changed.wait_for(lambda: len(self._clients) < most)
+            self._clients[client] = None
+            pending = self._pending()
+            if len(pending) > self._max_pending:
+                crowd, _ = largest_crowd(pending)
+                oldest = next(each for each in pending if each.crowd == crowd)
+                oldest.evict("too many have not finished their handshake")
+
+    def admit(self, client: Client) -> bool:
+        """Give a pending client a place; return False if there is none."""
+        with self._changed:
+            if client.eviction:
+                return False
+            served = self._served()
+            if len(served) >= self._max_served and not self._make_way(served, client):
+                return False
+            client.is_served = True
+        return True
+
+    @staticmethod
+    def _make_way(served: list[Client], newcomer: Client) -> bool:
+        """Evict one of those served, if one has to make way; return whether one had."""
+        crowd, size = largest_crowd(served)
+        idlest = max(
+            (each for each in served if each.crowd == crowd),
+            key=lambda each: each.connection.idle_s(),
+        )
+        share = sum(each.crowd == newcomer.crowd for each in served) + 1
+        if size <= share and idlest.connection.idle_s() < IDLE_S:
+            return False
+        idlest.evict("all places are taken, and it was the idlest")
+        return True
+
+    def remove(self, client: Client) -> None:
+        """Forget a client whose thread ends. Idempotent."""
+        with self._changed:
+            self._clients.pop(client, None)
+            self._changed.notify_all()
+
+    def wait_for_one_to_end(self, seconds: float) -> None:
+        """Block until a client has ended, for `seconds` at most."""
+        with self._changed:
+            self._changed.wait(seconds)
+
+    def drop_pending(self) -> None:
+        """Evict all that are at the handshake."""
+        with self._changed:
+            for client in self._pending():
+                client.evict("the server stops")
+
+    def count_served(self) -> int:
+        """Return how many are being served."""
+        with self._changed:
+            return len(self._served())
+
+    def finish(self, seconds: float | None = None) -> None:
+        """Wait until all clients have ended, or for `seconds`; evict those that are idle."""
+        deadline = Deadline(math.inf if seconds is None else seconds)
+        with self._changed:
+            while self._clients and deadline.remaining():
+                idle_s = [self._evict_if_idle(client) for client in self._served()]
+                left_s = min(IDLE_S - max(idle_s, default=0.0), deadline.remaining())
+                # Windows lets Ctrl+C through only in between.
+                self._changed.wait(min(left_s, 0.5) if sys.platform == "win32" else left_s)
+
+    @staticmethod
+    def _evict_if_idle(client: Client) -> float:
+        """Evict an idle client; return for how long one has been idle that is not yet."""
+        idle_s = client.connection.idle_s()
+        if idle_s < IDLE_S:
+            return idle_s
+        client.evict("the server stops, and it was idle")
+        return 0.0
+
+    def _pending(self) -> list[Client]:
+        return [each for each in self._clients if not each.is_served and not each.eviction]
+
+    def _served(self) -> list[Client]:
+        return [each for each in self._clients if each.is_served and not each.eviction]
+
+
+def largest_crowd(clients: Sequence[Client]) -> tuple[str, int]:
+    """Return the crowd that most of `clients` belong to, and how many do."""
+    return Counter(client.crowd for client in clients).most_common(1)[0]
+
+
+class TurnedAwayLog:
+    """Logs why clients were turned away: some lines at once, a few a second, and how many more.
+
+    For any thread.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._left: float = TURNED_AWAY_LINES
+        self._latest_s = clock()
+        self._left_out = 0
+        self._lock = threading.Lock()
+
+    def write(self, peer: str, reason: str, level: int = logging.WARNING) -> None:
+        """Log a line, or count it as left out."""
+        with self._lock:
+            now_s = self._clock()
+            gained = (now_s - self._latest_s) * TURNED_AWAY_LINES_PER_S
+            self._left, self._latest_s = min(TURNED_AWAY_LINES, self._left + gained), now_s
+            if self._left < 1:
+                self._left_out += 1
+                return
+            self._left -= 1
+            left_out, self._left_out = self._left_out, 0
+        if left_out:
+            log.warning("and %d more were turned away", left_out)
+        log.log(level, "%s: %s", peer, reason)
+
+
 class Server:
-    """Accepts connections and has each handled in a thread of its own."""
+    """Accepts connections and has each handled in a thread of its own, until it is stopped."""
 
     def __init__(
         self,
-        entrance: Entrance,
+        endpoint: Endpoint,
         handle: Callable[[Connection, Hello], None],
         *,
         max_clients: int,
         welcome: Callable[[Hello, str], Welcome],
     ) -> None:
         """`welcome` returns the answer to a client's hello and host, or raises Refused."""
-        self._entrance = entrance
-        self._selector = selectors.DefaultSelector()
-        for listener in entrance.listeners:
-            listener.setblocking(False)
-            self._selector.register(listener, selectors.EVENT_READ, listener)
+        self._endpoint = endpoint
         self._handle = handle
         self._max_clients = max_clients
         self._welcome = welcome
-        self._gate = Gate(entrance.code)
-        self._lobby = Lobby(MAX_UNFINISHED)
-        self._threads: set[threading.Thread] = set()
-        self._served: set[threading.Thread] = set()  # those past the handshake
-        self._lock = threading.Lock()
-        self._announcement: Announcement | None = None
+        self._gate = Gate(endpoint.code)
+        self._turned_away = TurnedAwayLog()
+        self.clients = Clients(max_clients)
+        self._advertiser: Advertiser | None = None
+        self._waker, self._woken = socket.socketpair()
+        self._thread = threading.Thread(target=self._accept_all, name="accept", daemon=True)
 
-    def announce(self) -> None:
-        """Tell the local network of this server, where that can reach it."""
-        if not self._entrance.is_local():
-            self._announcement = Announcement(self._entrance)
+    def start(self, announce: bool) -> None:
+        """Begin to accept; tell the local network, if that can reach this server and is to."""
+        self._thread.start()
+        if announce and not self._endpoint.is_local():
+            self._advertiser = Advertiser(self._endpoint)
 
-    def serve_forever(self) -> None:
-        """Accept until the thread is interrupted; blocks."""
-        # On Windows, Ctrl+C does not wake who waits for a connection.
-        timeout = 0.5 if sys.platform == "win32" else None
-        while True:
-            for key, _ in self._selector.select(timeout):
-                self._accept(key.data)
+    def stop(self) -> None:
+        """Accept no more, and drop who is at the handshake. Idempotent; blocks for a second or two.
 
-    def _accept(self, listener: socket.socket) -> None:
+        Those being served go on: see `Clients.finish`.
+        """
+        self._waker.close()  # which ends the accepting thread
+        self.clients.drop_pending()
+        if self._thread.ident is None:
+            self._woken.close()
+        else:
+            self._thread.join()
+        for sock in self._endpoint.sockets:
+            sock.close()
+        self.clients.drop_pending()
+        if self._advertiser:
+            self._advertiser.close()
+
+    def _accept_all(self) -> None:
+        """Accept until `stop`: the whole life of the accepting thread."""
+        with self._woken, selectors.DefaultSelector() as selector:
+            selector.register(self._woken, selectors.EVENT_READ)
+            for sock in self._endpoint.sockets:
+                sock.setblocking(False)
+                selector.register(sock, selectors.EVENT_READ)
+            while True:
+                ready = [key.fileobj for key, _ in selector.select()]
+                if self._woken in ready:
+                    return
+                for sock in self._endpoint.sockets:
+                    if sock in ready:
+                        self._accept(sock)
+
+    def _accept(self, listening: socket.socket) -> None:
         """Take one connection, and give it its thread."""
         try:
-            sock, address = listener.accept()
-        except BlockingIOError:  # it has gone again
+            sock, address = listening.accept()
+        except (BlockingIOError, ConnectionError):  # it has gone again
             return
-        except OSError as error:
-            log.error("cannot accept a connection: %s", describe_error(error))
-            time.sleep(0.1)  # out of descriptors, most likely: let some be closed
+        except (OSError, MemoryError) as error:
+            self._turned_away.write("a connection", f"cannot be accepted: {describe_error(error)}")
+            # Out of descriptors, most likely.
+            self.clients.wait_for_one_to_end(ACCEPT_RETRY_S)
             return
         # As an IPv6 socket shows an IPv4 address.
         host = str(address[0]).removeprefix("::ffff:")
+        peer = common.format_address(host, address[1])
         try:
             crowd = crowd_of(host, str(sock.getsockname()[0]))
-            self._start(Connection(sock, common.format_address(host, address[1])), crowd)
-        except (OSError, RuntimeError) as error:  # it has gone again, or there is no thread
-            log.error("%s: cannot be served: %s", host, describe_error(error))
+            self._start(Client(Connection(sock, peer), crowd))
+        except (OSError, MemoryError) as error:  # it has gone again, or there is no memory
+            self._turned_away.write(peer, f"cannot be served: {describe_error(error)}")
             sock.close()
 
-    def _start(self, connection: Connection, crowd: str) -> None:
-        """Give a new connection its thread. Raises RuntimeError if the system has none."""
-        while len(self._threads) >= self._max_clients + 2 * MAX_UNFINISHED:
-            time.sleep(0.001)  # let those end that had to leave the lobby
+    def _start(self, client: Client) -> None:
+        """Give a new client its thread, or the answer that there is none."""
+        connection = client.connection
+        self.clients.add(client)
         thread = threading.Thread(
-            target=self._converse,
-            args=(connection, crowd),
-            name=f"client {connection.peer}",
-            daemon=True,
+            target=self._converse, args=(client,), name=f"client {connection.peer}", daemon=True
         )
-        self._lobby.enter(connection, crowd)
-        with self._lock:
-            self._threads.add(thread)
         try:
             thread.start()
-        except RuntimeError:
-            self._forget(connection, thread)
-            raise
+        except (RuntimeError, MemoryError) as error:
+            self.clients.remove(client)
+            self._turned_away.write(connection.peer, f"turned away as busy: {error}")
+            refuse_at_once(connection, BUSY)
 
-    def _converse(self, connection: Connection, crowd: str) -> None:
+    def _converse(self, client: Client) -> None:
         """Shake hands with one client and have it handled; the whole life of a thread."""
+        connection = client.connection
         try:
-            with connection:
-                hello = self._shake_hands(connection, crowd)
-                if hello:
-                    self._handle(connection, hello)
-        except Exception as error:
-            log.error(
-                "%s: internal error: %r", connection.peer, error, exc_info=log.isEnabledFor(10)
-            )
+            if hello := self._shake_hands(client):
+                self._handle(connection, hello)
+                if client.eviction:
+                    log.warning("%s: dropped: %s", connection.peer, client.eviction)
+        except Exception as error:  # noqa: BLE001  (is logged)
+            self._explain(connection, error)
         finally:
-            self._forget(connection, threading.current_thread())
+            connection.close()
+            self.clients.remove(client)
 
-    def _forget(self, connection: Connection, thread: threading.Thread) -> None:
-        self._lobby.leave(connection)
-        with self._lock:
-            self._threads.discard(thread)
-            self._served.discard(thread)
+    @staticmethod
+    def _explain(connection: Connection, error: Exception) -> None:
+        """Log what nobody has dealt with: the machine is at an end, or there is a mistake."""
+        # What threading raises where the system gives no more threads.
+        is_exhausted = isinstance(error, MemoryError) or "start new thread" in str(error)
+        if is_exhausted:
+            log.error("%s: dropped: out of memory or threads", connection.peer)
+            refuse_at_once(connection, BUSY)
+            return
+        log.error("%s: internal error: %r", connection.peer, error, exc_info=log.isEnabledFor(10))
 
-    def _shake_hands(self, connection: Connection, crowd: str) -> Hello | None:
-        """Greet a client; None if it is not to be served, which it has been told then."""
+    def _shake_hands(self, client: Client) -> Hello | None:
+        """Greet a client; return None if it is not to be served, which it has been told then."""
+        connection = client.connection
         try:
             with connection.limit(HANDSHAKE_TIMEOUT_S):
-                hello = self._gate.let_in(connection, crowd)
-                answer = self._answer(hello, crowd)
+                hello = self._gate.let_in(connection, client.crowd)
+                answer = self._answer(hello, client)
                 if isinstance(answer, common.Error):
                     turn_away(connection, answer)
                 connection.send(answer)
-                return hello if self._lobby.leave(connection) else None
         except SocketPairError as error:
-            waiting = self._lobby.leave(connection)
-            reason = error if waiting else "dropped: too many have not finished their handshake"
+            reason = f"dropped: {client.eviction}" if client.eviction else str(error)
             level = error.log_level if isinstance(error, TurnedAway) else logging.WARNING
-            log.log(level, "%s: %s", connection.peer, reason)
+            self._turned_away.write(connection.peer, reason, level)
             return None
+        except (MemoryError, RuntimeError) as error:
+            self._turned_away.write(connection.peer, f"turned away as busy: {error}")
+            refuse_at_once(connection, BUSY)
+            return None
+        return hello
 
-    def _answer(self, hello: Hello, host: str) -> Welcome | common.Error:
-        """Return the answer to a client at `host`; it is served after a Welcome."""
-        ours = self._entrance.mode
+    def _answer(self, hello: Hello, client: Client) -> Welcome | common.Error:
+        """Return the answer to a client; after a Welcome, it has a place."""
+        ours = self._endpoint.mode
         if hello.mode != ours:
             return common.Error(f"this server is in {ours} mode: python client.py {ours}")
         try:
-            welcome = self._welcome(hello, host)
+            welcome = self._welcome(hello, client.crowd)
         except Refused as refusal:
             return common.Error(str(refusal))
-        with self._lock:
-            if len(self._served) >= self._max_clients:
-                clients = common.count(self._max_clients, "client")
-                return common.Error(f"this server is busy with {clients}: try again later")
-            self._served.add(threading.current_thread())
+        if not self.clients.admit(client):
+            clients = common.count(self._max_clients, "client")
+            return common.Error(f"this server is busy with {clients}: try again later")
         return welcome
 
-    def stop(self) -> None:
-        """Accept no more connections. May be called twice; blocks while that is announced."""
-        for listener in self._entrance.listeners:
-            listener.close()
-        if self._announcement:
-            self._announcement.close()
 
-    def clients(self) -> list[threading.Thread]:
-        """Return the threads of the clients under way, those past their handshake."""
-        with self._lock:
-            return list(self._served)
+def refuse_at_once(connection: Connection, answer: common.Error) -> None:
+    """Give a client an answer without waiting, and hang up."""
+    with contextlib.suppress(SocketPairError, MemoryError):
+        connection.offer(common.encode_message(answer))
+    connection.close()
+
+
+# --- log ------------------------------------------------------------------------------------
+
+MAX_WAITING_LINES = 10_000
+LOG_CLOSE_S = 2.0
+
+
+class BackgroundLog(logging.Handler):
+    """Has `writers` write each line in a thread of its own, so that nobody waits for a reader.
+
+    What does not fit into the queue any more is left out, and counted in a line.
+    """
+
+    def __init__(self, writers: Sequence[logging.Handler]) -> None:
+        super().__init__()
+        self.writers = writers
+        self._lines: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
+        self._left_out = 0
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line. Never blocks; for any thread, as logging holds this handler's lock."""
+        if self._lines.qsize() >= MAX_WAITING_LINES:
+            self._left_out += 1
+            return
+        if self._left_out:
+            text, self._left_out = f"and {self._left_out} more lines", 0
+            self._lines.put(log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None))
+        self._lines.put(record)
+
+    def _run(self) -> None:
+        while (record := self._lines.get()) is not None:
+            for writer in self.writers:
+                if record.levelno >= writer.level:
+                    writer.handle(record)
+
+    def close(self) -> None:
+        """Write what is queued, for a short while at most. Idempotent."""
+        self._lines.put(None)
+        self._thread.join(LOG_CLOSE_S)
+        super().close()
+
+
+@contextlib.contextmanager
+def logging_to_streams(args: argparse.Namespace) -> Iterator[BackgroundLog]:
+    """Log what was done to standard output, and what went wrong to standard error.
+
+    That lasts as long as the ``with`` block.
+    """
+    level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
+    done = logging.StreamHandler(sys.stdout)
+    done.addFilter(lambda record: record.levelno <= logging.INFO)
+    wrong = logging.StreamHandler(sys.stderr)
+    wrong.setLevel(logging.WARNING)
+    for writer in (done, wrong):
+        stamp = "" if goes_to_journal(writer.stream) else "%(asctime)s "
+        writer.setFormatter(logging.Formatter(f"{stamp}%(message)s", "%H:%M:%S"))
+    # A log line a file is most of the work on a small file: leave out what no line shows, and
+    # do not answer a log that cannot be written with a traceback.
+    logging.raiseExceptions = logging.logThreads = logging.logProcesses = False
+    logging.logMultiprocessing = False
+    with contextlib.closing(BackgroundLog([done, wrong])) as background:
+        logging.basicConfig(level=level, handlers=[background])
+        yield background
+
+
+def goes_to_journal(stream: TextIO) -> bool:
+    """Tell whether systemd reads `stream` for its journal, which stamps each line itself.
+
+    ``JOURNAL_STREAM`` holds the device and the inode that it gave us (systemd.exec(5)).
+    """
+    with contextlib.suppress(OSError, ValueError):  # no file, or closed
+        found = os.fstat(stream.fileno())
+        return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+    return False
 
 
 # --- command line ---------------------------------------------------------------------------
@@ -3745,34 +3988,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def set_up_log(args: argparse.Namespace) -> None:
-    """Send what was done to standard output, and what went wrong to standard error."""
-    level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
-    done = logging.StreamHandler(sys.stdout)
-    done.addFilter(lambda record: record.levelno <= logging.INFO)
-    wrong = logging.StreamHandler(sys.stderr)
-    wrong.setLevel(logging.WARNING)
-    for handler in (done, wrong):
-        stamp = "" if goes_to_journal(handler.stream) else "%(asctime)s "
-        handler.setFormatter(logging.Formatter(f"{stamp}%(message)s", "%H:%M:%S"))
-    logging.basicConfig(level=level, handlers=[done, wrong])
-    # A log line a file is most of the work on a small file: leave out what no line shows, and
-    # do not answer a log that cannot be written with a traceback.
-    logging.raiseExceptions = logging.logThreads = logging.logProcesses = False
-    logging.logMultiprocessing = False
-
-
-def goes_to_journal(stream: TextIO) -> bool:
-    """Tell whether systemd reads `stream` for its journal, which stamps each line itself.
-
-    ``JOURNAL_STREAM`` holds the device and the inode that it gave us (systemd.exec(5)).
-    """
-    with contextlib.suppress(OSError, ValueError):  # no file, or closed
-        found = os.fstat(stream.fileno())
-        return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
-    return False
-
-
 def prepare_folder(folder: str) -> str:
     """Make the folder for files where it is missing; return its path. Raises SocketPairError."""
     folder = os.path.expanduser(folder)
@@ -3790,19 +4005,19 @@ def prepare_folder(folder: str) -> str:
 def serve_files(args: argparse.Namespace) -> int:
     """Receive files until Ctrl+C, then let those under way finish; return the exit status."""
     store = Store(prepare_folder(args.folder), args.overwrite)
-    entrance = Entrance.open(args, "file")
+    endpoint = Endpoint.open(args, "file")
     server = Server(
-        entrance,
+        endpoint,
         lambda connection, _hello: handle_file_client(connection, store),
         max_clients=args.max_clients or MAX_CLIENTS,
         welcome=lambda _hello, host: welcome_to_folder(store.folder, host),
     )
     shown = escape(os.path.join(store.folder, ""))
-    entrance.describe(f"Receiving into {shown}", args.quiet)
     try:
-        if not args.no_announce:
-            server.announce()
-        return serve_until_stopped(server)
+        server.start(announce=not args.no_announce)
+        endpoint.describe(f"Receiving into {shown}", args.quiet)
+        wait_for_ctrl_c()
+        return finish_files(server)
     finally:
         server.stop()
 
@@ -3817,30 +4032,30 @@ def welcome_to_folder(folder: str, host: str) -> Welcome:
     return welcome
 
 
-def serve_audio(args: argparse.Namespace) -> int:
+def serve_audio(args: argparse.Namespace, background: BackgroundLog) -> int:
     """Broadcast the input until Ctrl+C or its end; return the exit status."""
     # A thread a listener: the usual 8 MiB each would be backed by huge pages on some systems.
     threading.stack_size(LISTENER_STACK_BYTES)
     with contextlib.closing(open_input(args)) as source:
-        return broadcast(args, source)
+        return broadcast(args, source, background)
 
 
-def broadcast(args: argparse.Namespace, source: Microphone | PacedInput) -> int:
+def broadcast(
+    args: argparse.Namespace, source: Microphone | PacedInput, background: BackgroundLog
+) -> int:
     """Send what `source` captures to whoever connects; return the exit status."""
     broadcaster = Broadcaster(source.captured)
-    entrance = Entrance.open(args, "audio")
-    server = make_audio_server(args, entrance, broadcaster)
+    endpoint = Endpoint.open(args, "audio")
+    server = make_audio_server(args, endpoint, broadcaster)
     console = Console(args.quiet)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(console.clear_for)
+    for writer in background.writers:
+        writer.addFilter(console.clear_for)
     source.start()
     broadcaster.start()
     what = f"{source.name}, {source.captured.audio.describe()}"
-    entrance.describe(f"Broadcasting {what},", args.quiet)
-    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     try:
-        if not args.no_announce:
-            server.announce()
+        server.start(announce=not args.no_announce)
+        endpoint.describe(f"Broadcasting {what},", args.quiet)
         show_until_ended(broadcaster, console)
         return finish_audio(server, broadcaster, console)
     except KeyboardInterrupt:
@@ -3851,7 +4066,7 @@ def broadcast(args: argparse.Namespace, source: Microphone | PacedInput) -> int:
 
 
 def make_audio_server(
-    args: argparse.Namespace, entrance: Entrance, broadcaster: Broadcaster
+    args: argparse.Namespace, endpoint: Endpoint, broadcaster: Broadcaster
 ) -> Server:
     """Return a server that listens, and whose welcome tells what a listener has to know."""
     as_pcm = Sound(broadcaster.captured.audio, secrets.token_hex(8), args.sync)
@@ -3865,7 +4080,7 @@ def make_audio_server(
         return Welcome(common.PROTOCOL, "audio", sound)
 
     return Server(
-        entrance,
+        endpoint,
         lambda connection, hello: handle_audio_client(connection, broadcaster, hello.opus_kbit),
         max_clients=args.max_clients or MAX_LISTENERS,
         welcome=welcome,
@@ -3881,9 +4096,7 @@ def show_until_ended(broadcaster: Broadcaster, console: Console) -> None:
 
 def finish_audio(server: Server, broadcaster: Broadcaster, console: Console) -> int:
     """Wait until every listener has been told of the end; return the exit status."""
-    deadline = Deadline(LISTENER_TIMEOUT_S)
-    for thread in server.clients():
-        thread.join(deadline.remaining())
+    server.clients.finish(LISTENER_TIMEOUT_S)
     captured = broadcaster.captured
     tell = console.complain if captured.failed else console.say
     tell(f"{captured.end_reason} - {summarize(broadcaster)}")
@@ -3897,39 +4110,44 @@ def summarize(broadcaster: Broadcaster) -> str:
     return f"{format_tenths(broadcaster.sent_s)} of sound to {listeners}, {missed} missed"
 
 
-def serve_until_stopped(server: Server) -> int:
-    """Serve until Ctrl+C, then until the last client is done, or a second Ctrl+C."""
+def wait_for_ctrl_c() -> None:
+    """Block until Ctrl+C."""
+    interrupted = threading.Event()
     with contextlib.suppress(KeyboardInterrupt):
-        server.serve_forever()
-    under_way = server.clients()
-    if under_way:
-        common.complain(f"\nfinishing {len(under_way)} under way - Ctrl+C again to stop at once")
+        # Windows lets Ctrl+C through only in between.
+        while not interrupted.wait(0.5 if sys.platform == "win32" else None):
+            pass
+
+
+def finish_files(server: Server) -> int:
+    """Take no more clients, and wait until those served are done, or for a second Ctrl+C."""
+    common.INTERRUPTS.arm()
     try:
+        under_way = server.clients.count_served()
+        ending = f"finishing {under_way} under way - Ctrl+C again to stop at once"
+        common.complain(f"\n{ending if under_way else 'stopped'}")
         server.stop()
-        for thread in under_way:
-            while thread.is_alive():
-                thread.join(0.5)  # Windows lets Ctrl+C through only in between
+        server.clients.finish()
     except KeyboardInterrupt:
         common.complain("\nstopped at once: what is here of unfinished files is kept")
-        return EXIT_INTERRUPTED
-    if not under_way:
-        common.complain("\nstopped")
     return EXIT_INTERRUPTED
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the server with the command line's arguments; return its exit status."""
     args = parse_arguments(argv)
-    common.take_signals()
+    common.INTERRUPTS.take()
     if sys.platform != "win32":
         raise_open_file_limit()
     mode = "audio" if args.list_devices else args.mode or common.ask_mode()
     if mode == "file":
-        set_up_log(args)
-        return serve_files(args)
+        with logging_to_streams(args):
+            return serve_files(args)
     common.quiet_libraries(args.verbose)
-    set_up_log(args)
-    return common.list_devices(common.MICROPHONE) if args.list_devices else serve_audio(args)
+    with logging_to_streams(args) as background:
+        if args.list_devices:
+            return common.list_devices(common.MICROPHONE)
+        return serve_audio(args, background)
 
 
 if sys.platform != "win32":

@@ -129,7 +129,7 @@ def test_a_thousand_silent_connections_keep_nobody_out(
         for number in range(700):
             raw = stack.enter_context(RawClient(either.port))
             raw.send(b"\x16\x03" if number % 2 else b"")
-        assert either.threads() < 2 * server.MAX_UNFINISHED
+        assert either.threads() < 2 * server.MAX_PENDING
         assert send_here(either.port, path, its_code) == 0
         either.wait_for_output("dropped: too many have not finished their handshake")
     (either.folder / path.name).unlink()

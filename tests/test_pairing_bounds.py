@@ -13,34 +13,8 @@ import common
 import server
 from common import Connection
 from pairing import CODE, pair_contexts
-from server import Lobby, RateLimiter
+from server import RateLimiter
 from support import HOST
-
-
-class FakeConnection:
-    """Stands for a connection in the lobby."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.woken = False
-
-    def wake(self) -> None:
-        """Take note of being put out."""
-        self.woken = True
-
-
-def test_the_crowdiest_address_gives_way_in_the_lobby() -> None:
-    lobby = Lobby(4)
-    patient = FakeConnection("patient")
-    flood = [FakeConnection(f"flood {number}") for number in range(10)]
-    lobby.enter(patient, "192.0.2.1")  # type: ignore[arg-type]
-    for each in flood:
-        lobby.enter(each, "192.0.2.66")  # type: ignore[arg-type]
-    assert not patient.woken
-    assert [each.woken for each in flood] == [True] * 7 + [False] * 3
-    assert lobby.leave(patient)  # type: ignore[arg-type]
-    assert not lobby.leave(patient)  # type: ignore[arg-type]
-    assert not lobby.leave(flood[0])  # type: ignore[arg-type]
 
 
 def test_guesses_from_an_address_are_slowed_down_and_a_right_one_forgives_them() -> None:

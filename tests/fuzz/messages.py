@@ -155,12 +155,13 @@ def fuzz_framing(data: bytes) -> None:
 
 def fuzz_handshake(data: bytes) -> None:
     """Let in a client, of a server without a code."""
-    entrance = server.Entrance("file", [], None, None)
+    endpoint = server.Endpoint("file", [], None, None)
     welcome = common.Welcome(common.PROTOCOL, "file")
-    doorman = server.Server(entrance, lambda *_: None, max_clients=2, welcome=lambda *_: welcome)
-    connection = connection_from(data)
-    doorman._lobby.enter(connection, "127.0.0.1")
-    doorman._shake_hands(connection, "127.0.0.1")
+    serving = server.Server(endpoint, lambda *_: None, max_clients=2, welcome=lambda *_: welcome)
+    guest = server.Client(connection_from(data), "127.0.0.1")
+    serving.clients.add(guest)
+    serving._converse(guest)
+    serving.stop()
 
 
 class FileServer:

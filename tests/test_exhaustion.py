@@ -1,0 +1,159 @@
+"""Where the machine is at an end, or nobody reads the log: an answer, and work goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import common
+import server
+from pairing import send_here
+from processes import environment
+from support import HOST, ROOT, Process, RawClient, Server, free_port, make_file, wait_for
+
+
+def greet(connection: common.Connection, _hello: common.Hello) -> None:
+    """Serve a client that wants nothing."""
+
+
+@contextlib.contextmanager
+def serving(handle: Callable[[common.Connection, common.Hello], None] = greet) -> Iterator[int]:
+    """Serve in this process; give the port."""
+    endpoint = server.Endpoint("file", server.open_sockets(HOST, 0), None, None)
+    welcome = common.Welcome(common.PROTOCOL, "file")
+    running = server.Server(endpoint, handle, max_clients=4, welcome=lambda *_: welcome)
+    running.start(announce=False)
+    try:
+        yield endpoint.port
+    finally:
+        running.stop()
+        running.clients.finish(60)
+
+
+def test_a_client_is_told_that_the_server_is_busy_where_there_is_no_thread_for_it(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("client "):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with serving() as port:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        assert send_here(port, source) == 1
+    assert "busy" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_running_out_of_memory_or_threads_ends_one_client_and_is_no_internal_error(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    def handle(connection: common.Connection, _hello: common.Hello) -> None:
+        raise error
+
+    with caplog.at_level(logging.INFO, "socket-pair"), serving(handle) as port:
+        with RawClient(port) as raw:
+            assert "busy" in raw.greet().receive()["error"]
+        wait_for(lambda: "dropped: out of memory or threads" in caplog.text)
+    assert "internal error" not in caplog.text
+
+
+def test_a_server_whose_output_nobody_reads_takes_files_all_the_same(
+    inbox: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    for number in range(3000):
+        make_file(tmp_path / "many" / f"a file with quite a long name {number}", 10, number)
+    reading, writing = os.pipe()
+    command = [sys.executable, str(ROOT / "server.py"), "file", f"--port={port}", "-v"]
+    with subprocess.Popen(
+        [*command, f"--folder={inbox}"], stdout=writing, stderr=writing, env=environment()
+    ) as running:
+        os.close(writing)
+        try:
+            wait_for(lambda: os.read(reading, 1))
+            assert send_here(port, tmp_path / "many") == 0
+            running.send_signal(signal.SIGTERM)
+            assert running.wait(60) == 143
+        finally:
+            running.kill()
+            os.close(reading)
+    assert len(os.listdir(inbox / "many")) == 3000
+
+
+class Slow(logging.Handler):
+    """Writes nothing until it may; collects what it writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may = threading.Event()
+        self.written: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        self.may.wait(60)
+        self.written.put(record.getMessage())
+
+
+def test_lines_that_nobody_reads_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_WAITING_LINES", 10)
+    slow = Slow()
+    with contextlib.closing(server.BackgroundLog([slow])) as log:
+        for number in range(1000):
+            log.handle(logging.makeLogRecord({"msg": f"line {number}", "levelno": 20}))
+        slow.may.set()
+        wait_for(lambda: slow.written.qsize() >= 10)
+        log.handle(logging.makeLogRecord({"msg": "the last", "levelno": 20}))
+    lines = [slow.written.get() for _ in range(slow.written.qsize())]
+    assert lines[0] == "line 0"
+    assert lines[-1] == "the last"
+    left_out = [int(line.split()[1]) for line in lines if line.endswith(" more lines")]
+    assert sum(left_out) + len(lines) - len(left_out) == 1001
+    assert len(lines) < 20
+
+
+@pytest.mark.parametrize("script", ["server.py", "client.py"])
+def test_a_storm_of_signals_is_no_traceback_and_no_death_by_signal(
+    script: str, server: Server, tmp_path: Path
+) -> None:
+    source = make_file(tmp_path / "file.bin", 30_000_000)
+    args = {
+        "server.py": ("file", "--port=0", f"--folder={tmp_path / 'other'}"),
+        "client.py": ("file", f"--port={server.port}", str(source)),
+    }
+    dice = random.Random(script)
+    for number in range(12):
+        with Process(script, *args[script]) as process:
+            # From when Python runs the script; before that there is only Python itself.
+            wait_for(lambda process=process: is_running_script(process))  # type: ignore[misc]
+            signal.sigtimedwait([], dice.uniform(0.0, 0.3))
+            for _ in range(10):
+                if process.running():
+                    process.signal(dice.choice([signal.SIGINT, signal.SIGTERM]))
+                signal.sigtimedwait([], dice.uniform(0.0, 0.01))
+            result = process.wait()
+        assert result.status in (0, 130, 143), f"round {number}: {result}"
+        assert "Traceback" not in result.stderr, f"round {number}: {result}"
+        (server.folder / source.name).unlink(missing_ok=True)
+
+
+def is_running_script(process: Process) -> bool:
+    """Return whether a process has taken care of SIGTERM, or has ended."""
+    with contextlib.suppress(FileNotFoundError):
+        status = Path(f"/proc/{process.popen.pid}/status").read_text()
+        caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+        return bool(caught >> (signal.SIGTERM - 1) & 1) or not process.running()
+    return True

@@ -2,6 +2,7 @@
 
 All listeners are sockets of one process, which only reads. For every write that arrives the
 delay is counted from when its first sample was captured, so that joining blocks is not hidden.
+For 200 listeners, that is; all are read from. What is received is without TCP's own headers.
 
     python tests/bench/listeners.py
     python tests/bench/listeners.py --counts 100 1000 --seconds 20
@@ -40,6 +41,9 @@ from waiting import wait_for  # noqa: E402
 
 CODE = "KQ7M-2XFD-9WPA"
 RATE = 48_000
+OPUS_KBIT = 96
+# Of the others only the bytes are counted: parsing all would take more than the server does.
+MEASURED_LISTENERS = 200
 SETTLE_S = 2.0
 CONNECT_LIMIT_S = 60.0
 RECEIVE_BYTES = 1 << 16
@@ -61,6 +65,12 @@ class Tally:
     delays_ms: list[float] = field(default_factory=list)
     frames: int = 0
     missed_frames: int = 0
+    received_bytes: int = 0
+
+    def note_bytes(self, count: int) -> None:
+        """Count what has come through the network, whatever it is."""
+        if self.counting:
+            self.received_bytes += count
 
     def note(self, frames: int, delay_ms: float, missed_frames: int = 0) -> None:
         """Count a write of `frames`, whose first frame was captured `delay_ms` ago."""
@@ -73,12 +83,13 @@ class Tally:
 class OurListener:
     """Reads Socket Pair's blocks."""
 
+    hello = common.Hello(common.PROTOCOL, "audio")
+
     def __init__(self, sock: socket.socket, tally: Tally) -> None:
         self._tally = tally
         self._next_frame: int | None = None
         self._pending = b""
-        data = json.dumps({"type": "hello", "protocol": common.PROTOCOL, "mode": "audio"}).encode()
-        self._send_hello(sock, common.LENGTH.pack(len(data)) + data)
+        self._send_hello(sock, common.encode_message(self.hello))
 
     def _send_hello(self, sock: socket.socket, hello: bytes) -> None:
         sock.sendall(hello)
@@ -99,11 +110,23 @@ class OurListener:
 
     def _take_block(self, data: bytes, start: int, size: int) -> None:
         first_frame, captured_ns = common.BLOCK_HEADER.unpack_from(data, start)
-        frames = (size - common.BLOCK_HEADER.size) // common.SAMPLE_BYTES
+        frames = self._count_frames(data[start + common.BLOCK_HEADER.size : start + size])
         missed_frames = first_frame - (self._next_frame or first_frame)
         self._next_frame = first_frame + frames
         delay_ms = (time.monotonic_ns() - captured_ns) / 1e6 + frames / RATE * 1000
         self._tally.note(frames, delay_ms, missed_frames)
+
+    def _count_frames(self, content: bytes) -> int:
+        return len(content) // common.SAMPLE_BYTES
+
+
+class OpusListener(OurListener):
+    """Reads the same as Opus, without decoding it."""
+
+    hello = common.Hello(common.PROTOCOL, "audio", OPUS_KBIT)
+
+    def _count_frames(self, content: bytes) -> int:
+        return common.OpusBlock.decode(0, 0, content).frames if content else 0
 
 
 class PairedListener(OurListener):
@@ -175,6 +198,10 @@ Listener = OurListener | SnapListener
 Running = contextlib.AbstractContextManager[tuple[subprocess.Popen[bytes], int]]
 
 
+def ignore(_data: bytes) -> None:
+    """Take what has arrived at a listener that is not measured."""
+
+
 class Crowd:
     """Many listeners in one thread."""
 
@@ -196,7 +223,8 @@ class Crowd:
                 listener = self._make(sock, self.tally)
                 sock.setblocking(False)
                 self._sockets.append(sock)
-                self._selector.register(sock, selectors.EVENT_READ, listener)
+                feed = listener.feed if self.connected < MEASURED_LISTENERS else ignore
+                self._selector.register(sock, selectors.EVENT_READ, feed)
                 self.connected += 1
 
     def _run(self) -> None:
@@ -207,8 +235,9 @@ class Crowd:
                 data = b""
                 with contextlib.suppress(BlockingIOError, ConnectionError):
                     data = sock.recv(RECEIVE_BYTES)
+                self.tally.note_bytes(len(data))
                 if data:
-                    key.data.feed(data)
+                    key.data(data)
                 else:
                     self.connected -= 1
                     self._selector.unregister(sock)
@@ -330,16 +359,18 @@ def measure(name: str, count: int, seconds: float) -> str:
         finally:
             crowd.close()
     tally = crowd.tally
-    received = tally.frames / max(1, elapsed_s * RATE * count)
+    received = tally.frames / max(1, elapsed_s * RATE * min(count, MEASURED_LISTENERS))
+    kbit_per_s = tally.received_bytes * 8 / 1000 / elapsed_s / count
     return (
         f"{name:<12}{crowd.connected:>10}{percentile(tally.delays_ms, 0.5):>10.1f}"
         f"{percentile(tally.delays_ms, 0.99):>10.1f}{tally.missed_frames:>15}{received:>10.1%}"
-        f"{share:>8.0%}{memory_kib:>12.0f}"
+        f"{kbit_per_s:>10.0f}{share:>8.0%}{memory_kib:>12.0f}"
     )
 
 
 SERVERS: dict[str, tuple[Callable[[Path], Running], Callable[[socket.socket, Tally], Listener]]] = {
     "ours": (our_server, OurListener),
+    "opus": (our_server, OpusListener),
     "paired": (paired_server, PairedListener),
     "snapserver": (snapserver, SnapListener),
 }
@@ -359,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     print(
         f"{'':<12}{'listeners':>10}{'median ms':>10}{'p99 ms':>10}{'missed frames':>15}"
-        f"{'received':>10}{'cpu':>8}{'KiB each':>12}"
+        f"{'received':>10}{'kbit/s':>10}{'cpu':>8}{'KiB each':>12}"
     )
     for name in arguments.only:
         if name == "snapserver" and shutil.which(name) is None:

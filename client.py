@@ -2935,8 +2935,10 @@ def find_writer(path: str) -> Callable[[Create, AudioFormat], Writer]:
 def check_av(what: str) -> None:
     """Raise SocketPairError without package ``av``, which `what` needs."""
     try:
-        import av  # noqa: F401, PLC0415  (nothing else needs it)
-    except ImportError:
+        import av  # noqa: PLC0415  (nothing else needs it)
+
+        av.codec.Codec("flac" if what == ".flac" else "libopus", "w")
+    except (ImportError, ValueError):  # ValueError: an FFmpeg that was built without
         raise SocketPairError(f"{what} needs package av: {common.how_to_install('av')}") from None
 
 

@@ -2975,8 +2975,10 @@ class Broadcaster:
             rates = ", ".join(map(str, sorted(self._opus)))
             raise Refused(f"this server can encode Opus at no more bit rates than {rates}")
         try:
-            import av  # noqa: F401, PLC0415  (only a listener with --opus needs it)
-        except ImportError:
+            import av  # noqa: PLC0415  (only a listener with --opus needs it)
+
+            av.codec.Codec("libopus", "w")
+        except (ImportError, ValueError):  # ValueError: an FFmpeg that was built without
             advice = common.how_to_install("av")
             raise Refused(f"this server has no Opus without package av: {advice} there") from None
 

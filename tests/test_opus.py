@@ -21,7 +21,19 @@ import common
 import server
 from common import AudioBlock, AudioFormat, Connection, OpusBlock, ProtocolError
 from peers import FakeServer, RawClient, socket_pair
-from sound import MONO, Script, ends_with_one_line, pack_welcome, port_of, read_wav, write_wav
+from sound import (
+    MONO,
+    Script,
+    ends_with_one_line,
+    hears_tone,
+    pack_welcome,
+    port_of,
+    read_wav,
+    start_client,
+    start_server,
+    write_wav,
+)
+from sound_card import VirtualSoundCard
 
 STEREO = AudioFormat(48_000, 2)
 BLOCK_MS = 2.5
@@ -141,6 +153,16 @@ def test_every_sample_frame_is_heard_in_its_place(
     for start in (0, 5 * tenth, len(samples) - tenth):
         part = slice(start, start + tenth)
         assert signal_to_noise_db(expected[part], samples[part]) > 15
+
+
+def test_opus_is_heard_at_the_loudspeaker(card: VirtualSoundCard) -> None:
+    with (
+        start_server(card) as sender,
+        start_client(card, port_of(sender), "--opus") as player,
+    ):
+        player.wait_for("Opus at 96 kbit/s")
+        assert hears_tone(card)
+        assert player.interrupt() == common.EXIT_OK
 
 
 def test_who_joins_in_the_middle_hears_no_fault_of_a_decoder_that_has_just_begun(

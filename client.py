@@ -27,10 +27,12 @@ command line            ``main`` asks for what the arguments leave open
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
 if __name__ == "__main__":
+    gc.disable()  # until main(): nothing that is imported is garbage, and looking takes a while
     # Until common.INTERRUPTS.take(), a signal just ends the program, also during the imports.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: os._exit(128 + number))
@@ -3511,6 +3513,7 @@ def complete_paths() -> None:
 def main(argv: Sequence[str]) -> int:
     """Run the client with the command line's arguments; return its exit status."""
     args = parse_arguments(argv)
+    gc.enable()
     common.INTERRUPTS.take()
     if args.find:
         found = pick_server(args.mode, data_on_stdout=args.output == STDOUT)

@@ -41,7 +41,6 @@ import re
 import select
 import signal
 import socket
-import ssl
 import struct
 import sys
 import threading
@@ -51,6 +50,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, overload
 
 if TYPE_CHECKING:
+    import ssl
     from ipaddress import IPv4Interface, IPv6Interface
     from multiprocessing.connection import Connection as PipeConnection
 
@@ -130,6 +130,8 @@ class NotPaired(SocketPairError):
     """The TLS handshake failed; `wrong_code` if for want of the same pairing code."""
 
     def __init__(self, error: ssl.SSLError) -> None:
+        import ssl  # noqa: PLC0415  (see make_tls_context)
+
         super().__init__(describe_error(error))
         is_refused = isinstance(error, ssl.SSLCertVerificationError)
         self.wrong_code = is_refused or error.reason in CERTIFICATE_ALERTS
@@ -186,9 +188,9 @@ def format_bytes(count: float) -> str:
 
 def describe_error(error: Exception) -> str:
     """Return what went wrong in words, an OSError's without number and path: ``no space left``."""
-    if isinstance(error, ssl.SSLError) and error.reason:
-        return error.reason.replace("_", " ").lower()
     if isinstance(error, OSError):
+        if reason := getattr(error, "reason", ""):  # of ssl's
+            return str(reason).replace("_", " ").lower()
         # What create_server() adds in brackets is for programmers.
         return (error.strerror or str(error)).partition(" (while")[0].lower()
     return str(error)
@@ -452,6 +454,9 @@ def make_tls_context(seed: bytes, *, server_side: bool) -> ssl.SSLContext:
     Each side presents the certificate that the seed makes, and trusts nothing but that. Raises
     SocketPairError.
     """
+    # Here, as it takes as long to import as all else that a file on this machine needs.
+    import ssl  # noqa: PLC0415
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False  # the certificate stands for the code, not for a host
@@ -499,6 +504,7 @@ def load_identity(context: ssl.SSLContext, seed: bytes, certificate: bytes) -> N
     connection's handshake.
     """
     import base64  # noqa: PLC0415  (only pairing needs it)
+    import ssl  # noqa: PLC0415
 
     key = base64.encodebytes(PRIVATE_KEY_HEAD + seed).decode("ascii")
     pem = f"-----BEGIN PRIVATE KEY-----\n{key}-----END PRIVATE KEY-----\n"
@@ -1274,10 +1280,14 @@ class TLS:
     """
 
     def __init__(self, context: ssl.SSLContext, server_side: bool) -> None:
+        import ssl  # noqa: PLC0415  (see make_tls_context)
+
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side)
         self._lock = threading.Lock()
+        self._ssl_error = ssl.SSLError
+        self._wants_more = ssl.SSLWantReadError
         self.ended = False  # by the other side's close_notify
 
     def feed(self, data: bytes) -> None:
@@ -1290,9 +1300,9 @@ class TLS:
         with self._lock:
             try:
                 self._object.do_handshake()
-            except ssl.SSLWantReadError:
+            except self._wants_more:
                 return False
-            except ssl.SSLError as error:
+            except self._ssl_error as error:
                 raise NotPaired(error) from error
         return True
 
@@ -1307,7 +1317,7 @@ class TLS:
         0 means that more must be fed first, unless the other side has `ended` it.
         """
         have = 0
-        with self._lock, contextlib.suppress(ssl.SSLWantReadError):
+        with self._lock, contextlib.suppress(self._wants_more):
             while have < len(view) and not self.ended:
                 count: int = self._object.read(len(view) - have, view[have:])  # type: ignore[assignment]
                 self.ended = not count
@@ -1327,7 +1337,7 @@ class TLS:
 
     def end(self) -> bytes:
         """Return close_notify, encrypted, which says that this was all."""
-        with self._lock, contextlib.suppress(ssl.SSLError):
+        with self._lock, contextlib.suppress(self._ssl_error):
             self._object.unwrap()
         return self.output()
 
@@ -1451,7 +1461,7 @@ class ByteStream:
         while True:
             try:
                 return action()
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            except BlockingIOError:
                 self._wait(to_write=to_write)
             except OSError as error:
                 raise ConnectionBroken(describe_error(error)) from error
@@ -3166,6 +3176,13 @@ FLUSH_TIMEOUT_S = 2.0
 POKE_WAITS_S = (0.02, 0.2)
 
 
+def help_columns() -> int:
+    """Return how wide the help is; argparse would import shutil for that, at every start."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no terminal
+        return max(40, os.get_terminal_size(sys.stdout.fileno()).columns - 2)
+    return 78
+
+
 def make_parser(
     description: str, examples: str, modes: Sequence[str] | None = MODES
 ) -> argparse.ArgumentParser:
@@ -3176,7 +3193,9 @@ def make_parser(
     parser = argparse.ArgumentParser(
         description=description,
         epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, width=help_columns()
+        ),
     )
     parser.add_argument(
         "mode",

@@ -270,9 +270,9 @@ def split_suffix(name: str) -> tuple[str, str]:
 
 def partial_stem(name: str) -> str:
     """Return what the partial files of `name` begin with: what any file system takes."""
-    strict = NameRules(SHORT_NAME_BYTES - len(PARTIAL_SUFFIX) - MAX_TOKEN_BYTES, True, True)
-    fitted = strict.fit(name)
-    if fitted == name and len(name.encode()) < strict.max_length:
+    room = SHORT_NAME_BYTES - len(f"..{PARTIAL_SUFFIX}") - MAX_TOKEN_BYTES
+    # Its rules count in other units than bytes.
+    if NameRules(room, True, True).fit(name) == name and len(name.encode()) <= room:
         return f".{name}"
     return "." + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
 

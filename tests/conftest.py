@@ -69,8 +69,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a client in this process soon tired of waiting, and never come back."""
-    monkeypatch.setattr(client, "RETRY_WAITS_S", ())
+    """Make a client in this process soon tired of waiting."""
     monkeypatch.setattr(client, "HANDSHAKE_TIMEOUT_S", 1.0)
     monkeypatch.setattr(common, "PROGRESS_TIMEOUT_S", 1.0)
 

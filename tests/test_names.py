@@ -223,6 +223,7 @@ def test_numbered_names_put_the_number_before_the_extension() -> None:
 @example("a:b")
 @example("\udcff")
 @example("\ud800")
+@example("\x80" * 41 + ".txt")
 def test_every_file_system_takes_the_names_of_partial_files(name: str) -> None:
     hidden = f"{partial_stem(name)}.{'0' * 40}{PARTIAL_SUFFIX}"
     for rules in ALL_RULES:

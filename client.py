@@ -117,7 +117,7 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
-    from zeroconf import ServiceInfo
+    from zeroconf import ServiceInfo, Zeroconf
 
     Floats = NDArray[np.floating[Any]]  # 32-bit, frames by channels, 1.0 for full scale
 
@@ -126,43 +126,73 @@ if TYPE_CHECKING:
 
 # Servers answer within some tenths of a second, and a lost question is asked again after one.
 FIND_S = 2.0
+# Of all that anyone may announce; so many are asked at once, and have so long to answer.
+MAX_ANNOUNCED = 5_000
+ASKED_AT_ONCE = 250
+ASK_S = 1.0
 MAX_SHOWN = 50
 MAX_SHOWN_CHARS = 40
+FOUND_ACCESS = {common.CODE_WANTED: "pairing code", common.NO_CODE: "needs --open"}
 
 
 class FoundServer(NamedTuple):
-    """A server that has announced itself, and the address that leads to it from here."""
+    """A server that was announced, and the address that leads to it from here.
+
+    `answer` is the kind of its own answer, empty if there was none: anyone can announce anything.
+    """
 
     announced: common.Announced
     host: str
     port: int
+    answer: str = ""
 
     def describe(self) -> str:
         """Return a line of a table; the name, which may be of any width, is last."""
-        name, mode, has_code = self.announced
-        access = "pairing code" if has_code else "needs --open"
+        name, mode, _ = self.announced
+        access = FOUND_ACCESS.get(self.answer, "does not answer")
         address = escape(common.format_address(self.host, self.port))
-        return f"{mode:<5}  {address:<21}  {access}  {escape(name)[:MAX_SHOWN_CHARS]}"
+        return f"{mode:<5}  {address:<21}  {access:<15}  {escape(name)[:MAX_SHOWN_CHARS]}"
 
 
 def find_servers(mode: str | None) -> list[FoundServer]:
-    """Return the servers on the local network, those in `mode` if it is given, by name.
+    """Return the servers on the local network, those in `mode` if it is given.
 
-    Blocks for ``FIND_S``, for their answers. Raises SocketPairError if there is no way to ask.
+    Those that answer come first, then by name. Blocks for ``FIND_S``, and for their answers.
+    Raises SocketPairError if there is no way to ask.
     """
     modes = [mode] if mode else common.MODES
-    found = {}  # by address: a server may be told of twice
     services, own = browse(), common.own_interfaces()
-    for service in services:
+    found = {
+        (server.host, server.port, *server.announced): server
+        for service in services
+        if (server := look_at_announcement(service, own)) and server.announced.mode in modes
+    }
+    answers = ask_servers(list(dict.fromkeys((each.host, each.port) for each in found.values())))
+    servers = [
+        each._replace(answer=answers.get((each.host, each.port), "")) for each in found.values()
+    ]
+    return sorted(servers, key=lambda each: (not each.answer, each.announced.name, *each[1:3]))
+
+
+def look_at_announcement(
+    service: ServiceInfo, own: Sequence[IPv4Interface | IPv6Interface]
+) -> FoundServer | None:
+    """Return the server that is announced, if it can be one on a network of our `own`."""
+    try:
         announced = common.Announced.from_txt(service.properties)
         host = nearest(service.parsed_scoped_addresses(), own)
-        if announced.name and announced.mode in modes and host and service.port:
-            found[host, service.port] = FoundServer(announced, host, service.port)
-    return sorted(found.values(), key=lambda server: (server.announced.name, *server[1:]))
+    except (ValueError, AttributeError):  # it holds what no server sends
+        return None
+    if not (announced.name and host and service.port):
+        return None
+    return FoundServer(announced, host, service.port)
 
 
 def browse() -> list[ServiceInfo]:
-    """Return what is announced on the local network as Socket Pair; see `find_servers`."""
+    """Return all that is announced on the local network as Socket Pair; see `find_servers`.
+
+    A name may come with several addresses, one after the other: none of them hides another.
+    """
     try:
         # Here, as only this needs it, and it takes long to import.
         import zeroconf  # noqa: PLC0415
@@ -171,44 +201,124 @@ def browse() -> list[ServiceInfo]:
             f"--find needs the package zeroconf, which cannot be loaded ({error}): "
             f"{common.how_to_install('zeroconf')}, or use --host"
         ) from None
-    names: queue.SimpleQueue[str] = queue.SimpleQueue()
+    services: queue.SimpleQueue[ServiceInfo] = queue.SimpleQueue()
 
-    def note(name: str, **_: object) -> None:
-        names.put(name)
+    def note(zeroconf: Zeroconf, service_type: str, name: str, **_: object) -> None:
+        # Servers tell all of themselves at once. What has not come with the name is not asked
+        # for: anyone can announce names that nobody answers for.
+        with contextlib.suppress(Exception):  # of a name that none should be
+            service = make_service(service_type, name)
+            if services.qsize() < MAX_ANNOUNCED and service.load_from_cache(zeroconf):
+                services.put(service)
 
+    make_service = zeroconf.ServiceInfo
     try:
         with contextlib.closing(common.open_network()) as network:
             zeroconf.ServiceBrowser(network, common.SERVICE_TYPE, handlers=[note])
             time.sleep(FIND_S)
-            told = {names.get() for _ in range(names.qsize())}
-            services = [zeroconf.ServiceInfo(common.SERVICE_TYPE, name) for name in told]
-            # Servers tell all of themselves at once. What has not come with the name is not
-            # asked for: anyone can announce names that nobody answers for.
-            return [service for service in services if service.load_from_cache(network)]
+            return [services.get() for _ in range(services.qsize())]
     except (OSError, zeroconf.Error) as error:
-        raise SocketPairError(f"cannot ask the local network: {describe_error(error)}") from error
+        reason = escape(describe_error(error))
+        raise SocketPairError(f"cannot ask the local network: {reason}") from error
+
+
+def ask_servers(addresses: list[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    """Return the kinds of the answers of those servers that answer; blocks for a second or more."""
+    import random  # noqa: PLC0415  (it takes a while, as all that only finding needs)
+
+    random.shuffle(addresses)  # so that no order of false ones keeps others from being asked
+    answers: dict[tuple[str, int], str] = {}
+    for start in range(0, min(len(addresses), MAX_ANNOUNCED), ASKED_AT_ONCE):
+        with contextlib.ExitStack() as stack:
+            asked = [Asked(address, stack) for address in addresses[start : start + ASKED_AT_ONCE]]
+            wait_for_answers([each for each in asked if each.is_connecting])
+        answers.update({each.address: each.kind for each in asked if each.kind})
+    return answers
+
+
+class Asked:
+    """A server that is being asked whether it is one; `kind` is that of its answer."""
+
+    def __init__(self, address: tuple[str, int], stack: contextlib.ExitStack) -> None:
+        self.address = address
+        self.kind = ""
+        self.is_connecting = False
+        self._received = b""
+        with contextlib.suppress(OSError):
+            family, kind, _, _, target = socket.getaddrinfo(
+                *address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+            )[0]
+            self.socket = stack.enter_context(socket.socket(family, kind))
+            self.socket.setblocking(False)
+            self.is_connecting = True
+            with contextlib.suppress(BlockingIOError):
+                self.socket.connect(target)
+
+    def ask(self) -> None:
+        """Send the question; raises OSError where there is nobody."""
+        self.is_connecting = False
+        self.socket.send(common.encode_message(Hello(common.PROTOCOL, common.FINDING)))
+
+    def take(self) -> bool:
+        """Take some of the answer; return whether it is over. Raises OSError and ProtocolError."""
+        data = self.socket.recv(common.MAX_HELLO_BYTES)
+        self._received += data
+        size = int.from_bytes(self._received[: LENGTH.size], "big")
+        if data and len(self._received) < LENGTH.size + min(size, common.MAX_HELLO_BYTES):
+            return False
+        answer = common.decode_message(self._received[LENGTH.size :], [])
+        self.kind = answer.kind if isinstance(answer, common.Error) else ""
+        return True
+
+
+def wait_for_answers(asked: list[Asked]) -> None:
+    """Ask all, and take their answers; blocks for ``ASK_S`` at most."""
+    import selectors  # noqa: PLC0415  (see ask_servers)
+
+    deadline = Deadline(ASK_S)
+    with selectors.DefaultSelector() as selector:
+        for each in asked:
+            selector.register(each.socket, selectors.EVENT_WRITE, each)
+        while selector.get_map() and deadline.remaining():
+            for key, _ in selector.select(deadline.remaining()):
+                if talk(key.data):
+                    selector.unregister(key.fileobj)
+                else:
+                    selector.modify(key.fileobj, selectors.EVENT_READ, key.data)
+
+
+def talk(asked: Asked) -> bool:
+    """Ask a server, or take its answer, whichever is due; return whether that is over."""
+    try:
+        if asked.is_connecting:
+            asked.ask()
+            return False
+        return asked.take()
+    except BlockingIOError:
+        return False
+    except (OSError, SocketPairError):
+        return True
 
 
 def nearest(addresses: Iterable[str], own: Sequence[IPv4Interface | IPv6Interface]) -> str | None:
     """Return the one of a server's addresses that most likely leads to it from here, if any.
 
-    One on a network of our `own` does, unless it is also our own, which comes last: there are
-    addresses that every machine has for its own virtual networks.
+    It is on a network of our `own`. One that is also our own comes last: there are addresses that
+    every machine has for its own virtual networks.
     """
     import ipaddress  # noqa: PLC0415  (see browse)
 
     def can_be_reached(address: str) -> bool:
-        ip = ipaddress.ip_address(address)
+        ip = ipaddress.ip_address(address.partition("%")[0])
         ip = getattr(ip, "ipv4_mapped", None) or ip
         is_special = ip.is_multicast or ip.is_unspecified or ip.is_loopback or ip.is_reserved
         is_unclear = ip.is_link_local and ip.version == 6 and "%" not in address
-        return not (is_special or is_unclear)
+        is_here = any(ip in interface.network for interface in own)
+        return is_here and not (is_special or is_unclear)
 
     def distance(address: str) -> tuple[int, int]:
         ip = ipaddress.ip_address(address.partition("%")[0])
-        if any(ip == interface.ip for interface in own):
-            return 2, ip.version
-        return (0 if any(ip in interface.network for interface in own) else 1), ip.version
+        return int(any(ip == interface.ip for interface in own)), ip.version
 
     return min(filter(can_be_reached, addresses), key=distance, default=None)
 
@@ -247,6 +357,7 @@ OPEN_SERVER = (
     "add --open if you trust them all"
 )
 
+UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
 # What a server may say in place of pairing, to follow its address.
 REFUSED_PAIRING = {
     common.CODE_WANTED: "is of an older version of Socket Pair: update it",
@@ -360,13 +471,21 @@ def describe_no_server(address: Address, mode: str, error: OSError | ValueError)
         return f"{host!r} cannot be a machine's name: check --host"
     if isinstance(error, socket.gaierror):
         return f"no machine is known as {host!r} ({describe_error(error)}): check --host"
-    command = f"python server.py {mode}"
-    if address.host not in ("localhost", "::1") and not address.host.startswith("127."):
-        command += " --host 0.0.0.0"
-    if address.port != common.DEFAULT_PORT:
-        command += f" --port {address.port}"
-    peer = common.format_address(host, address.port)
-    return f"no server at {peer} ({describe_error(error)}): start one there with: {command}"
+    is_here = host == "localhost" or common.is_loopback(host)
+    peer = f"{common.format_address(host, address.port)} ({describe_error(error)})"
+    if error.errno in UNREACHABLE:
+        return f"no way to {peer}: is --host right, and are both machines on the same network?"
+    if isinstance(error, TimeoutError) or error.errno == errno.ETIMEDOUT:
+        return (
+            f"no answer from {peer}: is --host right, and does a firewall there let "
+            f"port {address.port} through?"
+        )
+    options = [] if address.port == common.DEFAULT_PORT else ["--port", str(address.port)]
+    if is_here:
+        command = common.command_line("server.py", mode, *options)
+        return f"no server at {peer}: start one with: {command}"
+    command = " ".join(["python server.py", mode, "--host 0.0.0.0", *options])
+    return f"no server at {peer}: start one there with: {command}"
 
 
 def shake_hands(connection: Connection, code: str | None, hello: Hello) -> Welcome:

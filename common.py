@@ -566,6 +566,7 @@ def load_identity(context: ssl.SSLContext, seed: bytes, certificate: bytes) -> N
 PROTOCOL = 2
 MODES = ("file", "audio")
 PAIRING = "pairing"
+FINDING = "finding"  # in place of a mode, by who only asks whether a server is there
 # Kinds of an Error that the other side has words of its own for.
 CODE_WANTED = "code wanted"
 NO_CODE = "no code"

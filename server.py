@@ -3186,13 +3186,15 @@ class Gate:
             connection.finish()
             raise TurnedAway("not a Socket Pair client: it speaks HTTP, as a browser does")
         hello = self._receive_hello(connection)
+        if hello.mode == common.FINDING:
+            turn_away(connection, NO_CODE if self._code is None else CODE_WANTED, logging.DEBUG)
         if hello.mode == common.PAIRING:
             if self._code is None:
                 turn_away(connection, NO_CODE)
             self._pair(connection, self._code, crowd)
             return self._receive_hello(connection)
         if self._code is not None:
-            turn_away(connection, CODE_WANTED)
+            turn_away(connection, CODE_WANTED, logging.INFO)
         return hello
 
     @staticmethod
@@ -3236,13 +3238,15 @@ class Gate:
         self._limiter.forgive(crowd)
 
 
-def turn_away(connection: Connection, answer: common.Error) -> NoReturn:
+def turn_away(
+    connection: Connection, answer: common.Error, log_level: int = logging.WARNING
+) -> NoReturn:
     """Give a client its answer, and a moment to read it; raises TurnedAway."""
     connection.send(answer)
     connection.finish()
     if answer is CODE_WANTED:
-        raise TurnedAway("was asked for the pairing code", logging.INFO)
-    raise TurnedAway(f"turned away: {answer.error}")
+        raise TurnedAway("was asked for the pairing code", log_level)
+    raise TurnedAway(f"turned away: {answer.error}", log_level)
 
 
 # --- endpoint -------------------------------------------------------------------------------

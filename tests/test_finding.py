@@ -10,11 +10,14 @@ from ipaddress import ip_interface
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from zeroconf import ServiceInfo
 
 import client
+import common
 import server
 from client import FoundServer
 from common import Announced
+from support import HOST, FakeServer, Server, free_port
 
 posix = pytest.mark.skipif(os.name != "posix", reason="has no such shell")
 
@@ -30,10 +33,11 @@ OWN = [
     ("addresses", "best"),
     [
         (["10.0.0.5", "192.168.1.5"], "192.168.1.5"),
-        (["172.17.0.1", "10.0.0.5"], "10.0.0.5"),
+        (["172.17.0.1", "10.0.0.5"], "172.17.0.1"),
+        (["8.8.8.8", "10.0.0.5", "2001:db8::1"], None),  # on no network of this machine
         (["172.17.0.1", "192.168.1.7"], "172.17.0.1"),  # it is this very machine
         (["fd00::5", "192.168.1.5"], "192.168.1.5"),
-        (["fd00::5", "10.0.0.5"], "fd00::5"),
+        (["10.0.0.5", "fd00::5"], "fd00::5"),
         (["fe80::5%eth0", "fe80::5"], "fe80::5%eth0"),
         (["0.0.0.0", "127.0.0.1", "255.255.255.255", "224.0.0.251"], None),
         (["::", "::1", "::ffff:127.0.0.1", "ff02::fb", "fe80::5"], None),
@@ -42,6 +46,57 @@ OWN = [
 )
 def test_the_address_that_leads_to_a_server(addresses: Sequence[str], best: str | None) -> None:
     assert client.nearest(addresses, OWN) == best
+
+
+def test_of_three_thousand_false_servers_the_honest_one_comes_first(
+    paired: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "ASK_S", 0.3)
+    false = [
+        service(f"a false one {number}", f"127.1.{number // 250}.{number % 250}", 9)
+        for number in range(3000)
+    ]
+    services = [*false[:1500], service("zebra", HOST, paired.port), *false[1500:]]
+    monkeypatch.setattr(client, "browse", lambda: services)
+    monkeypatch.setattr(client, "nearest", lambda addresses, own: next(iter(addresses)))
+    found = client.find_servers("file")
+    assert len(found) == 3001
+    assert found[0].describe() == f"file   {HOST}:{paired.port:<11}  pairing code     zebra"
+    assert "does not answer" in found[1].describe()
+    assert paired.stderr() == ""  # to be asked is no incident
+
+
+def test_servers_of_one_name_are_all_shown_by_what_they_answer(
+    server: Server, paired: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = [service("same", HOST, each.port) for each in (paired, server)]
+    monkeypatch.setattr(client, "browse", lambda: services)
+    monkeypatch.setattr(client, "nearest", lambda addresses, own: next(iter(addresses)))
+    found = client.find_servers(None)
+    assert {each.port: each.answer for each in found} == {
+        paired.port: common.CODE_WANTED,
+        server.port: common.NO_CODE,
+    }
+
+
+@pytest.mark.parametrize("answer", [b"", b"\xff" * 100, b"\0\0\0\2{}", b"SSH-2.0-OpenSSH\r\n"])
+def test_what_is_no_server_does_not_count_as_an_answer(
+    answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "ASK_S", 1.0)
+    with FakeServer(answer) as fake:
+        assert client.ask_servers([(HOST, fake.port), (HOST, free_port())]) == {}
+
+
+def service(name: str, host: str, port: int) -> ServiceInfo:
+    """Return what a server announces, or somebody in its name."""
+    return ServiceInfo(
+        common.SERVICE_TYPE,
+        f"{name} {port}.{common.SERVICE_TYPE}",
+        parsed_addresses=[host],
+        port=port,
+        properties=Announced(name, "file", False).to_txt(),
+    )
 
 
 def test_what_is_announced_comes_back() -> None:

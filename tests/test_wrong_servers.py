@@ -30,7 +30,7 @@ def test_no_server_is_one_line(tmp_path: Path) -> None:
     assert result.status == 1
     (line,) = result.error_lines
     assert line.startswith(f"no server at 127.0.0.1:{port} (connection refused)")
-    assert "python server.py file" in line
+    assert line.endswith(f"{ROOT / 'server.py'} file --port {port}")
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,10 @@ class FileServer:
         self._count += 1
         if self._count % 500 == 0:
             self._clean()
-        with mock.patch.object(server, "CLAIM_TIMEOUT_S", 0.0):
+        with (
+            mock.patch.object(server, "RELEASE_TIMEOUT_S", 0.0),
+            mock.patch.object(server, "TAKEOVER_TIMEOUT_S", 0.0),
+        ):
             server.handle_file_client(connection_from(data), server.Store(str(self._inbox)))
         assert sorted(os.listdir(self._place)) == ["canary", "inbox"]
         assert (self._place / "canary").read_bytes() == b"untouched"

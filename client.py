@@ -1853,6 +1853,9 @@ LATENESS_WINDOW_S = 0.1
 RECENT_WINDOWS = 450
 REMEMBERED_WINDOWS = 1800
 RECURRING = 3.0
+# Of the sound card's own buffer, how much may go by before a dropout is accepted as one. So much
+# less has to be in reserve.
+PATIENCE_S = 0.0025
 # What the ways to measure are good for, and the loop's own error.
 MARGIN_S = 0.0005
 # On an idle machine a block comes a whole read of the sound card later than usual every few
@@ -1952,10 +1955,15 @@ class Arrivals:
         return self._stepped_s + latency_s + self._block_s
 
     @property
+    def latest_s(self) -> float:
+        """How much the worst of the last ``LATENESS_WINDOW_S`` or less needs."""
+        return self._window_worst_s + MARGIN_S - PATIENCE_S
+
+    @property
     def needed_s(self) -> float:
         """How far behind the line to play, so that nothing comes too late."""
         worst_s = max(self._remembered_s, self._window_worst_s)
-        needed_s = max(worst_s + MARGIN_S, self._stepped_s + MIN_RESERVE_S)
+        needed_s = max(worst_s + MARGIN_S - PATIENCE_S, self._stepped_s + MIN_RESERVE_S)
         return min(needed_s, self._stepped_s + MAX_RESERVE_S)
 
 
@@ -1988,11 +1996,14 @@ WATCHING_S = 0.4
 # An error that the loop would take too long for is one jump: no clock makes it.
 JUMP_S = 0.01
 SMALL_JUMP_S = 0.002
-# Less to keep is taken in small jumps, and not for every trifle.
+# Far less to keep is taken in small jumps, until nearly all is gone.
+UNUSED_S = 0.01
+LOWERED_S = 0.002
 LOWERING_S = 0.01
 LOWERING_INTERVAL_S = 0.5
-UNUSED_S = 0.002
-UNUSED_SHARE = 0.1
+# Less than that, or more that is not urgent, takes its time: as speeds change unheard.
+GLIDE_GROWTH = 4e-6  # a second
+MAX_GLIDE = 1e-4
 ALIGNING_S = 0.004
 KEPT_S = 1.5
 FADE_S = 0.005
@@ -2192,7 +2203,10 @@ class Playout:
         self._start_s: float | None = None
         self._read_s = 0.0
         self._steered_s = 0.0
-        self._changed_s = 0.0
+        self._error_s = 0.0
+        self._is_lowering = False
+        self._lowered_s = 0.0
+        self._gliding = 0.0  # by how much the target moves, in seconds a second
         self._concealment = Concealment(self._tape.between(0, 0), audio.rate)
         self._overlay = self._tape.between(0, 0)  # what fades out over the frames that are next
         self._overlay_level = self._overlay
@@ -2352,6 +2366,7 @@ class Playout:
             self.loop.restart()
         self._lay_over(self._concealment.take(int(FADE_S * self.audio.rate)))
         self._go_to(place)
+        self._error_s = 0.0
         self._playing = True
         self._steered_s = now_s
 
@@ -2367,31 +2382,49 @@ class Playout:
     def _steer(self, now_s: float) -> None:
         """Hold the lead at the target, and the target at what is needed."""
         elapsed_s, self._steered_s = now_s - self._steered_s, now_s
-        self._adapt(now_s)
+        self._adapt(now_s, elapsed_s)
         error_s = self.lead_s - self.target_s
-        if abs(error_s) > JUMP_S or abs(self.loop.smooth_error_s) > SMALL_JUMP_S:
+        if self._is_not_of_clocks(error_s):
             error_s -= self._jump(error_s)
             self.loop.smooth_error_s = 0.0
-        self.speed = self.loop.advance(error_s, elapsed_s)
+        self._error_s = error_s
+        self.speed = self.loop.advance(error_s, elapsed_s) - self._gliding
         self._reads.slope = 1 - self.speed
 
-    def _adapt(self, now_s: float) -> None:
-        """Keep more at once where it is needed, and less in small steps where it is not."""
-        surplus_s = self.target_s - self._wanted_target_s()
-        if surplus_s < 0:
-            self._change_target(-surplus_s, now_s)
-        elif now_s - self._changed_s > LOWERING_INTERVAL_S and self._is_unused(surplus_s):
-            self._change_target(-min(surplus_s, LOWERING_S), now_s)
+    def _is_not_of_clocks(self, error_s: float) -> bool:
+        """Return whether an error is too large, or came too suddenly: the card lost time, say."""
+        return (
+            abs(error_s) > JUMP_S
+            or abs(error_s - self._error_s) > STEP_S
+            or abs(self.loop.smooth_error_s) > SMALL_JUMP_S
+        )
 
-    def _is_unused(self, surplus_s: float) -> bool:
-        """Return whether so much less is worth another target."""
-        kept_s = self.target_s - self.arrivals.edge_s
-        return surplus_s > UNUSED_S + UNUSED_SHARE * kept_s
+    def _adapt(self, now_s: float, elapsed_s: float) -> None:
+        """Move the target to what is needed: at once where sound comes too late, else unheard."""
+        more_s = self._wanted_target_s() - self.target_s
+        if self.fixed_target_s is not None:
+            self.target_s += more_s
+        elif self.arrivals.latest_s > self.target_s:
+            self.target_s -= self._jump(-more_s)
+        elif -more_s > (LOWERED_S if self._is_lowering else UNUSED_S):
+            self._lower(-more_s, now_s)
+        else:
+            self._is_lowering = False
+            self._glide(more_s, elapsed_s)
 
-    def _change_target(self, change_s: float, now_s: float) -> None:
-        moved_s = self._jump(-change_s)
-        self.target_s -= moved_s
-        self._changed_s = now_s
+    def _lower(self, surplus_s: float, now_s: float) -> None:
+        """Leave out some of what is not needed, unless that was done just now."""
+        if now_s - self._lowered_s > LOWERING_INTERVAL_S:
+            self.target_s -= self._jump(min(surplus_s, LOWERING_S))
+            self._lowered_s = now_s
+            self._is_lowering = True
+
+    def _glide(self, more_s: float, elapsed_s: float) -> None:
+        """Let the target move towards `more_s` from here, and the sound with it."""
+        most = math.copysign(math.sqrt(GLIDE_GROWTH * abs(more_s)), more_s)
+        growth = clamp(clamp(most, MAX_GLIDE) - self._gliding, GLIDE_GROWTH * elapsed_s)
+        self._gliding += growth
+        self.target_s += self._gliding * elapsed_s
 
     def _jump(self, seconds: float) -> float:
         """Leave out about `seconds` of sound, or repeat them if negative; return how many."""
@@ -2407,7 +2440,8 @@ class Playout:
 
     def _aligned(self, place: int, old: Floats) -> int:
         """Return where, at `place` or a little before, the sound is most like `old`."""
-        first = max(self._tape.first, place - int(ALIGNING_S * self.audio.rate))
+        searched_frames = min(int(ALIGNING_S * self.audio.rate), abs(place - self._next))
+        first = max(self._tape.first, place - searched_frames)
         if self.fixed_target_s is not None or first >= place:
             return max(first, place)
         searched = self._tape.between(first, place + len(old))
@@ -2571,8 +2605,6 @@ class ServerClock:
 STDOUT = "-"
 DRAIN_LIMIT_S = 2.0
 CARD_BUFFER_S = 0.15
-# Of the sound card's own buffer, how much may go by before a dropout is accepted as one.
-LATE_PATIENCE_S = 0.0025
 
 
 class ReaderGone(SocketPairError):
@@ -2660,7 +2692,7 @@ class SpeakerOutput:
         """
         now_s = time.monotonic()
         with self._exchanged:
-            self._exchanged.wait_for(lambda: not self._playout.lacks(frames), LATE_PATIENCE_S)
+            self._exchanged.wait_for(lambda: not self._playout.lacks(frames), PATIENCE_S)
             return self._playout.read(frames, now_s)
 
     def _return(self, _lost_s: float) -> None:

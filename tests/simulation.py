@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from client import Playout
+from client import PATIENCE_S, Playout
 from common import AudioFormat
 
 MONO = AudioFormat(48_000, 1)
 TONE_HZ = 997.0
 AMPLITUDE = 12_000
 CAPTURED_MS, READ_MS = 2.5, 5.0
-# How long a read of the sound card waits for what is late.
-PATIENCE_S = 0.0025
+
+
 SINAD_WINDOW_S = 0.25
 
 

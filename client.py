@@ -1738,6 +1738,8 @@ STEP_S = 0.002
 BANDWIDTHS_HZ = ((0.0, 0.3), (6.0, 0.05), (13.0, 0.02), (25.0, 0.006))
 SMOOTHING = 4.0  # of the error, in bandwidths of the loop
 MAX_CORRECTION = 0.002
+# With so much the loop has lost the clocks' difference, and looks for it again.
+LOCKED_S = 0.002
 # What is beyond does not come from the clocks, and teaches nothing about them.
 MAX_ERROR_S = 0.003
 
@@ -1993,9 +1995,8 @@ FORGETTING_S = 1.0
 STEERING_INTERVAL_S = 0.05
 # How long to watch arrivals and the sound card's rhythm before the first sound.
 WATCHING_S = 0.4
-# An error that the loop would take too long for is one jump: no clock makes it.
+# An error that is so large, or so sudden, is one jump.
 JUMP_S = 0.01
-SMALL_JUMP_S = 0.002
 # Far less to keep is taken in small jumps, until nearly all is gone.
 UNUSED_S = 0.01
 LOWERED_S = 0.002
@@ -2384,20 +2385,24 @@ class Playout:
         elapsed_s, self._steered_s = now_s - self._steered_s, now_s
         self._adapt(now_s, elapsed_s)
         error_s = self.lead_s - self.target_s
-        if self._is_not_of_clocks(error_s):
-            error_s -= self._jump(error_s)
-            self.loop.smooth_error_s = 0.0
+        if abs(error_s) > JUMP_S or abs(error_s - self._error_s) > STEP_S:
+            error_s = self._jump_to_target(error_s)
+        elif abs(self.loop.smooth_error_s) > LOCKED_S:
+            self.loop.restart()
         self._error_s = error_s
         self.speed = self.loop.advance(error_s, elapsed_s) - self._gliding
         self._reads.slope = 1 - self.speed
 
-    def _is_not_of_clocks(self, error_s: float) -> bool:
-        """Return whether an error is too large, or came too suddenly: the card lost time, say."""
-        return (
-            abs(error_s) > JUMP_S
-            or abs(error_s - self._error_s) > STEP_S
-            or abs(self.loop.smooth_error_s) > SMALL_JUMP_S
-        )
+    def _jump_to_target(self, error_s: float) -> float:
+        """Leave out an error that no clock has made, say by a card that lost time.
+
+        Returns what is left of it: less than a pitch period is as well a new target.
+        """
+        left_s = error_s - self._jump(error_s)
+        if abs(left_s) > ALIGNING_S:
+            return left_s
+        self.target_s += left_s
+        return 0.0
 
     def _adapt(self, now_s: float, elapsed_s: float) -> None:
         """Move the target to what is needed: at once where sound comes too late, else unheard."""

@@ -9,6 +9,7 @@ import pytest
 
 import common
 from support import (
+    ROOT,
     FakeServer,
     RawClient,
     Server,

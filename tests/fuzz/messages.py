@@ -56,10 +56,11 @@ class Wire:
         self._incoming = memoryview(incoming)
         self.sent = 0
 
-    def recv(self, size: int) -> bytes:
+    def recv(self, size: int, flags: int = 0) -> bytes:
         """Return what comes next."""
         data = bytes(self._incoming[:size])
-        self._incoming = self._incoming[len(data) :]
+        if not flags & socket.MSG_PEEK:
+            self._incoming = self._incoming[len(data) :]
         return data
 
     def recv_into(self, view: memoryview) -> int:
@@ -73,6 +74,10 @@ class Wire:
         self.sent += len(data)
         assert self.sent < MAX_ANSWER_BYTES, "an answer without end"
         return len(data)
+
+    def fileno(self) -> int:
+        """Be no descriptor."""
+        return -1
 
     def getpeername(self) -> tuple[str, int]:
         """Return this machine's address."""
@@ -209,13 +214,13 @@ class FileClient:
         """Send the files to a server."""
         printed = io.StringIO()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(client, "RETRY_WAITS_S", ()))
             stack.enter_context(
                 mock.patch.object(socket, "create_connection", lambda *_, **__: Wire(data))
             )
             stack.enter_context(contextlib.redirect_stdout(printed))
             stack.enter_context(contextlib.redirect_stderr(printed))
-            status = client.start_file_client(client.Address("127.0.0.1", 9), self._paths)
+            address = client.Address("127.0.0.1", 9)
+            status = client.start_file_client(address, self._paths, retry_s=0)
         assert status in (0, 1)
         if status == 1:
             assert printed.getvalue(), "failed without a word"

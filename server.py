@@ -4008,7 +4008,7 @@ def prepare_folder(folder: str) -> str:
     return folder
 
 
-def serve_files(args: argparse.Namespace) -> int:
+def serve_files(args: argparse.Namespace, background: BackgroundLog) -> int:
     """Receive files until Ctrl+C, then let those under way finish; return the exit status."""
     store = Store(prepare_folder(args.folder), args.overwrite)
     endpoint = Endpoint.open(args, "file")
@@ -4019,10 +4019,14 @@ def serve_files(args: argparse.Namespace) -> int:
         welcome=lambda _hello, host: welcome_to_folder(store.folder, host),
     )
     shown = escape(os.path.join(store.folder, ""))
+    console = Console(args.quiet)
+    for handler in background.writers:
+        handler.addFilter(console.clear_for)
     try:
         server.start(announce=not args.no_announce)
         endpoint.describe(f"Receiving into {shown}", args.quiet)
-        wait_for_ctrl_c()
+        attend_folder(store, console)
+        console.end_status()
         return finish_files(server)
     finally:
         server.stop()
@@ -4116,13 +4120,20 @@ def summarize(broadcaster: Broadcaster) -> str:
     return f"{format_tenths(broadcaster.sent_s)} of sound to {listeners}, {missed} missed"
 
 
-def wait_for_ctrl_c() -> None:
-    """Block until Ctrl+C."""
+def attend_folder(store: Store, console: Console) -> None:
+    """Show what arrives, and remove old leftovers now and then, until Ctrl+C; blocks."""
     interrupted = threading.Event()
     with contextlib.suppress(KeyboardInterrupt):
-        # Windows lets Ctrl+C through only in between.
-        while not interrupted.wait(0.5 if sys.platform == "win32" else None):
-            pass
+        while True:
+            remove_old_leftovers(store.disk.root)
+            sweep = Deadline(SWEEP_INTERVAL_S)
+            while wait_s := sweep.remaining():
+                if console.has_status:
+                    console.show_status(store.describe_arrivals())
+                    wait_s = common.STATUS_INTERVAL_S
+                elif sys.platform == "win32":
+                    wait_s = 0.5  # which lets Ctrl+C through only in between
+                interrupted.wait(wait_s)
 
 
 def finish_files(server: Server) -> int:
@@ -4147,8 +4158,8 @@ def main(argv: Sequence[str]) -> int:
         raise_open_file_limit()
     mode = "audio" if args.list_devices else args.mode or common.ask_mode()
     if mode == "file":
-        with logging_to_streams(args):
-            return serve_files(args)
+        with logging_to_streams(args) as background:
+            return serve_files(args, background)
     common.quiet_libraries(args.verbose)
     with logging_to_streams(args) as background:
         if args.list_devices:

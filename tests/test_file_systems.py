@@ -1,0 +1,193 @@
+"""File systems that know less than others: each works by a fallback, or fails in one clear line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from support import (
+    MIB,
+    ROOT,
+    Server,
+    contents,
+    linux,
+    make_file,
+    partials,
+    visible,
+)
+
+pytestmark = linux
+
+
+@pytest.fixture(scope="session")
+def faulty_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the library that has calls fail."""
+    library = tmp_path_factory.mktemp("library") / "faulty_disk.so"
+    source = ROOT / "tests" / "faulty_disk.c"
+    command = ["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"]
+    subprocess.run(command, check=True, timeout=60)
+    return library
+
+
+def serve(inbox: Path, library: Path, faults: str, *args: str) -> Server:
+    """Start a server on a file system with these faults."""
+    return Server(inbox, *args, env={"LD_PRELOAD": str(library), "FAULTS": faults})
+
+
+def send_all_sizes(server: Server, tmp_path: Path) -> dict[str, bytes]:
+    """Send files small and large, twice over and in a new form; return what should be there."""
+    sources = [make_file(tmp_path / f"{size}.bin", size) for size in (0, 1000, 3 * MIB)]
+    for word in ("Saved", "Already there"):
+        result = server.send(*sources)
+        assert result.status == 0, result
+        assert result.stdout.count(word) == 3
+    expected = {source.name: source.read_bytes() for source in sources}
+    make_file(sources[1], 1000, seed=2)
+    make_file(sources[2], 3 * MIB, seed=2)
+    result = server.send(*sources)
+    assert result.status == 0, result
+    assert "Saved as 1000 (1).bin" in result.stdout
+    for source in sources[1:]:
+        expected[f"{source.stem} (1).bin"] = source.read_bytes()
+    return expected
+
+
+LINK_FAULTS = [errno.EPERM, errno.EACCES, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS]
+LOCK_FAULTS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
+FAULTS = [
+    f"tmpfile={errno.EOPNOTSUPP}",
+    *(f"link={number}" for number in LINK_FAULTS),
+    *(f"link={number} tmpfile={errno.EISDIR}" for number in LINK_FAULTS[:2]),
+    *(f"flock={number}" for number in LOCK_FAULTS),
+    f"flock={errno.ENOLCK} link={errno.EPERM} tmpfile={errno.EINVAL} free=0",
+]
+
+
+@pytest.mark.parametrize("faults", FAULTS)
+def test_what_a_file_system_lacks_is_done_in_another_way(
+    inbox: Path, tmp_path: Path, faulty_disk: Path, faults: str
+) -> None:
+    with serve(inbox, faulty_disk, faults) as server:
+        expected = send_all_sizes(server, tmp_path)
+        assert server.stderr() == ""
+    assert contents(inbox) == expected
+
+
+def test_without_links_many_clients_with_one_name_lose_nothing(
+    inbox: Path, tmp_path: Path, faulty_disk: Path
+) -> None:
+    sources = [make_file(tmp_path / str(seed) / "same", 1000, seed) for seed in range(8)]
+    with serve(inbox, faulty_disk, f"link={errno.EPERM} tmpfile={errno.EINVAL}") as server:
+        clients = [server.client(source) for source in sources]
+        for client in clients:
+            with client:
+                assert client.wait().status == 0
+    assert sorted(contents(inbox).values()) == sorted(source.read_bytes() for source in sources)
+
+
+def test_a_disk_that_tells_no_free_space_takes_files(
+    inbox: Path, tmp_path: Path, faulty_disk: Path
+) -> None:
+    with serve(inbox, faulty_disk, "free=0") as server:
+        assert server.send(make_file(tmp_path / "file", 3 * MIB)).status == 0
+        assert server.send("-", "--name", "piped", stdin=bytes(3 * MIB)).status == 0
+
+
+def test_a_file_too_large_for_the_file_system_fails_in_one_line_and_leaves_nothing(
+    inbox: Path, tmp_path: Path, faulty_disk: Path
+) -> None:
+    large = make_file(tmp_path / "large", 9 * MIB)
+    small = make_file(tmp_path / "small", 3 * MIB)
+    with serve(inbox, faulty_disk, f"size={4 * MIB}") as server:
+        result = server.send(large, small)
+    assert result.status == 1
+    assert result.error_lines == [f"{large}: at the server: file too large"]
+    assert contents(inbox) == {"small": small.read_bytes()}
+
+
+# --- names ----------------------------------------------------------------------------------
+
+
+def test_names_that_fat_cannot_hold_become_the_nearest_and_both_sides_say_so(
+    inbox: Path, tmp_path: Path, faulty_disk: Path
+) -> None:
+    source = make_file(tmp_path / "Meeting 10:30.txt", 1000)
+    large = make_file(tmp_path / "tree" / 'what "now"?' / "a*b", 3 * MIB)
+    faults = f"names=fat link={errno.EPERM} tmpfile={errno.EOPNOTSUPP}"
+    for _ in range(2):  # of servers, the second of which knows nothing of the first
+        with serve(inbox, faulty_disk, faults) as server:
+            result = server.send(source, tmp_path / "tree")
+            assert result.status == 0, result
+            assert "as Meeting 10_30.txt, SHA-256 matches" in result.stdout
+            server.wait_for_output("Meeting 10_30.txt")
+    assert contents(inbox) == {
+        "Meeting 10_30.txt": source.read_bytes(),
+        "tree/": b"",
+        "tree/what _now__/": b"",
+        "tree/what _now__/a_b": large.read_bytes(),
+    }
+
+
+def test_names_too_long_for_an_encrypted_folder_are_shortened(
+    inbox: Path, tmp_path: Path, faulty_disk: Path
+) -> None:
+    sources = [make_file(tmp_path / f"{'x' * 200}.{size}", size) for size in (1000, 2 * MIB)]
+    with serve(inbox, faulty_disk, "names=short") as server:
+        result = server.send(*sources)
+        assert result.status == 0, result
+    assert sorted(contents(inbox)) == sorted(
+        "x" * (143 - len(source.suffix)) + source.suffix for source in sources
+    )
+    assert partials(inbox) == []
+
+
+# --- a folder to which names can only be added ----------------------------------------------
+
+
+def test_where_names_can_only_be_added_each_file_is_saved_once(
+    inbox: Path, tmp_path: Path, faulty_disk: Path
+) -> None:
+    faults = f"unlink={errno.EPERM} rename={errno.EPERM}"
+    sources = [make_file(tmp_path / f"{size}", size) for size in (1000, 3 * MIB)]
+    with serve(inbox, faulty_disk, faults) as server:
+        assert server.send(*sources).status == 0
+    assert visible(inbox) == sorted(source.name for source in sources)
+    for source in sources:
+        assert (inbox / source.name).read_bytes() == source.read_bytes()
+    assert len(os.listdir(inbox)) <= 3, "beside them the hidden name of the large one"
+
+
+# --- permissions ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1000, 3 * MIB])
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o640, 0o755, 0o700, 0o444, 0o666, 0o777])
+def test_nobody_may_do_here_what_the_source_forbids(
+    server: Server, tmp_path: Path, size: int, mode: int
+) -> None:
+    source = make_file(tmp_path / "tree" / "file", size)
+    source.chmod(mode)
+    source.parent.chmod(0o750)
+    assert server.send(tmp_path / "tree").status == 0
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert (server.folder / "tree" / "file").stat().st_mode & 0o777 == mode & ~umask
+    assert (server.folder / "tree").stat().st_mode & 0o777 == 0o750 & ~umask
+
+
+# --- dates ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("year", [1601, 2300, 9999])
+def test_a_date_that_no_clock_holds_is_set_as_far_as_it_goes(
+    server: Server, tmp_path: Path, year: int
+) -> None:
+    source = make_file(tmp_path / "file", 1000)
+    seconds = (year - 1970) * 31_556_952
+    os.utime(source, ns=(seconds * 10**9, seconds * 10**9))
+    assert server.send(source).status == 0
+    assert (server.folder / "file").stat().st_mtime_ns == source.stat().st_mtime_ns

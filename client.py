@@ -3196,7 +3196,7 @@ def find_speaker(
 DEFAULT_OPUS_KBIT = 96
 # Of a decoder that begins in the middle, what is still wrong (RFC 7845, 4.6: pre-roll).
 OPUS_HEAD = struct.Struct("<8sBBHIhB")  # RFC 7845, 5.1
-OPUS_PREROLL_FRAMES = 8 * common.OPUS_FRAMES
+OPUS_PREROLL_PACKETS = 8
 
 
 def sound_receiver(connection: Connection, sound: Sound) -> Callable[[], common.Heard]:
@@ -3215,7 +3215,7 @@ class OpusDecoder:
     def __init__(self, connection: Connection, audio: AudioFormat) -> None:
         self._connection = connection
         self._audio = audio
-        self._unsettled_frames = OPUS_PREROLL_FRAMES
+        self._unsettled_packets = OPUS_PREROLL_PACKETS
         self._begin()
 
     def _begin(self) -> None:
@@ -3229,22 +3229,28 @@ class OpusDecoder:
         self._decoder.extradata = OPUS_HEAD.pack(b"OpusHead", 1, channels, 0, rate, 0, 0)
 
     def receive(self) -> common.Heard:
-        """Do what `Connection.receive_sound` does; raises ProtocolError where it is not Opus."""
-        received = self._connection.receive_opus(self._audio)
-        return self.decode(received) if isinstance(received, OpusBlock) else received
+        """Do what `Connection.receive_sound` does; raises ProtocolError where it is not Opus.
+
+        The first packets of a decoder that begins in the middle are passed over.
+        """
+        while True:
+            received = self._connection.receive_opus(self._audio)
+            if not isinstance(received, OpusBlock):
+                return received
+            block = self.decode(received)
+            if not self._unsettled_packets:
+                return block
+            self._unsettled_packets -= 1
 
     def decode(self, block: OpusBlock) -> AudioBlock:
-        """Return the same part of the sound as PCM; one without samples while it settles."""
+        """Return the same part of the sound as PCM."""
         if block.skipped:
             self._begin()
-            self._unsettled_frames = 0
+            self._unsettled_packets = 0
         frame_bytes = self._audio.frame_bytes
         samples = self._decode(block.packet)[block.skipped * frame_bytes :]
         if len(samples) < block.frames * frame_bytes:
             raise ProtocolError("received a packet of Opus with too little sound")
-        if self._unsettled_frames > 0:
-            self._unsettled_frames -= block.frames
-            return AudioBlock(block.first_frame + block.frames, block.captured_ns, b"")
         samples = samples[: block.frames * frame_bytes]
         return AudioBlock(block.first_frame, block.captured_ns, samples)
 

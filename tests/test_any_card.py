@@ -1,0 +1,76 @@
+"""Any sound card plays the server's sound: real JACK at 44,100 Hz; and one that cannot at all."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import common
+from common import AudioFormat
+from jack import JackServer
+from simulation import sinad_db
+from sound import MONO, TONE_HZ, Script, make_tone, port_of, read_wav, start_server, write_wav
+from sound_card import VirtualSoundCard
+from waiting import wait_for
+
+CARD = AudioFormat(44_100, 2)
+
+
+@pytest.fixture
+def jack(card: VirtualSoundCard) -> Iterator[dict[str, str]]:
+    """Give the environment of a JACK server that takes 1,024 frames at a time, at 44,100 Hz."""
+    with JackServer(rate=44_100, period=1_024) as server:
+        yield {**server.environment(card.environment), "JACK_NO_START_SERVER": "1"}
+
+
+def playing_ports(environment: dict[str, str]) -> list[str]:
+    """Return the ports that the client plays into."""
+    ports = subprocess.run(
+        ["jack_lsp"], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    return [port for port in ports.stdout.split() if ":out_" in port]
+
+
+def test_jack_plays_mono_on_both_sides_at_its_own_rate(
+    card: VirtualSoundCard, jack: dict[str, str], tmp_path: Path
+) -> None:
+    write_wav(tmp_path / "tone.wav", make_tone(10), MONO)
+    with (
+        start_server(card, "--input", str(tmp_path / "tone.wav")) as sender,
+        Script(
+            "client.py", "--port", port_of(sender), "--output", "system", environment=jack
+        ) as player,
+    ):
+        player.wait_for("Listening")
+        wait_for(lambda: len(playing_ports(jack)) == 2, "the client's ports")
+        heard = tmp_path / "heard.wav"
+        recorder = ["jack_rec", "-f", str(heard), "-d", "3", "-b", "16", *playing_ports(jack)]
+        subprocess.run(recorder, env=jack, check=True, capture_output=True, timeout=60)
+        assert player.interrupt() == common.EXIT_OK
+    audio, samples = read_wav(heard)
+    assert audio == CARD
+    for side in range(2):
+        one = np.frombuffer(samples, "<i2")[side::2].tobytes()
+        # Of the right pitch and whole, but where a busy machine holds it up.
+        assert max(sinad_db(one, AudioFormat(44_100, 1), TONE_HZ)) > 30
+
+
+def test_a_listener_without_a_loudspeaker_still_records(
+    silent_machine: dict[str, str], card: VirtualSoundCard, tmp_path: Path
+) -> None:
+    write_wav(tmp_path / "tone.wav", make_tone(2), MONO)
+    recording = tmp_path / "talk.wav"
+    arguments = ("--record", str(recording), "--seconds", "1")
+    with (
+        start_server(card, "--input", str(tmp_path / "tone.wav")) as sender,
+        Script(
+            "client.py", "--port", port_of(sender), *arguments, environment=silent_machine
+        ) as player,
+    ):
+        assert player.end() == common.EXIT_OK
+        assert "recording without playing" in player.text()
+    assert len(read_wav(recording)[1]) == 2 * MONO.rate

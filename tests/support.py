@@ -49,7 +49,6 @@ __all__ = [
     "UP",
     "Cut",
     "FakeServer",
-    "Link",
     "Process",
     "Program",
     "Proxy",
@@ -67,7 +66,6 @@ __all__ = [
     "wait_for",
 ]
 
-Link = Proxy
 PARTIAL_SUFFIX = ".socketpair-part"
 MIB = 1024 * 1024
 

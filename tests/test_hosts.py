@@ -210,12 +210,12 @@ def test_a_third_machine_without_the_code_sees_nothing(
             assert send(hosts, server, source, *arguments).status == 0
         heard = record.read_bytes()
         assert len(heard) > source.stat().st_size
-        for secret in (source.name.encode(), b"unmistakable text", b"offer", b"hello"):
+        for secret in (source.name.encode(), b"unmistakable text", b"offer", b'"file"'):
             assert (secret in heard) == readable
         assert not any(part in heard for part in (CODE.encode(), CODE.replace("-", "").encode()))
     for guess in ((), ("--open",), ("--code", "KQ7M-2XFD-9WPB")):
         assert send(hosts, far, source, *guess, host=hosts.between).status == 1
-    far.wait_for_output(r"10\.77\.2\.1:\d+: turned away: no pairing code\n")
+    far.wait_for_output(r"10\.77\.2\.1:\d+: was asked for the pairing code\n")
     far.wait_for_output(r"10\.77\.2\.1:\d+: turned away: wrong pairing code\n")
 
 
@@ -323,7 +323,7 @@ def test_a_server_is_found_and_picked_by_its_number(
     ):
         # Of the server's two addresses, each client is shown the one on its own network.
         for host, address in ((hosts.near, "10.77.1.1"), (hosts.far, "10.77.2.1")):
-            listed = rf"file   {re.escape(address)}:{server.port} +pairing code  {machine}\n"
+            listed = rf"file   {re.escape(address)}:{server.port} +pairing code +{machine}\n"
             number = find_until_listed(hosts, listed, host=host)
         answers = f"7\nx\n\n{number}\n{source}\n".encode()
         result = find_until_sent(hosts, "--code", CODE, answers=answers, host=hosts.near)
@@ -350,7 +350,7 @@ def test_find_shows_only_what_was_asked_for(hosts: Hosts, inbox: Path, song: Pat
         ) as singer,
     ):
         port = singer.wait_for_output(r"Broadcasting .*:(\d+) - Ctrl\+C to stop\n")[1]
-        listed = rf"audio  10\.77\.1\.1:{port} +needs --open  \S+\n"
+        listed = rf"audio  10\.77\.1\.1:{port} +needs --open +\S+\n"
         number = find_until_listed(hosts, listed, host=hosts.near)
         assert number == "1"  # the server of files keeps quiet
         result = find(hosts, "file", answers=b"1\n", host=hosts.near)
@@ -389,7 +389,7 @@ def test_names_that_nobody_answers_for_hide_no_server(hosts: Hosts, inbox: Path)
         Server(inbox, "--host", NEXT, "--open", wrapper=hosts.at(hosts.between)) as server,
         Program(command),
     ):
-        listed = rf"file   10\.77\.1\.1:{server.port} +needs --open  "
+        listed = rf"file   10\.77\.1\.1:{server.port} +needs --open "
         assert find_until_listed(hosts, listed, host=hosts.near) == "1"
 
 
@@ -507,7 +507,7 @@ def test_a_third_machine_without_the_code_hears_nothing(
                         result = thief.wait()
                     assert result.status == 1, result
                     assert not frames_in(stolen)
-                server.wait_for_output(r"10\.77\.2\.1:\d+: turned away: no pairing code\n")
+                server.wait_for_output(r"10\.77\.2\.1:\d+: was asked for the pairing code\n")
                 server.wait_for_output(r"10\.77\.2\.1:\d+: turned away: wrong pairing code\n")
         assert frames_in(heard) == SONG_RATE
         samples, wire = heard.read_bytes()[WAV_HEADER_BYTES:], record.read_bytes()

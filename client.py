@@ -1812,8 +1812,9 @@ class SpeedLoop:
     The integral is that difference.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bandwidths_hz: Sequence[tuple[float, float]] = BANDWIDTHS_HZ) -> None:
         self.clock_offset = 0.0
+        self._bandwidths_hz = bandwidths_hz
         self.knows_clocks = False  # whether there was time to find their difference
         self._age_s = 0.0
         self.smooth_error_s = 0.0
@@ -1831,8 +1832,8 @@ class SpeedLoop:
         """
         self._age_s += elapsed_s
         self.knows_clocks |= self._age_s > BANDWIDTHS_HZ[1][0]
-        bandwidth_hz = next(hz for age_s, hz in reversed(BANDWIDTHS_HZ) if self._age_s >= age_s)
-        omega = 2 * math.pi * bandwidth_hz
+        ages_hz = reversed(self._bandwidths_hz)
+        omega = 2 * math.pi * next(hz for age_s, hz in ages_hz if self._age_s >= age_s)
         share = 1 - math.exp(-SMOOTHING * omega * elapsed_s)
         self.smooth_error_s += share * (clamp(error_s, MAX_ERROR_S) - self.smooth_error_s)
         self.clock_offset += omega**2 * self.smooth_error_s * elapsed_s
@@ -2224,6 +2225,13 @@ class Playout:
         """The sound that waits to be played."""
         return max(0, self._tape.end - (self._next if self._playing else self._unplayed))
 
+    def describe(self) -> str:
+        """Return how much sound waits, and of how much where that is fixed."""
+        waiting_ms = self.audio.milliseconds(self.fill_frames)
+        fixed_s = self.fixed_target_s
+        wanted = "" if fixed_s is None else f" of {fixed_s * 1000:g}"
+        return f"buffer {waiting_ms:3.0f}{wanted} ms"
+
     def drain(self) -> None:
         """Play what is left, however little: no more will come."""
         self._draining = True
@@ -2237,7 +2245,7 @@ class Playout:
 
     # writing
 
-    def write(self, samples: bytes, gap_frames: int, now_s: float) -> None:
+    def write(self, samples: bytes, gap_frames: int, now_s: float, captured_s: float = 0.0) -> None:
         """Add `samples`, which came at `now_s`, of which `gap_frames` were missed in between."""
         tape = self._tape
         if not samples:
@@ -2281,11 +2289,14 @@ class Playout:
         there = self._tape.end - self._next
         return self._playing and not self._draining and there < self._frames_for(frames)
 
-    def read(self, frames: int, now_s: float) -> bytes:
-        """Return exactly `frames` to play, which the card wants at `now_s`; silence if need be."""
+    def read(self, frames: int, now_s: float, ahead_s: float = 0.0) -> bytes:
+        """Return exactly `frames` to play, which the card wants at `now_s`; silence if need be.
+
+        The first of them is heard `ahead_s` later.
+        """
         if self._next < self._tape.first and self._playing:  # the card stood still
             self.restart()
-        self._note_read(frames, now_s)
+        self._note_read(frames, now_s, ahead_s)
         if not self._playing:
             self._start(self._frames_for(frames), now_s)
         elif now_s - self._steered_s >= STEERING_INTERVAL_S:
@@ -2294,7 +2305,7 @@ class Playout:
         sound = self._resampler.read(frames)
         return to_samples(sound, self.card.channels)
 
-    def _note_read(self, frames: int, now_s: float) -> None:
+    def _note_read(self, frames: int, now_s: float, _ahead_s: float) -> None:
         self._asked_frames += frames * self._step
         if now_s - self._read_s > STOOD_STILL_S:
             self._reads = EarliestLine(READS_WINDOW_S)
@@ -2342,20 +2353,30 @@ class Playout:
             self._concealment = Concealment(self._tape.between(before, self._next), self.audio.rate)
 
     def _start(self, frames: int, now_s: float) -> None:
-        """Begin to play where the target says, if the next `frames` from there have come."""
+        """Begin to play where it is time to, if the next `frames` from there have come."""
         if self._draining:
             if self._unplayed < self._tape.end:
                 self._play_from(max(self._unplayed, self._tape.first), now_s)
             return
-        if self._start_s is None and self._tape.end > self._unplayed:
+        first, last = max(self._unplayed, self._tape.first), self._tape.end - frames
+        if first <= last and self._is_time_to_start(now_s):
+            place = self._next + round(self._find_error_s() * self.audio.rate)
+            if first <= place <= last:
+                self.statistics.late_frames += place - self._unplayed
+                self._play_from(place, now_s)
+
+    def _is_time_to_start(self, now_s: float) -> bool:
+        """Return whether it is known how much to keep; that is the target then."""
+        if self._start_s is None:
             self._start_s = now_s + WATCHING_S
-        if self._start_s is None or now_s < self._start_s:
-            return
+        if now_s < self._start_s:
+            return False
         self.target_s = self._wanted_target_s()
-        place = self._next + round((self.lead_s - self.target_s) * self.audio.rate)
-        if max(self._unplayed, self._tape.first) <= place <= self._tape.end - frames:
-            self.statistics.late_frames += place - self._unplayed
-            self._play_from(place, now_s)
+        return True
+
+    def _find_error_s(self) -> float:
+        """Return by how much sound is played too late."""
+        return self.lead_s - self.target_s
 
     def _wanted_target_s(self) -> float:
         if self.fixed_target_s is not None:
@@ -2384,14 +2405,17 @@ class Playout:
         """Hold the lead at the target, and the target at what is needed."""
         elapsed_s, self._steered_s = now_s - self._steered_s, now_s
         self._adapt(now_s, elapsed_s)
-        error_s = self.lead_s - self.target_s
+        error_s = self._find_error_s()
         if abs(error_s) > JUMP_S or abs(error_s - self._error_s) > STEP_S:
             error_s = self._jump_to_target(error_s)
         elif abs(self.loop.smooth_error_s) > LOCKED_S:
             self.loop.restart()
         self._error_s = error_s
-        self.speed = self.loop.advance(error_s, elapsed_s) - self._gliding
-        self._reads.slope = 1 - self.speed
+        self._play_at(self.loop.advance(error_s, elapsed_s) - self._gliding)
+
+    def _play_at(self, speed: float) -> None:
+        self.speed = speed
+        self._reads.slope = 1 - speed
 
     def _jump_to_target(self, error_s: float) -> float:
         """Leave out an error that no clock has made, say by a card that lost time.
@@ -2605,6 +2629,180 @@ class ServerClock:
         )
 
 
+# --- sound: in step -----------------------------------------------------------------------
+
+MAX_DELAY_MS = 2_000
+NEED_WINDOWS = 10  # of a second each, over which the network's need is looked at
+# What PortAudio tells of a sound card is no time if it is beyond this.
+LONGEST_AHEAD_S = 3.0
+UNTOLD_S = 2.0  # it may be silent for a moment after it has started, or run dry
+# What is off by more is put right by silence; by less, by one jump.
+FAR_OFF_S = 0.1
+OUT_OF_STEP_S = 0.001
+# The first sound is placed exactly, and the lines are smooth: the loop need not be quick.
+IN_STEP_BANDWIDTHS_HZ = ((0.0, 0.05), (20.0, 0.02))
+NEED_GROWTH = 1.2  # by so much more is needed before it is said again
+
+
+class Sync(NamedTuple):
+    """What a server with --sync has its listeners do: play each sample frame `after_s` after its
+    capture, by its `clock`.
+    """
+
+    clock: ServerClock
+    after_s: float
+
+
+class InStep:
+    """How late this loudspeaker is against when `sync` has all listeners play.
+
+    Three lines meet here: when the server captured a sample frame, by its clock; what that clock
+    shows by this machine's; and when a sample frame of the sound card leaves the loudspeaker.
+    Sample frames of the server are counted as the player counts them. `delay_s` is how much later
+    than all others this one is to play.
+
+    Plain logic: no thread, no clock, no device, and no lock, which the caller has to hold.
+    """
+
+    def __init__(
+        self, sync: Sync, audio: AudioFormat, card_rate: int, delay_s: float = 0.0
+    ) -> None:
+        self._delay_s = delay_s
+        self._rate = audio.rate
+        self._card_rate = card_rate
+        self._leaving = common.TimeLine(card_rate)
+        self._card_frames = 0
+        self._ahead_s = self._block_s = 0.0
+        self._untold_s = 0.0  # for how long the card has not told when it plays
+        self.begin(sync)
+
+    def begin(self, sync: Sync) -> None:
+        """Begin with another connection, whose server may be another one."""
+        self.after_s = sync.after_s + self._delay_s
+        self._clock = sync.clock
+        self._captured_frame, self._captured_s = 0, 0.0
+        self._worst_ages_s: deque[float] = deque(maxlen=NEED_WINDOWS)
+        self._window_end_s = -math.inf
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `late_s` means anything: the server's clock and some of its sound are known."""
+        return self._clock.is_known and self._captured_frame > 0
+
+    @property
+    def is_card_silent(self) -> bool:
+        """Whether the sound card does not tell when it plays."""
+        return self._untold_s > UNTOLD_S
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether `late_s` is to be acted upon: nothing looks as if it were about to step."""
+        return self.is_ready and not self._leaving.is_off
+
+    def forget_card(self) -> None:
+        """Begin a new line of what leaves the loudspeaker."""
+        self._leaving = common.TimeLine(self._card_rate)
+
+    def note_block(self, frames: int, end_frame: int, captured_s: float, now_s: float) -> None:
+        """Note that `frames` of sound came at `now_s`, of which the last is before `end_frame`.
+
+        That one was captured at `captured_s` by the server's clock.
+        """
+        self._captured_frame, self._captured_s = end_frame, captured_s
+        age_s = now_s + self._clock.offset_at(now_s) - (captured_s - frames / self._rate)
+        if self._clock.is_known:
+            self._note_age(age_s, now_s)
+
+    def _note_age(self, age_s: float, now_s: float) -> None:
+        if now_s > self._window_end_s:
+            self._window_end_s = now_s + 1.0
+            self._worst_ages_s.append(age_s)
+        self._worst_ages_s[-1] = max(self._worst_ages_s[-1], age_s)
+
+    def note_read(self, card_frames: int, now_s: float, ahead_s: float) -> None:
+        """Note that the sound card took so many sample frames at `now_s`.
+
+        The first of them leaves the loudspeaker `ahead_s` later.
+        """
+        if 0 < ahead_s < LONGEST_AHEAD_S:
+            self._ahead_s, self._untold_s = ahead_s, 0.0
+        self._untold_s += card_frames / self._card_rate
+        self._leaving.see(self._card_frames, now_s + self._ahead_s)
+        self._card_frames += card_frames
+        self._block_s = card_frames / self._card_rate
+
+    def late_s(self, frame: float) -> float:
+        """Return how late `frame` leaves if the sound card's next sample frame plays it."""
+        leaving_s = self._leaving.at(self._card_frames)
+        due_s = self._captured_s + (frame - self._captured_frame) / self._rate + self.after_s
+        return leaving_s + self._clock.offset_at(leaving_s) - due_s
+
+    @property
+    def needed_s(self) -> float:
+        """How long after its capture a sample frame can be played on this network and card."""
+        return max(self._worst_ages_s, default=0.0) + self._ahead_s + self._block_s
+
+
+class SyncedPlayout(Playout):
+    """Plays each sample frame when it is due by `step`, and so together with all other listeners.
+
+    What is not due yet waits in silence, what has not come by then is a dropout: there is no
+    reserve but the time that the server gives to all.
+    """
+
+    def __init__(self, audio: AudioFormat, card: AudioFormat, step: InStep) -> None:
+        super().__init__(audio, card)
+        self.loop = SpeedLoop(IN_STEP_BANDWIDTHS_HZ)
+        self.step = step
+
+    def write(self, samples: bytes, gap_frames: int, now_s: float, captured_s: float = 0.0) -> None:
+        """Add `samples`, the last of which was captured at `captured_s` by the server's clock."""
+        super().write(samples, gap_frames, now_s)
+        if samples:
+            frames = self.audio.frames_of(samples)
+            self.step.note_block(frames, self._tape.end, captured_s, now_s)
+
+    def restart(self) -> None:
+        """Go on with a sound card that was away, or stood still for long."""
+        super().restart()
+        self.step.forget_card()
+
+    def describe(self) -> str:
+        """Return how far off this player believes to be, and how much of the time it needs."""
+        needed = f"needs {self.step.needed_s * 1000:.0f} of {self.step.after_s * 1000:.0f} ms"
+        if not (self._playing and self.step.is_ready):
+            return f"not in step yet  {needed}"
+        return f"{self._find_error_s() * 1000:+.2f} ms off  {needed}"
+
+    def _note_read(self, frames: int, now_s: float, ahead_s: float) -> None:
+        super()._note_read(frames, now_s, ahead_s)
+        self.step.note_read(frames, now_s, ahead_s)
+
+    def _is_time_to_start(self, now_s: float) -> bool:
+        return self.step.is_ready
+
+    def _find_error_s(self) -> float:
+        return self.step.late_s(self._asked_frames)
+
+    def _steer(self, now_s: float) -> None:
+        """Be neither late nor early; where it is by far, wait in silence for what is due."""
+        elapsed_s, self._steered_s = now_s - self._steered_s, now_s
+        if not self.step.is_sure:
+            return
+        error_s = self._find_error_s()
+        if abs(error_s) > FAR_OFF_S:
+            self._stop()
+            return
+        if abs(error_s) > OUT_OF_STEP_S:
+            error_s -= self._jump(error_s)
+            self.loop.smooth_error_s = 0.0
+        self._play_at(self.loop.advance(error_s, elapsed_s))
+
+    def _aligned(self, place: int, old: Floats) -> int:
+        """Return `place`: here it counts when, not how smoothly."""
+        return max(self._tape.first, place)
+
+
 # --- sound: outputs -------------------------------------------------------------------------
 
 STDOUT = "-"
@@ -2619,7 +2817,7 @@ class ReaderGone(SocketPairError):
 class Destination(Protocol):
     """Where the user wants the sound; found to be there before a server is."""
 
-    def open(self, audio: AudioFormat) -> Output:
+    def open(self, audio: AudioFormat, sync: Sync | None, /) -> Output:
         """Return what takes sound of this format; raises SocketPairError where it cannot be had.
 
         Blocks while it is opened. The output before it has been closed.
@@ -2632,8 +2830,14 @@ class Destination(Protocol):
 class Output(Protocol):
     """Takes received sound of one format."""
 
-    def write(self, samples: bytes, gap_frames: int) -> None:
-        """Take `samples`, before which `gap_frames` were missed."""
+    def write(self, samples: bytes, gap_frames: int, captured_s: float, /) -> None:
+        """Take `samples`, before which `gap_frames` were missed.
+
+        The last of them was captured at `captured_s` by the server's clock.
+        """
+
+    def resume(self, sync: Sync | None, /) -> None:
+        """Go on with the sound of another connection, perhaps of a server started anew."""
 
     def drain(self) -> None:
         """Let everything taken come out, at its own speed; blocks until it has."""
@@ -2652,27 +2856,39 @@ class Speaker:
     """A sound card, as a destination.
 
     The constructor loads what converts the sound and finds the card, which takes a while; it
-    raises AudioUnavailable where there is no such loudspeaker.
+    raises AudioUnavailable where there is no such loudspeaker. `delay_ms` is how much later than
+    all other listeners it plays, where they play in step.
     """
 
-    def __init__(self, wanted: str | None, latency_ms: float | None, console: Console) -> None:
+    def __init__(
+        self, wanted: str | None, latency_ms: float | None, delay_ms: float, console: Console
+    ) -> None:
         load_converters()
-        self._latency_ms = latency_ms
+        self._latency_s = None if latency_ms is None else latency_ms / 1000
+        self._delay_s = delay_ms / 1000
+        self._console = console
         self._card = SoundCard(common.SPEAKER, wanted, console.complain)
 
-    def open(self, audio: AudioFormat) -> SpeakerOutput:
+    def open(self, audio: AudioFormat, sync: Sync | None) -> SpeakerOutput:
         """Open the card at the sound's own rate, or at its own where it does not do that."""
         own = self._card.own_format
         try:
-            return self._open_as(AudioFormat(audio.rate, own.channels), audio)
+            return self._open_as(AudioFormat(audio.rate, own.channels), audio, sync)
         except AudioUnavailable:
             if own.rate == audio.rate:
                 raise
-            return self._open_as(own, audio)
+            return self._open_as(own, audio, sync)
 
-    def _open_as(self, card_format: AudioFormat, audio: AudioFormat) -> SpeakerOutput:
-        latency_s = None if self._latency_ms is None else self._latency_ms / 1000
-        return SpeakerOutput(self._card, Playout(audio, card_format, latency_s))
+    def _open_as(
+        self, card_format: AudioFormat, audio: AudioFormat, sync: Sync | None
+    ) -> SpeakerOutput:
+        def make_playout(sync: Sync | None) -> Playout:
+            if sync is None:
+                return Playout(audio, card_format, self._latency_s)
+            step = InStep(sync, audio, card_format.rate, self._delay_s)
+            return SyncedPlayout(audio, card_format, step)
+
+        return SpeakerOutput(self._card, make_playout, sync, self._console)
 
     def close(self) -> None:
         """Close the card."""
@@ -2682,13 +2898,21 @@ class Speaker:
 class SpeakerOutput:
     """Plays through a sound card; PortAudio asks for each block when it needs it."""
 
-    def __init__(self, card: SoundCard, playout: Playout) -> None:
+    def __init__(
+        self,
+        card: SoundCard,
+        make_playout: Callable[[Sync | None], Playout],
+        sync: Sync | None,
+        console: Console,
+    ) -> None:
         self._card = card
-        self._playout = playout
-        self._exchanged = threading.Condition()  # guards it, and tells of what was written
-        card.open(playout.card, self._exchange, self._return)
+        self._make_playout = make_playout
+        self._playout = make_playout(sync)
+        self._advice = StepAdvice(console)
+        self._exchanged = threading.Condition()  # guards the playout, and tells of what was written
+        card.open(self._playout.card, self._exchange, self._return)
 
-    def _exchange(self, _samples: bytes | None, frames: int, _ahead_s: float) -> bytes:
+    def _exchange(self, _samples: bytes | None, frames: int, ahead_s: float) -> bytes:
         """Return the next `frames`; PortAudio's thread calls this.
 
         Where they are not there, it waits a moment: what holds up all of the machine has the
@@ -2698,19 +2922,29 @@ class SpeakerOutput:
         now_s = time.monotonic()
         with self._exchanged:
             self._exchanged.wait_for(lambda: not self._playout.lacks(frames), PATIENCE_S)
-            return self._playout.read(frames, now_s)
+            return self._playout.read(frames, now_s, ahead_s)
 
     def _return(self, _lost_s: float) -> None:
         """Begin anew with a card that is back; PortAudio's thread calls this."""
         with self._exchanged:
             self._playout.restart()
 
-    def write(self, samples: bytes, gap_frames: int) -> None:
+    def resume(self, sync: Sync | None) -> None:
+        """Go on with another connection's sound, in step if its server says so."""
+        with self._exchanged:
+            if sync is not None and isinstance(self._playout, SyncedPlayout):
+                self._playout.step.begin(sync)
+            elif sync is not None or isinstance(self._playout, SyncedPlayout):
+                self._playout = self._make_playout(sync)
+
+    def write(self, samples: bytes, gap_frames: int, captured_s: float) -> None:
         """Hand over to be played."""
         now_s = time.monotonic()
         with self._exchanged:
-            self._playout.write(samples, gap_frames, now_s)
+            self._playout.write(samples, gap_frames, now_s, captured_s)
             self._exchanged.notify()
+        if isinstance(self._playout, SyncedPlayout):
+            self._advice.give(self._playout, now_s)
 
     def drain(self) -> None:
         """Play what is left, down to the last sample in the sound card's own buffer."""
@@ -2725,20 +2959,47 @@ class SpeakerOutput:
         self._card.close()
 
     def status(self) -> str:
-        """Return how much sound waits, of how much ``--latency`` wants, and the dropouts so far."""
-        playout = self._playout
-        waiting_ms = playout.audio.milliseconds(playout.fill_frames)
-        fixed_s = playout.fixed_target_s
-        wanted = "" if fixed_s is None else f" of {fixed_s * 1000:g}"
-        dropouts = count(playout.statistics.dropouts, "dropout")
-        return f"buffer {waiting_ms:3.0f}{wanted} ms  {dropouts}"
+        """Return how the playing goes, and the dropouts so far."""
+        return f"{self._playout.describe()}  {self._count_dropouts()}"
 
     def summary(self) -> str:
         """Return the dropouts so far, and how far the server's clock is from the sound card's."""
-        parts = [count(self._playout.statistics.dropouts, "dropout")]
+        parts = [self._count_dropouts()]
         if self._playout.loop.knows_clocks:
             parts.append(f"the server's clock {self._playout.loop.clock_offset * 1e6:+.0f} ppm")
         return ", ".join(parts)
+
+    def _count_dropouts(self) -> str:
+        return count(self._playout.statistics.dropouts, "dropout")
+
+
+class StepAdvice:
+    """Tells the user once what keeps this player from being in step with all others."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._told_s = 0.0
+        self._has_told_of_card = False
+        self._dropouts = 0
+
+    def give(self, playout: SyncedPlayout, now_s: float) -> None:
+        """Tell what is new since the last call, at `now_s`."""
+        step, dropouts = playout.step, playout.statistics.dropouts
+        if step.is_card_silent and not self._has_told_of_card:
+            self._has_told_of_card = True
+            self._console.complain(
+                "the sound card does not tell when it plays: its delay is taken as constant, "
+                "and --delay MS can make up for it"
+            )
+        needed_s = step.needed_s
+        if dropouts > self._dropouts and needed_s > max(step.after_s, NEED_GROWTH * self._told_s):
+            self._told_s = needed_s
+            self._console.complain(
+                f"this player cannot keep {step.after_s * 1000:.0f} ms, as its network and sound "
+                f"card need {needed_s * 1000:.0f}: --sync {math.ceil(needed_s * 100) * 10} on the "
+                "server would do"
+            )
+        self._dropouts = dropouts
 
 
 def load_converters() -> None:
@@ -2821,7 +3082,7 @@ class RecordingOutput:
         self._thread = threading.Thread(target=self._run, name="recording", daemon=True)
         self._thread.start()
 
-    def write(self, samples: bytes, gap_frames: int) -> None:
+    def write(self, samples: bytes, gap_frames: int, _captured_s: float = 0.0, /) -> None:
         """Queue `samples`; blocks while too much waits. Raises what writing earlier ones did."""
         if self._error:
             raise self._error
@@ -2829,6 +3090,9 @@ class RecordingOutput:
             self._waiting_bytes -= self._written.get()
         self._blocks.put((samples, gap_frames))
         self._waiting_bytes += len(samples)
+
+    def resume(self, _sync: Sync | None, /) -> None:
+        """Nothing to do: what was missed meanwhile comes as a gap."""
 
     def _run(self) -> None:
         while (block := self._blocks.get()) is not None:
@@ -2888,7 +3152,7 @@ class RecordingFiles:
         if not os.path.isdir(os.path.dirname(self._path) or "."):
             raise SocketPairError(f"cannot record into {escape(path)}: there is no such folder")
 
-    def open(self, audio: AudioFormat) -> RecordingOutput:
+    def open(self, audio: AudioFormat, _sync: Sync | None = None, /) -> RecordingOutput:
         """Return an output into the next file."""
         return RecordingOutput(self._writer(self.create, audio), audio, self._missed)
 
@@ -3113,7 +3377,7 @@ class Pipe:
         self._missed = Missed()
         self._has_sound = False
 
-    def open(self, audio: AudioFormat) -> RecordingOutput:
+    def open(self, audio: AudioFormat, _sync: Sync | None = None, /) -> RecordingOutput:
         """Return the output, the one and only: nothing in a pipe would tell of another format."""
         if self._has_sound:
             raise SocketPairError(
@@ -3161,7 +3425,10 @@ def write_all(file: Any, data: bytes) -> None:
 
 
 def find_destinations(
-    output: str | None, record: str | None, latency_ms: float | None, console: Console
+    output: str | None,
+    record: str | None,
+    find_card: Callable[[str | None], Speaker],
+    console: Console,
 ) -> Iterator[Destination]:
     """Give where ``--output`` and ``--record`` want the sound.
 
@@ -3174,17 +3441,17 @@ def find_destinations(
     elif output is not None and output.lower().endswith((*WRITERS, *OTHER_ENDINGS)):
         yield RecordingFiles(output, console)
     else:
-        yield from find_speaker(output, latency_ms, console, is_needed=record is None)
+        yield from find_speaker(lambda: find_card(output), console, is_needed=record is None)
     if record is not None:
         yield RecordingFiles(record, console)
 
 
 def find_speaker(
-    wanted: str | None, latency_ms: float | None, console: Console, *, is_needed: bool
+    find_card: Callable[[], Speaker], console: Console, *, is_needed: bool
 ) -> Iterator[Speaker]:
     """Give a loudspeaker; none where it is not needed, after a line that says why."""
     try:
-        yield Speaker(wanted, latency_ms, console)
+        yield find_card()
     except AudioUnavailable as error:
         if is_needed:
             raise
@@ -3373,39 +3640,44 @@ class Listening:
             raise ProtocolError(f"{connection.peer} does not send the sound as it was asked to")
         receive = sound_receiver(connection, welcome.sound)
         clock = ServerClock()
+        sync = None if sync_ms is None else Sync(clock, sync_ms / 1000)
         self._timeline.begin(stream)
         if self._audio is None:
             self._deadline = Deadline(self._seconds)  # however long all that took
-        self._open_outputs(audio)
+        self._open_outputs(audio, sync)
         self._problem_told = False
         what = audio.describe() + (f", Opus at {opus_kbit} kbit/s" if opus_kbit else "")
+        what += "" if sync_ms is None else f", in step {sync_ms} ms after the microphone"
         self._console.say(f"Listening to {connection.peer}, {what} - Ctrl+C to stop")
         while not self._is_enough(audio):
-            if sync_ms is not None and clock.wants_request(time.monotonic()):
+            if sync is not None and clock.wants_request(time.monotonic()):
                 connection.send(TimeRequest(time.monotonic_ns()))
             received = receive()
             if isinstance(received, TimeReply):
                 clock.take(to_exchange(received, time.monotonic_ns()))
-                continue
-            if isinstance(received, StreamEnd):
+            elif isinstance(received, StreamEnd):
                 self._console.say(f"The sound has ended: {received.reason}")
                 return
-            self._pass_on(received, audio)
+            else:
+                self._pass_on(received, audio)
 
-    def _open_outputs(self, audio: AudioFormat) -> None:
+    def _open_outputs(self, audio: AudioFormat, sync: Sync | None) -> None:
         """Have outputs for this format; those for another are closed first."""
-        if audio != self._audio:
+        if audio == self._audio:
             for output in self.outputs:
-                output.close()
-            self.outputs = []
-            self._audio = audio
-            for destination in self._destinations:
-                self._open_output(destination, audio)
+                output.resume(sync)
+            return
+        for output in self.outputs:
+            output.close()
+        self.outputs = []
+        self._audio = audio
+        for destination in self._destinations:
+            self._open_output(destination, audio, sync)
 
-    def _open_output(self, destination: Destination, audio: AudioFormat) -> None:
+    def _open_output(self, destination: Destination, audio: AudioFormat, sync: Sync | None) -> None:
         """Have an output for this format; a recording goes on without a loudspeaker."""
         try:
-            self.outputs.append(destination.open(audio))
+            self.outputs.append(destination.open(audio, sync))
         except AudioUnavailable as error:
             if len(self._destinations) == 1:
                 raise
@@ -3427,7 +3699,7 @@ class Listening:
         samples = block.samples[: (wanted_frames - gap_frames) * audio.frame_bytes]
         self.heard_s += (gap_frames + audio.frames_of(samples)) / audio.rate
         for output in self.outputs:
-            output.write(samples, gap_frames)
+            output.write(samples, gap_frames, block.captured_ns / 1e9)
         self._latest_samples = samples
         self._meter.hear(samples)
 
@@ -3453,6 +3725,7 @@ def start_audio_client(  # noqa: PLR0913 - the command line's options
     output: str | None = None,
     record: str | None = None,
     latency_ms: float | None = None,
+    delay_ms: float = 0.0,
     opus_kbit: int | None = None,
     seconds: float | None = None,
     quiet: bool = False,
@@ -3469,7 +3742,10 @@ def start_audio_client(  # noqa: PLR0913 - the command line's options
         with contextlib.suppress(ReaderGone), closing_all(listening, destinations):
             if opus_kbit is not None:
                 check_av("--opus")
-            destinations += find_destinations(output, record, latency_ms, console)
+            find_card = functools.partial(
+                Speaker, latency_ms=latency_ms, delay_ms=delay_ms, console=console
+            )
+            destinations += find_destinations(output, record, find_card, console)
             threading.Thread(target=listening.show_status, name="status", daemon=True).start()
             listen_until_stopped(listening)
     except SocketPairError as error:
@@ -3525,7 +3801,7 @@ EXAMPLES = """examples:
 
 MODE_OPTIONS = {
     "file": ["name", "retry"],
-    "audio": ["output", "record", "latency", "opus", "seconds", "list_devices"],
+    "audio": ["output", "record", "latency", "delay", "opus", "seconds", "list_devices"],
 }
 
 
@@ -3556,6 +3832,14 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KBIT/S",
         help=f"have it sent as Opus, an eighth of the data ({DEFAULT_OPUS_KBIT}; {opus[0]} to "
         f"{opus[-1]})",
+    )
+    sound.add_argument(
+        "--delay",
+        type=common.number(float, -MAX_DELAY_MS, MAX_DELAY_MS),
+        default=0.0,
+        metavar="MS",
+        help="where the server has all play in step (--sync): play so much later, or earlier if "
+        "negative (%(default)g)",
     )
     sound.add_argument(
         "--seconds",
@@ -3707,6 +3991,7 @@ def listen(args: argparse.Namespace) -> int:
         output=args.output,
         record=args.record,
         latency_ms=args.latency,
+        delay_ms=args.delay,
         opus_kbit=args.opus,
         seconds=args.seconds,
         quiet=args.quiet,

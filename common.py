@@ -1854,9 +1854,10 @@ class Connection(ByteStream):
 LINE_BANDWIDTH_HZ = 0.02
 LINE_START_BANDWIDTH_HZ = 1.0
 LINE_SETTLING = 0.5  # of the time since the start: bandwidth x time
+LINE_PHASE_S = 1.0  # after so long the speed is followed, too
 # What is off by more for so long is a step in the sound (an xrun, a suspended machine), no jitter.
 LINE_STEP_S = 0.004
-LINE_STEP_PATIENCE_S = 0.5
+LINE_STEP_PATIENCE_S = 0.25
 
 
 class TimeLine:
@@ -1868,16 +1869,17 @@ class TimeLine:
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
-        self.has_stepped = False  # with the latest sighting: it begins anew there
-        self._begin(0, 0.0)
-        self._is_empty = True
+        self._period_s = 1 / rate
+        self._frame = 0
+        self._time_s = -math.inf
+        self._age_s = 0.0  # since it has stepped
+        self._off_s = 0.0  # for how long sightings have been off
+        self.has_stepped = False  # with the latest sighting
 
-    def _begin(self, frame: int, time_s: float) -> None:
-        self._frame, self._time_s = frame, time_s
-        self._period_s = 1 / self._rate
-        self._age_s = 0.0
-        self._off_s = 0.0
-        self._is_empty = False
+    @property
+    def is_off(self) -> bool:
+        """Whether the latest sighting was off by too much: a step, if it stays so."""
+        return self._off_s > 0
 
     def see(self, frame: int, time_s: float) -> float:
         """Note that `frame` was seen to pass at `time_s`; return when it does by the line.
@@ -1886,26 +1888,23 @@ class TimeLine:
         """
         frames = frame - self._frame
         span_s = frames / self._rate
-        expected_s = self._time_s + frames * self._period_s
-        error_s = time_s - expected_s
+        self._frame, self._time_s = frame, self._time_s + frames * self._period_s
+        error_s = time_s - self._time_s
         self._off_s = self._off_s + span_s if abs(error_s) > LINE_STEP_S else 0.0
-        self.has_stepped = self._is_empty or self._off_s > LINE_STEP_PATIENCE_S
+        self.has_stepped = self._off_s > LINE_STEP_PATIENCE_S or error_s == math.inf
         if self.has_stepped:
-            self._begin(frame, time_s)
-            return time_s
-        self._age_s += span_s
-        self._frame, self._time_s = frame, expected_s
-        if frames and not self._off_s:
+            self._time_s, self._age_s, self._off_s = time_s, 0.0, 0.0
+        elif frames and not self._off_s:
+            self._age_s += span_s
             self._correct(error_s, frames, span_s)
         return self._time_s
 
     def _correct(self, error_s: float, frames: int, span_s: float) -> None:
-        bandwidth_hz = max(
-            LINE_BANDWIDTH_HZ, min(LINE_START_BANDWIDTH_HZ, LINE_SETTLING / self._age_s)
-        )
-        omega = min(1.0, 2 * math.pi * bandwidth_hz * span_s)
+        bandwidth_hz = min(LINE_START_BANDWIDTH_HZ, LINE_SETTLING / self._age_s)
+        omega = min(1.0, 2 * math.pi * max(LINE_BANDWIDTH_HZ, bandwidth_hz) * span_s)
         self._time_s += math.sqrt(2) * omega * error_s
-        self._period_s += omega * omega * error_s / frames
+        if self._age_s > LINE_PHASE_S:  # the step may have been to a sighting that was late
+            self._period_s += omega * omega * error_s / frames
 
     def at(self, frame: float) -> float:
         """Return when `frame` passes by the line, as of the latest sighting."""

@@ -26,7 +26,11 @@ SPEAKER_MONITOR = "speaker.monitor"
 MICROPHONE_FEED = "micfeed"
 MICROPHONE_MONITOR = "micfeed.monitor"
 
-RAW_FORMAT = ("--raw", f"--rate={RATE}", "--channels=1", "--format=s16le")
+
+def raw_format(channels: int = 1) -> tuple[str, ...]:
+    """Return the options of parec and pacat for 16-bit sound at ``RATE``."""
+    return ("--raw", f"--rate={RATE}", f"--channels={channels}", "--format=s16le")
+
 
 START_LIMIT_S = 30.0
 STOP_LIMIT_S = 10.0
@@ -54,18 +58,21 @@ def stop_process(process: subprocess.Popen[bytes]) -> None:
 
 
 class Recording:
-    """What a monitor hears, mono 16-bit at ``RATE``, with the time at which each frame came.
+    """What a monitor hears, 16-bit at ``RATE``, with the time at which each frame came.
 
     Chunks come some milliseconds late, never early, so the earliest of them, counted back to
     the first frame, gives the moment of the first frame; two recordings of one run are
     aligned by it to well under a millisecond.
     """
 
-    def __init__(self, source: str, environment: Mapping[str, str], latency_ms: int = 5) -> None:
+    def __init__(
+        self, source: str, environment: Mapping[str, str], latency_ms: int = 5, channels: int = 1
+    ) -> None:
+        self._frame_bytes = 2 * channels
         self._samples = bytearray()
         self._start_s = float("inf")
         self._process = subprocess.Popen(
-            ["parec", "-d", source, f"--latency-msec={latency_ms}", *RAW_FORMAT],
+            ["parec", "-d", source, f"--latency-msec={latency_ms}", *raw_format(channels)],
             stdout=subprocess.PIPE,
             env=dict(environment),
         )
@@ -77,7 +84,7 @@ class Recording:
         descriptor = self._process.stdout.fileno()
         while chunk := os.read(descriptor, 65536):
             self._samples += chunk
-            began_s = time.monotonic() - len(self._samples) / 2 / RATE
+            began_s = time.monotonic() - len(self._samples) / self._frame_bytes / RATE
             self._start_s = min(self._start_s, began_s)
 
     def __enter__(self) -> Recording:
@@ -100,7 +107,7 @@ class Recording:
 
     def tail(self, seconds: float) -> bytes:
         """Return the last `seconds` heard so far."""
-        return bytes(self._samples[-int(seconds * RATE) * 2 :])
+        return bytes(self._samples[-int(seconds * RATE) * self._frame_bytes :])
 
 
 class VirtualSoundCard:
@@ -201,7 +208,7 @@ class VirtualSoundCard:
         """Start to play a raw file, as ``play``."""
         with source.open("rb") as file:
             return subprocess.Popen(
-                ["pacat", "-d", MICROPHONE_FEED, "--latency-msec=50", *RAW_FORMAT],
+                ["pacat", "-d", MICROPHONE_FEED, "--latency-msec=50", *raw_format()],
                 stdin=file,
                 env=self.environment,
             )
@@ -209,3 +216,21 @@ class VirtualSoundCard:
     def record(self, source: str = SPEAKER_MONITOR) -> Recording:
         """Return a recording of `source`, to be used in a ``with`` block."""
         return Recording(source, self.environment)
+
+
+class StereoCard(VirtualSoundCard):
+    """A virtual sound card whose loudspeaker's sides are sinks of their own."""
+
+    def plug_in(self) -> None:
+        """Start the card; blocks until it can be used."""
+        super().plug_in()
+        for side in ("left", "right"):
+            self.pactl(
+                "load-module", "module-remap-sink", f"sink_name={side}", "master=speaker",
+                "channels=1", "channel_map=mono", f"master_channel_map=front-{side}", "remix=no",
+            )  # fmt: skip
+        self.pactl("load-module", "module-null-sink", "sink_name=others", f"rate={RATE}")
+
+    def on(self, sink: str) -> dict[str, str]:
+        """Return the environment of a program that plays into `sink`."""
+        return {**self.environment, "PULSE_SINK": sink}

@@ -152,8 +152,8 @@ def test_a_wav_that_is_full_is_followed_by_another(
 
 def test_a_gap_becomes_silence_of_its_length(tmp_path: Path) -> None:
     output = client.RecordingFiles(str(tmp_path / "gap.wav"), common.Console(quiet=True)).open(MONO)
-    output.write(b"\1\1" * 10, gap_frames=0)
-    output.write(b"\2\2" * 10, gap_frames=60_000)
+    output.write(b"\1\1" * 10, 0)
+    output.write(b"\2\2" * 10, 60_000)
     output.close()
     assert read_wav(tmp_path / "gap.wav")[1] == b"\1\1" * 10 + bytes(120_000) + b"\2\2" * 10
     assert output.status() == "missed 1250 ms"

@@ -1,0 +1,122 @@
+"""A player knows how late it plays against all others, whatever the clocks and the card do.
+
+Plain logic with made-up clocks: no socket, no sound card, no real time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client import BURST_REQUESTS, InStep, ServerClock, Sync, TimeExchange
+from common import AudioFormat, TimeLine
+
+SERVER = AudioFormat(48_000, 1)
+AFTER_S = 0.08
+
+
+def drifting(offset_s: float, ppm: float) -> Callable[[float], float]:
+    """Return a clock that shows `offset_s` in the beginning, and runs fast by `ppm`."""
+    return lambda true_s: offset_s + true_s * (1 + ppm / 1e6)
+
+
+class Player:
+    """A player that takes 5 ms at once, `late_s` later than it is to, in made-up time.
+
+    True time is the server's sound card's. The server's clock and the player's have an offset and
+    a drift against it.
+    """
+
+    def __init__(
+        self, server_ppm: float, player_ppm: float, card: AudioFormat, late_s: float, seed: int
+    ) -> None:
+        self._chance = random.Random(seed)
+        self._server = drifting(500.0, server_ppm)
+        self._own = drifting(7.0, player_ppm)
+        self._clock = ServerClock()
+        self._line = TimeLine(SERVER.rate)
+        self._late_s = late_s
+        self.step = InStep(Sync(self._clock, AFTER_S), SERVER, card.rate)
+        self._block_frames = card.frames_in(5)
+        self._block_s = self._block_frames / card.rate
+
+    def run(self, seconds: float) -> float:
+        """Let time go by; return how late the player believes to be at its end."""
+        due_s = late_s = 0.0
+        while due_s < seconds:
+            self._exchange(due_s)
+            captured = self._capture(due_s)
+            ahead_s = 0.02 + self._chance.gauss(0, 100e-6)
+            read_s = due_s - 0.02 + self._chance.expovariate(1 / 200e-6)
+            self.step.note_block(240, captured[0], captured[1], self._own(due_s - 0.02))
+            frame = (due_s - AFTER_S - self._late_s) * SERVER.rate
+            self.step.note_read(self._block_frames, self._own(read_s), ahead_s)
+            late_s = self.step.late_s(frame + self._block_s * SERVER.rate)
+            due_s += self._block_s
+        return late_s
+
+    def _exchange(self, now_s: float) -> None:
+        if self._clock.wants_request(self._own(now_s)):
+            there_s = now_s + 100e-6 + self._chance.expovariate(1 / 20e-6)
+            back_s = there_s + 1e-3 + self._chance.expovariate(1 / 20e-6)
+            stamps = (now_s, there_s, there_s + 0.9e-3, back_s)
+            self._clock.take(
+                TimeExchange(
+                    self._own(stamps[0]),
+                    self._server(stamps[1]),
+                    self._server(stamps[2]),
+                    self._own(stamps[3]),
+                )
+            )
+
+    def _capture(self, now_s: float) -> tuple[int, float]:
+        frame = int(now_s * SERVER.rate)
+        seen_s = self._server(frame / SERVER.rate + self._chance.expovariate(1 / 50e-6))
+        return frame, self._line.see(frame, seen_s)
+
+
+@given(
+    server_ppm=st.floats(-50, 50),
+    player_ppm=st.floats(-50, 50),
+    late_s=st.floats(-0.01, 0.01),
+    rate=st.sampled_from([44_100, 48_000]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=15, deadline=None)
+def test_a_player_knows_how_late_it_is_within_a_third_of_a_millisecond(
+    server_ppm: float, player_ppm: float, late_s: float, rate: int, seed: int
+) -> None:
+    player = Player(server_ppm, player_ppm, AudioFormat(rate, 2), late_s, seed)
+    assert player.run(20.0) == pytest.approx(late_s, abs=350e-6)
+
+
+def known_clock() -> ServerClock:
+    """Return a server's clock that shows the same as the player's."""
+    clock = ServerClock()
+    for _ in range(BURST_REQUESTS):
+        clock.take(TimeExchange(0.0, 0.0, 0.0, 0.0))
+    return clock
+
+
+def test_a_player_knows_what_its_network_and_card_need() -> None:
+    step = InStep(Sync(known_clock(), AFTER_S), SERVER, 48_000)
+    for number in range(3_000):
+        now_s = number * 0.0025
+        held_s = 0.12 if number == 2_500 else 0.0
+        step.note_block(120, number * 120, now_s - 0.004, now_s + held_s)
+        step.note_read(240, now_s, 0.015)
+    assert step.needed_s == pytest.approx(0.004 + 0.0025 + 0.12 + 0.015 + 0.005, abs=1e-6)
+
+
+@pytest.mark.parametrize("ahead_s", [0.0, -1.0, 1e6])
+def test_a_card_that_does_not_tell_when_it_plays_is_taken_as_constant(ahead_s: float) -> None:
+    step = InStep(Sync(known_clock(), AFTER_S), SERVER, 48_000)
+    for number in range(1_000):
+        step.note_block(240, number * 240, number * 0.005, number * 0.005)
+        step.note_read(240, number * 0.005, ahead_s)
+    assert step.is_card_silent
+    assert step.late_s(1_000 * 240) == pytest.approx(-AFTER_S, abs=0.006)

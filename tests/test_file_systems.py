@@ -28,7 +28,7 @@ def faulty_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the library that has calls fail."""
     library = tmp_path_factory.mktemp("library") / "faulty_disk.so"
     source = ROOT / "tests" / "faulty_disk.c"
-    command = ["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"]
+    command = ["gcc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
     subprocess.run(command, check=True, timeout=60)
     return library
 

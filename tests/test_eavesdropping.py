@@ -11,7 +11,7 @@ import pytest
 
 from common import normalize_code
 from pairing import CODE, CONTENT, NAME, check_paired, send_here, visible_files
-from support import DOWN, UP, Cut, Process, Proxy, RawClient, Server, free_port
+from support import DOWN, UP, Cut, Process, Proxy, RawClient, Server, free_port, wait_for
 
 
 class Harm:
@@ -108,7 +108,9 @@ def test_whatever_is_changed_or_cut_off_on_the_way_nothing_wrong_arrives(
             if arrived.exists():
                 assert arrived.read_bytes() == path.read_bytes()
                 arrived.unlink()
-            check_paired(paired, code, tmp_path)  # whose right code is forgiven the wrong ones
+            # The right code, after which the wrong ones are forgiven.
+            wait_for(lambda: send_here(paired.port, path, code) == 0)
+            arrived.unlink()
     check_paired(paired, code, tmp_path)
     paired.wait_until_idle(held)
     assert paired.status_field("VmRSS") < memory + 10_000  # kB

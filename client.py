@@ -15,6 +15,8 @@ file mode               ``start_file_client`` and ``Sender``: batches, resuming,
 sound: the clocks       ``EarliestLine`` and ``SpeedLoop``: playing at the server's speed
 sound: the reserve      ``Arrivals``: how late sound comes, and how much to keep for it
 sound: playout          ``Playout``: plays evenly what arrives unevenly, and soon
+sound: server's clock   ``ServerClock``: what it shows, from requests and replies
+sound: in step          ``InStep``, ``SyncedPlayout``: each sample frame when it is due
 sound: outputs          ``Destination``, ``Output``, and the sound card: ``Speaker``
 sound: recordings       ``RecordingFiles``, ``Pipe``: WAV, FLAC and Opus, standard output
 sound: Opus             ``OpusDecoder``: what comes as Opus, as PCM
@@ -2477,7 +2479,7 @@ class Playout:
         return first + most_alike(searched.mean(axis=1), old.mean(axis=1))
 
 
-# --- sound: the server's clock ---------------------------------------------------------------
+# --- sound: server's clock ------------------------------------------------------------------
 
 # In a burst, as the shortest of some round trips is the one with the least waiting in it.
 BURST_REQUESTS = 16
@@ -2629,7 +2631,7 @@ class ServerClock:
         )
 
 
-# --- sound: in step -----------------------------------------------------------------------
+# --- sound: in step -------------------------------------------------------------------------
 
 MAX_DELAY_MS = 2_000
 NEED_WINDOWS = 10  # of a second each, over which the network's need is looked at

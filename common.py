@@ -11,6 +11,7 @@ the wire             every message as a value with ``encode`` and ``decode``, an
                      conversation of both modes; ``AudioFormat``, ``AudioBlock``: sound
 connection           ``Deadline``; ``ReceiveBuffer``, ``TLS``, ``ByteStream``, and on top of them
                      ``Connection``: a socket that sends and receives messages
+time                 ``TimeLine``: when each sample frame passes a sound card
 local network        ``Announced``: what a server tells it; ``open_network``
 blocks               ``Blocks``; ``BlockPipeline``, where a second thread consumes them while the
                      next is filled; ``blocks_for`` chooses

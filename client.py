@@ -2408,10 +2408,11 @@ class Playout:
         elapsed_s, self._steered_s = now_s - self._steered_s, now_s
         self._adapt(now_s, elapsed_s)
         error_s = self._find_error_s()
-        if abs(error_s) > JUMP_S or abs(error_s - self._error_s) > STEP_S:
-            error_s = self._jump_to_target(error_s)
-        elif abs(self.loop.smooth_error_s) > LOCKED_S:
+        if abs(self.loop.smooth_error_s) > LOCKED_S:
             self.loop.restart()
+            error_s = self._jump_to_target(error_s)
+        elif abs(error_s) > JUMP_S or abs(error_s - self._error_s) > STEP_S:
+            error_s = self._jump_to_target(error_s)
         self._error_s = error_s
         self._play_at(self.loop.advance(error_s, elapsed_s) - self._gliding)
 
@@ -2422,9 +2423,11 @@ class Playout:
     def _jump_to_target(self, error_s: float) -> float:
         """Leave out an error that no clock has made, say by a card that lost time.
 
-        Returns what is left of it: less than a pitch period is as well a new target.
+        Returns what is left of it: a little more to keep is as well a new target, which glides.
         """
-        left_s = error_s - self._jump(error_s)
+        left_s = error_s
+        if self.fixed_target_s is not None or not 0 < error_s < ALIGNING_S:
+            left_s -= self._jump(error_s)
         if abs(left_s) > ALIGNING_S:
             return left_s
         self.target_s += left_s

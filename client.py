@@ -8,10 +8,11 @@ In the order of the file; to follow a run, begin at `main`, at its end:
 ======================  ===========================================================
 finding a server        ``pick_server``: those that announce themselves on the local network
 connection              ``connect``: a connection past its handshake
-sources                 ``find_sources``: the files and folders that the user named
-progress                ``Progress``: bars, on a terminal
-results                 ``ResultReader`` and ``Report``: what became of each file
-file mode               ``start_file_client`` and ``Sender``: batches, resuming, retries
+sources                 ``look_up_named`` and ``find_sources``: what the user named, as ``Source``s
+progress                ``Progress`` and ``Gauge``: bars, on a terminal
+results                 ``Batch``, ``ResultReader`` and ``Report``: what became of each file
+file mode               ``start_file_client``; ``Sender``, which comes back to a lost server;
+                        ``Upload``: one connection's conversation, in four stages
 sound: the clocks       ``EarliestLine`` and ``SpeedLoop``: playing at the server's speed
 sound: the reserve      ``Arrivals``: how late sound comes, and how much to keep for it
 sound: playout          ``Playout``: plays evenly what arrives unevenly, and soon
@@ -862,10 +863,11 @@ class Gauge:
             )
 
         shapes = SHAPES if self.total else SHAPES_WITHOUT_TOTAL
-        fitting = (
-            shape for shape in shapes if len(draw(shape.replace("{bar}", "#"), None)) <= columns
-        )
-        return draw(next(fitting, shapes[-1]), columns)
+
+        def fits(shape: str) -> bool:
+            return common.cells(draw(shape.replace("{bar}", "#"), None)) <= columns
+
+        return draw(next(filter(fits, shapes), shapes[-1]), columns)
 
 
 class Progress:
@@ -1262,7 +1264,6 @@ class Sender:
         self._progress = progress
         self._retry_s = retry_s
         self._upload: Upload | None = None
-        self.has_moved = False  # anything, ever
 
     def close(self) -> None:
         """Hang up. Idempotent."""
@@ -1290,7 +1291,7 @@ class Sender:
                 return
             except ConnectionLost as error:
                 if upload.has_moved():
-                    self.has_moved, waits = True, self._waits()
+                    waits = self._waits()
                 self.close()
                 connection = self._reconnect(waits, error)
 

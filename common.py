@@ -160,15 +160,12 @@ def escape(text: str, limit: int = 500) -> str:
 
 
 def cells(text: str) -> int:
-    """Return how many columns of a terminal a line takes: wide characters take two."""
+    """Return how many columns of a terminal a line takes at most: wide characters take two."""
     if text.isascii():
         return len(text)
     import unicodedata  # noqa: PLC0415  (few lines need it)
 
-    return sum(
-        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
-        for char in text
-    )
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
 def fit(text: str, columns: int) -> str:
@@ -551,7 +548,8 @@ def load_identity(context: ssl.SSLContext, seed: bytes, certificate: bytes) -> N
 #     server  Start     for each entry: the offset to send from, or its outcome
 #     client            for each entry to send, in order: segments (a length and so many bytes),
 #                       then END_OF_FILE and the 32-byte SHA-256 of the whole, or GIVEN_UP;
-#                       STILL_HERE at times, when a pipe has nothing to send
+#                       STILL_HERE at times, when a pipe has nothing to send, or while a file
+#                       that was touched meanwhile is read once more
 #     server  Results   the outcomes of entries, told as soon as there is nothing else to do
 #
 # Held and Prefixes are left out where nothing is held. Whoever hashes for long sends Hashing every
@@ -961,7 +959,8 @@ class Hashing(NamedTuple):
 class Prefixes(NamedTuple):
     """The answer to Held: for each of its entries the SHA-256 of each length, in hexadecimal.
 
-    There are fewer for a file that cannot be read so far.
+    There are fewer for a file that cannot be read so far, and an empty one for a length that is
+    not told: one too near to the one before, from which the bytes between could be guessed.
     """
 
     entries: Sequence[Sequence[str]]

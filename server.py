@@ -3395,7 +3395,7 @@ class Endpoint:
             where = " and ".join(common.format_address(*name) for name in names)
             common.say(f"{doing} on {where} - Ctrl+C to stop")
         if self.is_local():
-            if not quiet:
+            if not quiet and sys.stdout.isatty():  # advice is for people
                 common.say(LOCAL_HINT)
             return
         if self.code is None:

@@ -3866,6 +3866,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "paths", nargs="*", metavar="PATH", help="files and folders, or - for standard input"
     )
+    add_file_arguments(parser)
+    add_audio_arguments(parser)
+    args = parser.parse_intermixed_args(argv)
+    take_path_for_mode(parser, args)
+    common.refuse_other_mode(parser, args, MODE_OPTIONS)
+    check_arguments(parser, args)
+    if args.open:
+        args.code = None  # the environment's
+    return args
+
+
+def add_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of file mode."""
     files = parser.add_argument_group("file mode")
     files.add_argument("--name", help="what standard input is to be called at the server")
     files.add_argument(
@@ -3875,10 +3888,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="SECONDS",
         help="how long a server that was lost on the way is waited for (%(default)g)",
     )
-    add_audio_arguments(parser)
-    args = parser.parse_intermixed_args(argv)
-    common.refuse_other_mode(parser, args, MODE_OPTIONS)
-    take_path_for_mode(parser, args)
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 where arguments do not go together."""
     from_stdin = args.paths.count(STDIN)
     if args.paths and args.mode == "audio":
         parser.error("audio mode takes no PATH")
@@ -3894,9 +3907,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--find asks for a number: that goes neither with - nor with --list-devices")
     if args.port == 0:
         parser.error("argument --port: 0 is not a port to connect to")
-    if args.open:
-        args.code = None  # the environment's
-    return args
 
 
 def take_path_for_mode(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -182,7 +182,7 @@ def test_the_beginning_of_a_mode_will_do(server: Server, tmp_path: Path, typed: 
 def test_a_file_in_place_of_the_mode_is_sent(server: Server, tmp_path: Path) -> None:
     make_file(tmp_path / "report.pdf", 10)
     make_file(tmp_path / "other", 20)
-    command = ("report.pdf", "other", f"--port={server.port}")
+    command = ("report.pdf", "other", "--retry=5", f"--port={server.port}")
     assert run_script("client.py", *command, cwd=tmp_path).status == 0
     assert set(contents(server.folder)) == {"report.pdf", "other"}
 

@@ -2118,7 +2118,7 @@ PLAYBACK_BLOCK_MS = 5.0
 PYAUDIO_VERSION = (0, 2, 12)  # before that, its callbacks fail with Python 3.10 and newer
 CARD_CHECK_S = 0.25
 CARD_TIMEOUT_S = 4.0
-CARD_RETRY_S = 0.5
+CARD_RETRY_S = 1.0
 # A sound system that hangs is left to the end of the process.
 CARD_CLOSE_S = 1.0
 USUAL_RATES = (8_000, 16_000, 22_050, 32_000, 44_100, 48_000, 88_200, 96_000, 192_000)
@@ -2737,6 +2737,7 @@ class CardKeeper:
             what = f"the {self._direction.noun} {self._device.shown}"
             option = self._direction.option
             self._complain(f"{what} is gone: waiting for it ({option} would take another)")
+            card.stream.close()
             returned = self._wait_for_return(opening, card.flow.last_s)
             if not isinstance(returned, OpenCard):
                 return returned

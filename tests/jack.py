@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
-import secrets
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO
 
 from sound_card import stop_process
 from waiting import wait_for
@@ -15,11 +18,29 @@ from waiting import wait_for
 COMMAND_LIMIT_S = 20.0
 
 
+def take_name() -> tuple[str, IO[bytes]]:
+    """Return a name that no running server has, and the file whose lock says so.
+
+    JACK has room for eight names on a machine, and one of a server that was killed stays taken
+    until there is another of that name: so it is always the first that is free.
+    """
+    number = 0
+    while True:
+        name = f"socket-pair-{number}"
+        lock = Path(tempfile.gettempdir(), f"{name}.lock").open("ab")  # noqa: SIM115 - held as long as the name
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return name, lock
+        except BlockingIOError:
+            lock.close()
+            number += 1
+
+
 class JackServer:
     """A JACK server whose one device is called ``system``. Use it in a ``with`` block."""
 
     def __init__(self, rate: int = 44_100, period: int = 256) -> None:
-        self.name = f"socket-pair-{secrets.token_hex(4)}"
+        self.name, self._lock = take_name()
         self._command = ["jackd", "--no-realtime", "-n", self.name, "-d", "dummy"]
         self._command += ["-r", str(rate), "-p", str(period)]
         self._process: subprocess.Popen[bytes] | None = None
@@ -33,16 +54,14 @@ class JackServer:
             self.start()
         except BaseException:
             self.kill()
+            self._lock.close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process is not None and self._process.poll() is not None:
-            # One that was killed stays among the eight that a machine may have, until there is
-            # one of its name that ends by itself.
-            self.start()
         if self._process is not None:
             stop_process(self._process)
+        self._lock.close()
 
     def start(self) -> None:
         """Start the server; blocks until it takes clients."""

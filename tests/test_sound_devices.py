@@ -143,7 +143,7 @@ def test_no_other_card_is_taken_for_one_that_is_lost(card: VirtualSoundCard) -> 
             configuration.write_text(ALSA_CONFIGURATION + other)
             sender.wait_for("the microphone room is gone")
             card.plug_in()
-            time.sleep(4 * common.CARD_RETRY_S)  # in which it could take the other one
+            time.sleep(3 * common.CARD_RETRY_S)  # in which it could take the other one
             assert "is back" not in sender.text()
             configuration.write_text(ALSA_CONFIGURATION + first + other)
             sender.wait_for("the microphone room is back")

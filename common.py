@@ -1777,7 +1777,11 @@ class Connection(ByteStream):
         return int(LENGTH.unpack(self.read(LENGTH.size, ahead))[0])
 
     def read_frame(self, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
-        """Return the content of the next frame; blocks and raises as `read` does.
+        """Return the content of the next frame; blocks and raises as `wait_for_frame` does."""
+        return self.read(self.wait_for_frame(max_bytes))[LENGTH.size :]
+
+    def wait_for_frame(self, max_bytes: int = MAX_FRAME_BYTES) -> int:
+        """Block until the next frame is there; return its size. Raises as `read` does.
 
         From its first byte on it has to come at a fair speed. Raises ProtocolError, before it
         reads any further, where the frame declares more than `max_bytes`.
@@ -1790,7 +1794,8 @@ class Connection(ByteStream):
             raise ProtocolError(f"not Socket Pair's protocol (received {header!r})")
         with self.limit(PROGRESS_TIMEOUT_S + size / SLOWEST_FRAME_BYTES_PER_S):
             # Nothing is taken before all is there: a wait that was too long can be resumed.
-            return self.read(LENGTH.size + size)[LENGTH.size :]
+            self._wait_for(LENGTH.size + size)
+        return LENGTH.size + int(size)
 
     def send_segment(self, segment: memoryview) -> None:
         """Send a part of a file as a frame; blocks and raises as `write` does.

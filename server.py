@@ -268,11 +268,15 @@ def split_suffix(name: str) -> tuple[str, str]:
     return (name, "") if long else (stem, suffix)
 
 
+# What is left for the stem of a partial file.
+STEM_BYTES = SHORT_NAME_BYTES - len(f"..{PARTIAL_SUFFIX}") - MAX_TOKEN_BYTES
+STRICT_RULES = NameRules(STEM_BYTES, is_windows=True, is_unicode=True)
+
+
 def partial_stem(name: str) -> str:
     """Return what the partial files of `name` begin with: what any file system takes."""
-    room = SHORT_NAME_BYTES - len(f"..{PARTIAL_SUFFIX}") - MAX_TOKEN_BYTES
-    # Its rules count in other units than bytes.
-    if NameRules(room, True, True).fit(name) == name and len(name.encode()) <= room:
+    # The rules count in other units than bytes.
+    if STRICT_RULES.fit(name) == name and len(name.encode()) <= STEM_BYTES:
         return f".{name}"
     return "." + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
 
@@ -685,9 +689,9 @@ class Leases:
 
 
 class Place(NamedTuple):
-    """Where a partial file stands: what its hidden name begins with, for whom, on which disk."""
+    """What a partial file is to become, for whom, and on which disk."""
 
-    stem: str
+    name: str
     holder: Holder
     disk: Disk
 
@@ -722,7 +726,7 @@ class PartialFile:
         """Make an empty one. Raises OSError."""
         while True:
             token = f"{place.holder.tag}{cls._run}{next(cls._numbers):x}"
-            name = f"{place.stem}.{token}{PARTIAL_SUFFIX}"
+            name = f"{partial_stem(place.name)}.{token}{PARTIAL_SUFFIX}"
             descriptor = folder.open_file(name, FILE_FLAGS | os.O_CREAT | os.O_EXCL)
             partial = cls(folder, descriptor, name, place)
             if partial._keep_others_out(time.monotonic()):
@@ -898,7 +902,7 @@ class PartialFile:
         if self.name:
             return
         token = f"{self._place.holder.tag}{self._run}{next(self._numbers):x}"
-        name = f"{self._place.stem}.{token}{PARTIAL_SUFFIX}"
+        name = f"{partial_stem(self._place.name)}.{token}{PARTIAL_SUFFIX}"
         try:
             self._link(name)
         except OSError as error:
@@ -1100,8 +1104,8 @@ class Leftovers:
     def __init__(self) -> None:
         self._folders: Recent[tuple[int, int], KnownFolder] = Recent(MAX_KNOWN_FOLDERS)
 
-    def find(self, folder: Folder, stem: str, since: float) -> list[str]:
-        """Return the names of those in `folder` that begin with `stem`.
+    def find(self, folder: Folder, name: str, since: float) -> list[str]:
+        """Return the hidden names of those in `folder` that may become `name`.
 
         A folder is looked through again only for one that has connected since (its
         time.monotonic()), and where something in it has changed.
@@ -1110,7 +1114,7 @@ class Leftovers:
         if known.mtime_ns != folder.mtime_ns and known.seen_s < since:
             known = KnownFolder.look_through(folder)
             self._folders.note(folder.identity, known)
-        return known.names.get(stem, [])
+        return known.names.get(partial_stem(name), []) if known.names else []
 
 
 class KnownFolder(NamedTuple):
@@ -1583,6 +1587,10 @@ LINES_A_BATCH = 10
 # A file of which so much is to come has a line in the log when it begins.
 LARGE_BYTES = 64 * 1024 * 1024
 ENTRIES_BETWEEN_CHECKS = 64
+# Looking up takes one part in so many more, while a large file arrives.
+LOOKING_UP_SHARE = 4
+# Who speaks another protocol may come again after so long, not as fast as the processor allows.
+ERROR_PAUSE_S = 0.25
 
 
 class Store:
@@ -1606,6 +1614,11 @@ class Store:
             with self._lock:
                 self._receptions.discard(reception)
 
+    def has_large_arrival(self) -> bool:
+        """Return whether a large file is arriving just now. For any thread."""
+        with self._lock:
+            return any(each.is_receiving_large for each in self._receptions)
+
     def describe_arrivals(self) -> str:
         """Return what is arriving just now, in a line. For any thread."""
         with self._lock:
@@ -1628,6 +1641,7 @@ def handle_file_client(connection: Connection, store: Store) -> None:
         with contextlib.suppress(SocketPairError):
             connection.send(common.Error(str(error)))
             connection.finish()
+        time.sleep(ERROR_PAUSE_S)
     except SocketPairError as error:
         log.warning("%s: %s%s", connection.peer, error, reception.kept)
     except OSError as error:
@@ -1711,10 +1725,16 @@ class Reception:
         """See `Holder`."""
         self._connection.wake()
 
+    @property
+    def is_receiving_large(self) -> bool:
+        """Whether a file that takes a while is arriving. For any thread."""
+        current = self._current
+        return current is not None and (current.entry.size or SEGMENT_BYTES) >= SEGMENT_BYTES
+
     def describe_progress(self) -> str:
         """Return what is arriving, from where and how far it is. For any thread."""
         current = self._current
-        if current and (current.entry.size or SEGMENT_BYTES) >= SEGMENT_BYTES:
+        if current and self.is_receiving_large:
             return f"{current.describe_progress()} from {self._host}"
         return f"{count(self._count, 'file')} from {self._host}" if self._count else ""
 
@@ -1723,15 +1743,31 @@ class Reception:
     def receive_offer(self) -> Offer | None:
         """Return the next batch; None when the client has hung up instead: it is done."""
         try:
-            return self._connection.receive(Offer)
+            self._connection.wait_for_frame()
         except PeerClosed:
             return None
+        with self._in_turn():
+            return self._connection.receive(Offer)
+
+    @contextlib.contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Let others wait inside the ``with`` block, which takes the processor.
+
+        It takes no more than a share of the time while a large file arrives from somebody.
+        """
+        with self._disk.looking_up:
+            began_s = time.thread_time()
+            try:
+                yield
+            finally:
+                if self._store.has_large_arrival():
+                    time.sleep(LOOKING_UP_SHARE * (time.thread_time() - began_s))
 
     def receive_batch(self, offer: Offer) -> None:
         """Answer an offer, take what is then sent, and say what became of each entry."""
         batch = Batch(self._disk, self._connection.peer)
         try:
-            with self._disk.looking_up:
+            with self._in_turn():
                 looked_up = self._look_up(batch, offer)
             compared = self._set_space_aside(batch, self._compare(batch, looked_up))
             self._connection.send(
@@ -1792,7 +1828,7 @@ class Reception:
             return []
         place = self._place(entry)
         claims = []
-        for name in self._disk.leftovers.find(folder, place.stem, self._began_s):
+        for name in self._disk.leftovers.find(folder, place.name, self._began_s):
             if len(batch.claims) < MAX_CLAIMS:
                 claim = PartialFile.claim(folder, name, place, began_s)
                 if claim:
@@ -1801,7 +1837,7 @@ class Reception:
         return claims
 
     def _place(self, entry: Entry) -> Place:
-        return Place(partial_stem(name_of(entry)), self, self._disk)
+        return Place(name_of(entry), self, self._disk)
 
     def _find_candidates(self, batch: Batch, folder: Folder, entry: Entry) -> list[str]:
         """Return the names of finished files that `entry` may be: those of its name and size."""
@@ -1928,6 +1964,7 @@ class Reception:
         if is_large or not self._connection.buffered() or self._told.remaining() == 0:
             self._tell_results()  # before what may take a while
         content = Content(self._connection, entry.size, wanted.offset)
+        self._connection.peek(LENGTH.size)  # nothing is written before it arrives
         try:
             outcome = self._receive_file(batch, index, wanted, content)
         except (Refused, GivenUp, OSError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common import PARTIAL_SUFFIX
-from server import Disk, Folder, Folders, PartialFile, Place, Refused, partial_stem
+from server import Disk, Folder, Folders, PartialFile, Place, Refused
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="links need a right on Windows")
 
@@ -49,7 +49,7 @@ def open_root(root: Path) -> Folder:
 
 
 def place_of(root: Path, name: str, client: Client | None = None) -> Place:
-    return Place(partial_stem(name), client or Client(), Disk(str(root)))
+    return Place(name, client or Client(), Disk(str(root)))
 
 
 # --- symbolic links -------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_a_partial_file_is_hidden_and_found_again(root: Path, name: str) -> None
     (found,) = os.listdir(root)
     assert found.startswith(".")
     assert found.endswith(PARTIAL_SUFFIX)
-    assert place.disk.leftovers.find(folder, place.stem, 0.0) == [found]
+    assert place.disk.leftovers.find(folder, place.name, 0.0) == [found]
     assert (root / found).stat().st_mode & 0o077 == 0, "nobody else may read it"
     claimed = PartialFile.claim(folder, found, place, 0.0)
     assert claimed is not None
@@ -256,7 +256,7 @@ def test_a_partial_file_in_use_is_not_claimed_again(root: Path) -> None:
     place = place_of(root, "x")
     folder = open_root(root)
     partial = PartialFile.create(folder, place)
-    again = Place(place.stem, Client(), place.disk)
+    again = Place(place.name, Client(), place.disk)
     assert PartialFile.claim(folder, partial.name, again, 0.0) is None
     elsewhere = place_of(root, "x")  # another server
     assert PartialFile.claim(folder, partial.name, elsewhere, 0.0) is None
@@ -271,7 +271,7 @@ def test_a_partial_file_in_use_is_not_claimed_again(root: Path) -> None:
 def test_a_silent_client_is_ended_for_the_next_one(root: Path) -> None:
     place = place_of(root, "x", Client(silent=10.0))
     partial = PartialFile.create(open_root(root), place)
-    again = Place(place.stem, Client(), place.disk)
+    again = Place(place.name, Client(), place.disk)
     assert PartialFile.claim(open_root(root), partial.name, again, 0.0) is None
     assert isinstance(place.holder, Client)
     assert place.holder.has_ended

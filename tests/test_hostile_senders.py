@@ -1,0 +1,126 @@
+"""Who has the code may send what he likes: it costs a bounded amount, and the others are served."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from support import (
+    MIB,
+    RawClient,
+    Server,
+    contents,
+    frame,
+    linux,
+    make_file,
+    make_partial,
+    message,
+    partials,
+    visible,
+    wait_for,
+)
+
+pytestmark = linux
+
+HOSTILE_CLIENTS = 62
+
+
+def offer_of(paths: list[str], size: int = 1) -> bytes:
+    return message("offer", entries=[{"path": path, "size": size} for path in paths])
+
+
+def test_an_offer_that_is_only_looked_up_writes_nothing(server: Server) -> None:
+    with RawClient(server.port).greet() as client:
+        client.offer(*({"path": f"{number}/a/b/c/x", "size": 1} for number in range(1000)))
+        assert contents(server.folder) == {}
+    assert contents(server.folder) == {}
+
+
+def test_a_batch_has_a_few_lines_in_the_log(server: Server) -> None:
+    with RawClient(server.port).greet() as client:
+        client.offer(*({"path": "../x", "size": number} for number in range(1000)))
+    wait_for(lambda: "and 990 more failed" in server.stdout() + server.stderr())
+    assert server.stderr().count("failed ../x") == 10
+
+
+def test_one_path_is_compared_once_a_batch(server: Server) -> None:
+    make_file(server.folder / "pin", 4)
+    with RawClient(server.port).greet() as client:
+        held = client.offer(*[{"path": "pin", "size": 4}] * 1000)
+        assert held["type"] == "held"
+        assert held["entries"] == [[0, [4]]]
+
+
+def test_a_false_offer_does_not_remove_what_another_may_continue(server: Server) -> None:
+    partial = make_partial(server.folder, "film", os.urandom(MIB))
+    elsewhere = partial.rename(partial.with_name(f".film.{'0' * 10}.socketpair-part"))
+    with RawClient(server.port).greet() as client:
+        assert client.offer({"path": "film", "size": 2 * MIB})["entries"] == [[0, [MIB]]]
+        client.send(message("prefixes", entries=[["0" * 64]]))
+        assert client.receive()["entries"] == [{"offset": 0}]
+    assert partials(server.folder) == [elsewhere]
+
+
+def test_thousands_of_clashes_are_numbered_without_reading_them_all(server: Server) -> None:
+    for number in range(1, 3000):
+        (server.folder / f"x ({number})").write_bytes(b"?")
+    (server.folder / "x").write_bytes(b"?")
+    with RawClient(server.port).greet() as client:
+        assert len(client.offer({"path": "x", "size": 1})["entries"]) == 1
+        client.send(message("prefixes", entries=[["0" * 64]]))
+        assert client.receive()["type"] == "start"
+        client.send(frame(b"!") + bytes(4) + bytes(32))
+        assert "failed" in client.receive_result()
+    assert len(visible(server.folder)) == 3000
+
+
+def say_again_and_again(port: int, said: bytes, ended: threading.Event) -> None:
+    """Say the same on one connection after another, and read what is answered."""
+    while not ended.is_set():
+        with contextlib.suppress(OSError, AssertionError), RawClient(port) as client:
+            client.greet()
+            client.socket.settimeout(1)
+            while not ended.is_set():
+                client.send(said)
+                client.socket.recv(65536)
+
+
+def attacks() -> list[bytes]:
+    """Return what costs a server much for little."""
+    return [
+        offer_of(["x"] * 1000),
+        offer_of([f"{number}/{'d/' * 300}x" for number in range(1000)]),
+        offer_of([f"x ({number})" for number in range(1000)]),
+        frame(b'{"type":"offer","entries":[' + b"{}," * 340_000 + b"{}]}"),
+        message("offer", entries=[{"path": "large", "size": 2**40}]) + frame(bytes(MIB - 1)),
+    ]
+
+
+def test_many_hostile_clients_take_bounded_memory_and_an_honest_one_is_served(
+    server: Server, tmp_path: Path
+) -> None:
+    for number in range(1, 1000):
+        (server.folder / f"x ({number})").write_bytes(b"?")
+    (server.folder / "x").write_bytes(b"?")
+    source = make_file(tmp_path / "honest", 100 * MIB)
+    ended = threading.Event()
+    said = attacks()
+    start: Callable[[int], threading.Thread] = lambda number: threading.Thread(  # noqa: E731
+        target=say_again_and_again, args=(server.port, said[number % len(said)], ended)
+    )
+    threads = [start(number) for number in range(HOSTILE_CLIENTS)]
+    for thread in threads:
+        thread.start()
+    try:
+        result = server.send(source)
+        peak_mib = server.peak_mib()
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join(60)
+    assert result.status == 0, result
+    assert (server.folder / "honest").stat().st_size == 100 * MIB
+    assert peak_mib < 400

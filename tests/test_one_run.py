@@ -1,0 +1,117 @@
+"""Within one run, and beside others, nothing is lost, kept twice or held by who is gone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from support import (
+    MIB,
+    Proxy,
+    Server,
+    contents,
+    linux,
+    make_file,
+    make_partial,
+    partial_size,
+    partials,
+    visible,
+    wait_for,
+)
+
+
+@pytest.mark.parametrize("size", [1000, 3 * MIB])
+def test_overwriting_never_replaces_what_the_same_run_has_saved(
+    inbox: Path, tmp_path: Path, size: int
+) -> None:
+    sources = [make_file(tmp_path / folder / "x", size, seed) for seed, folder in enumerate("ab")]
+    old = make_file(inbox / "x", size, seed=7).read_bytes()
+    with Server(inbox, "--overwrite") as server:
+        result = server.send(*sources)
+        assert result.status == 0, result
+    assert old not in contents(inbox).values()
+    assert contents(inbox) == {"x": sources[0].read_bytes(), "x (1)": sources[1].read_bytes()}
+
+
+def test_the_same_file_named_twice_is_kept_once(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file", 1000)
+    large = make_file(tmp_path / "large", 3 * MIB)
+    result = server.send(source, large, source, large)
+    assert result.status == 0, result
+    assert result.stdout.count("Already there as ") == 2
+    assert visible(server.folder) == ["file", "large"]
+
+
+def test_the_same_content_under_one_name_by_two_clients_is_kept_once(
+    server: Server, tmp_path: Path
+) -> None:
+    source = make_file(tmp_path / "file", 20 * MIB)
+    with (
+        Proxy(server.port, hold_at=10 * MIB) as link,
+        server.client(source, port=link.port) as client,
+    ):
+        wait_for(lambda: partial_size(server.folder) > 8 * MIB)
+        assert server.send(source).status == 0
+        link.release()
+        result = client.wait()
+        assert result.status == 0
+        assert "Already there as file, " in result.stdout
+    assert visible(server.folder) == ["file"]
+
+
+def test_a_client_takes_over_from_its_connection_that_fell_silent(
+    server: Server, tmp_path: Path
+) -> None:
+    """As after a change of address, of which no word reaches the server."""
+    source = make_file(tmp_path / "file", 40 * MIB)
+    with (
+        Proxy(server.port, hold_at=30 * MIB) as link,
+        server.client(source, port=link.port) as client,
+    ):
+        wait_for(lambda: partial_size(server.folder) > 28 * MIB)
+        client.popen.send_signal(19)  # stopped, and its connection stays
+        with Proxy(server.port) as second:
+            result = server.send(source, port=second.port)
+            assert result.status == 0, result
+            assert second.passed < 14 * MIB, "goes on, and does not begin again"
+    assert contents(server.folder) == {"file": source.read_bytes()}
+
+
+def test_a_folder_that_is_deleted_while_the_server_runs_is_made_anew(
+    server: Server, tmp_path: Path
+) -> None:
+    source = make_file(tmp_path / "tree" / "file", 1000).parent
+    assert server.send(source).status == 0
+    shutil.rmtree(server.folder)
+    assert server.send(source).status == 0
+    assert set(contents(server.folder)) == {"tree/", "tree/file"}
+
+
+@linux
+def test_a_week_later_what_nobody_has_finished_is_removed(inbox: Path) -> None:
+    old, new = (make_partial(inbox / "deep", name, b"x") for name in ("old", "new"))
+    kept = make_file(inbox / "deep" / "old", 10)
+    week_ago = time.time() - 8 * 24 * 3600
+    for path in (old, kept):
+        os.utime(path, (week_ago, week_ago))
+    with Server(inbox):
+        wait_for(lambda: partials(inbox) == [new])
+    assert kept.exists()
+
+
+def test_what_came_of_a_segment_is_kept(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file", 900_000)
+    with Proxy(server.port, hold_at=500_000) as link:
+        with server.client(source, port=link.port) as client:
+            link.wait_until_held()
+            client.kill()
+        link.cut()
+        wait_for(lambda: partial_size(server.folder) > 400_000)
+    with Proxy(server.port) as second:
+        assert server.send(source, port=second.port).status == 0
+        assert second.passed < 500_000
+    assert contents(server.folder) == {"file": source.read_bytes()}

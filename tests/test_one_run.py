@@ -11,14 +11,17 @@ import pytest
 
 from support import (
     MIB,
+    Process,
     Proxy,
     Server,
     contents,
+    free_port,
     linux,
     make_file,
     make_partial,
     partial_size,
     partials,
+    start_client,
     visible,
     wait_for,
 )
@@ -115,3 +118,22 @@ def test_what_came_of_a_segment_is_kept(server: Server, tmp_path: Path) -> None:
         assert server.send(source, port=second.port).status == 0
         assert second.passed < 500_000
     assert contents(server.folder) == {"file": source.read_bytes()}
+
+
+@linux
+def test_the_receivers_terminal_shows_who_sends_what_and_how_far_it_is(
+    inbox: Path, tmp_path: Path
+) -> None:
+    source = make_file(tmp_path / "film.mkv", 20 * MIB)
+    port = free_port()
+    arguments = ("server.py", "file", "--port", str(port), "--folder", str(inbox))
+    with Process(*arguments, terminal=True) as server:
+        server.wait_for_output(r"Ctrl\+C to stop")
+        with (
+            Proxy(port, hold_at=10 * MIB) as link,
+            start_client(link.port, source) as client,
+        ):
+            server.wait_for_output(r"film\.mkv \d+ % of 21\.0 MB, [\d.]+ .B/s from 127\.0\.0\.1")
+            link.release()
+            assert client.wait().status == 0
+        server.wait_for_output(r"1 file from 127|, saved as .*film\.mkv")

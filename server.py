@@ -292,17 +292,18 @@ MAX_OPEN_FOLDERS = 32
 MAX_NEW_FOLDERS = common.MAX_BATCH_ENTRIES + MAX_FOLDER_DEPTH
 # Until all that it should hold has arrived, and its own permissions are told.
 UNFINISHED_MODE = 0o700
+CLOSE_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
 # With O_PATH, where the system has it, permission to search a folder is enough.
 FOLDER_FLAGS = (
     getattr(os, "O_PATH", os.O_RDONLY)
     | getattr(os, "O_DIRECTORY", 0)
     | getattr(os, "O_NOFOLLOW", 0)
-    | getattr(os, "O_CLOEXEC", 0)
+    | CLOSE_ON_EXEC
 )
 FILE_FLAGS = (
     os.O_RDWR
+    | CLOSE_ON_EXEC
     | getattr(os, "O_BINARY", 0)
-    | getattr(os, "O_CLOEXEC", 0)
     | getattr(os, "O_NOFOLLOW", 0)
     | getattr(os, "O_NONBLOCK", 0)
 )
@@ -420,7 +421,7 @@ class Folder:
         if not HAS_OPEN_FOLDERS:
             yield from (name for name in os.listdir(self.path) if name.endswith(suffix))
             return
-        descriptor = os.open(".", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.descriptor)
+        descriptor = os.open(".", os.O_RDONLY | CLOSE_ON_EXEC, dir_fd=self.descriptor)
         try:
             with os.scandir(descriptor) as entries:
                 yield from (each.name for each in entries if each.name.endswith(suffix))
@@ -738,7 +739,7 @@ class PartialFile:
         """Make an empty one without a name; None where there is no such thing. Raises OSError."""
         if not NAMELESS or folder.device in place.disk.without_nameless:
             return None
-        flags = NAMELESS | os.O_RDWR | os.O_CLOEXEC
+        flags = NAMELESS | os.O_RDWR | CLOSE_ON_EXEC
         try:
             descriptor = os.open(".", flags, mode, dir_fd=folder.descriptor)
             return cls(folder, descriptor, "", place)
@@ -753,13 +754,13 @@ class PartialFile:
     def claim(cls, folder: Folder, name: str, place: Place, since: float) -> PartialFile | None:
         """Open the one with the hidden `name`, left by an earlier run; None if it is of no use.
 
-        Blocks while another connection uses it, as `Leases.take` does. Raises OSError.
+        Blocks while another connection uses it, as `Leases.take` does.
         """
         try:
             partial = cls(folder, folder.open_file(name), name, place)
         except OSError:
             return None
-        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+        with contextlib.suppress(OSError):  # it has just got its name, or cannot be locked
             if partial._is_own() and partial._keep_others_out(since) and partial._is_in_place():
                 partial.size = os.fstat(partial.descriptor).st_size
                 return partial
@@ -789,7 +790,8 @@ class PartialFile:
         if not os.path.samestat(found, self.folder.stat(self.name)):
             return False
         if found.st_nlink > 1:
-            self.folder.remove(self.name)
+            with contextlib.suppress(OSError):  # where names can only be added
+                self.folder.remove(self.name)
         return found.st_nlink == 1
 
     # what it holds
@@ -942,7 +944,7 @@ class PartialFile:
         if not self.name:
             kept = kept if kept >= KEPT_BYTES else 0
             try:
-                if kept:
+                if kept and sys.platform != "win32":
                     os.fchmod(self.descriptor, 0o600)
                     self._give_name()
             except OSError:

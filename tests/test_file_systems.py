@@ -154,7 +154,10 @@ def test_where_names_can_only_be_added_each_file_is_saved_once(
     faults = f"unlink={errno.EPERM} rename={errno.EPERM}"
     sources = [make_file(tmp_path / f"{size}", size) for size in (1000, 3 * MIB)]
     with serve(inbox, faulty_disk, faults) as server:
-        assert server.send(*sources).status == 0
+        for word in ("Saved", "Already there"):
+            result = server.send(*sources)
+            assert result.status == 0, result
+            assert result.stdout.count(word) == 2
     assert visible(inbox) == sorted(source.name for source in sources)
     for source in sources:
         assert (inbox / source.name).read_bytes() == source.read_bytes()

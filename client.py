@@ -1815,9 +1815,8 @@ class SpeedLoop:
     The integral is that difference.
     """
 
-    def __init__(self, bandwidths_hz: Sequence[tuple[float, float]] = BANDWIDTHS_HZ) -> None:
+    def __init__(self) -> None:
         self.clock_offset = 0.0
-        self._bandwidths_hz = bandwidths_hz
         self.knows_clocks = False  # whether there was time to find their difference
         self._age_s = 0.0
         self.smooth_error_s = 0.0
@@ -1835,8 +1834,8 @@ class SpeedLoop:
         """
         self._age_s += elapsed_s
         self.knows_clocks |= self._age_s > BANDWIDTHS_HZ[1][0]
-        ages_hz = reversed(self._bandwidths_hz)
-        omega = 2 * math.pi * next(hz for age_s, hz in ages_hz if self._age_s >= age_s)
+        bandwidth_hz = next(hz for age_s, hz in reversed(BANDWIDTHS_HZ) if self._age_s >= age_s)
+        omega = 2 * math.pi * bandwidth_hz
         share = 1 - math.exp(-SMOOTHING * omega * elapsed_s)
         self.smooth_error_s += share * (clamp(error_s, MAX_ERROR_S) - self.smooth_error_s)
         self.clock_offset += omega**2 * self.smooth_error_s * elapsed_s
@@ -2573,6 +2572,11 @@ class ServerClock:
         moment_s, offset_s, drift = self._state
         return offset_s + drift * (now_s - moment_s)
 
+    @property
+    def drift(self) -> float:
+        """How much faster the server's clock goes than this machine's, in parts of its speed."""
+        return self._state[2]
+
     def _finish_burst(self) -> None:
         best = min(self._burst, key=lambda exchange: exchange.round_trip_s)
         self._burst = []
@@ -2645,8 +2649,7 @@ UNTOLD_S = 2.0  # it may be silent for a moment after it has started, or run dry
 # What is off by more is put right by silence; by less, by one jump.
 FAR_OFF_S = 0.1
 OUT_OF_STEP_S = 0.001
-# The first sound is placed exactly, and the lines are smooth: the loop need not be quick.
-IN_STEP_BANDWIDTHS_HZ = ((0.0, 0.05), (20.0, 0.02))
+PULL_PER_S = 0.3  # of an error, beside what the lines' speeds say
 NEED_GROWTH = 1.2  # by so much more is needed before it is said again
 
 
@@ -2686,14 +2689,15 @@ class InStep:
         """Begin with another connection, whose server may be another one."""
         self.after_s = sync.after_s + self._delay_s
         self._clock = sync.clock
-        self._captured_frame, self._captured_s = 0, 0.0
+        self._captured = common.TimeLine(self._rate)
+        self._has_sound = False
         self._worst_ages_s: deque[float] = deque(maxlen=NEED_WINDOWS)
         self._window_end_s = -math.inf
 
     @property
     def is_ready(self) -> bool:
         """Whether `late_s` means anything: the server's clock and some of its sound are known."""
-        return self._clock.is_known and self._captured_frame > 0
+        return self._clock.is_known and self._has_sound
 
     @property
     def is_card_silent(self) -> bool:
@@ -2714,7 +2718,8 @@ class InStep:
 
         That one was captured at `captured_s` by the server's clock.
         """
-        self._captured_frame, self._captured_s = end_frame, captured_s
+        self._captured.see(end_frame, captured_s)
+        self._has_sound = True
         age_s = now_s + self._clock.offset_at(now_s) - (captured_s - frames / self._rate)
         if self._clock.is_known:
             self._note_age(age_s, now_s)
@@ -2740,8 +2745,13 @@ class InStep:
     def late_s(self, frame: float) -> float:
         """Return how late `frame` leaves if the sound card's next sample frame plays it."""
         leaving_s = self._leaving.at(self._card_frames)
-        due_s = self._captured_s + (frame - self._captured_frame) / self._rate + self.after_s
+        due_s = self._captured.at(frame) + self.after_s
         return leaving_s + self._clock.offset_at(leaving_s) - due_s
+
+    @property
+    def speed(self) -> float:
+        """How fast to play to stay as late as it is, in parts of the usual speed."""
+        return self._captured.speed * (1 + self._clock.drift) / self._leaving.speed
 
     @property
     def needed_s(self) -> float:
@@ -2758,7 +2768,6 @@ class SyncedPlayout(Playout):
 
     def __init__(self, audio: AudioFormat, card: AudioFormat, step: InStep) -> None:
         super().__init__(audio, card)
-        self.loop = SpeedLoop(IN_STEP_BANDWIDTHS_HZ)
         self.step = step
 
     def write(self, samples: bytes, gap_frames: int, now_s: float, captured_s: float = 0.0) -> None:
@@ -2792,7 +2801,7 @@ class SyncedPlayout(Playout):
 
     def _steer(self, now_s: float) -> None:
         """Be neither late nor early; where it is by far, wait in silence for what is due."""
-        elapsed_s, self._steered_s = now_s - self._steered_s, now_s
+        self._steered_s = now_s
         if not self.step.is_sure:
             return
         error_s = self._find_error_s()
@@ -2801,8 +2810,8 @@ class SyncedPlayout(Playout):
             return
         if abs(error_s) > OUT_OF_STEP_S:
             error_s -= self._jump(error_s)
-            self.loop.smooth_error_s = 0.0
-        self._play_at(self.loop.advance(error_s, elapsed_s))
+        correction = PULL_PER_S * error_s
+        self._play_at(self.step.speed + clamp(correction, MAX_CORRECTION))
 
     def _aligned(self, place: int, old: Floats) -> int:
         """Return `place`: here it counts when, not how smoothly."""

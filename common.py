@@ -1854,22 +1854,26 @@ class Connection(ByteStream):
 
 # --- time -----------------------------------------------------------------------------------
 
-# How fast a time line follows what it sees: fast at first, and slowly enough after half a minute
-# that the jitter of a sound card's callbacks, some milliseconds, moves it by some microseconds.
-LINE_BANDWIDTH_HZ = 0.02
-LINE_START_BANDWIDTH_HZ = 1.0
-LINE_SETTLING = 0.5  # of the time since the start: bandwidth x time
-LINE_PHASE_S = 1.0  # after so long the speed is followed, too
-# What is off by more for so long is a step in the sound (an xrun, a suspended machine), no jitter.
-LINE_STEP_S = 0.004
-LINE_STEP_PATIENCE_S = 0.25
+# A thread that was held up sees a frame late, and none sees one early: the least late sighting of
+# so long is one that was hardly held up.
+LINE_WINDOW_S = 0.2
+# How fast a time line follows these: fast at first, then slowly enough to stay still.
+LINE_START_BANDWIDTH_HZ = 0.5
+LINE_SETTLING = 0.4  # of the time since the start: bandwidth x time
+LINE_BANDWIDTH_HZ = 0.03
+LINE_SPEED_BANDWIDTH_HZ = 0.05  # a card's speed is near to its name's: no need to hurry
+# What is off by more is a step (an xrun, a suspended machine) if the next window agrees with it, or
+# so many do not.
+LINE_STEP_S = 0.0007
+LINE_STEP_WINDOWS = 5
 
 
 class TimeLine:
-    """When each sample frame passes a sound card: a straight line through jittery sightings.
+    """When each sample frame passes a sound card: a straight line below jittery sightings.
 
     A delay-locked loop of second order, after F. Adriaensen, "Using a DLL to filter time" (Linux
-    Audio Conference 2005). Not for two threads at once. Reads no clock: the caller gives the time.
+    Audio Conference 2005), over the earliest of the sightings. Not for two threads at once. Reads
+    no clock: the caller gives the time.
     """
 
     def __init__(self, rate: float) -> None:
@@ -1878,13 +1882,15 @@ class TimeLine:
         self._frame = 0
         self._time_s = -math.inf
         self._age_s = 0.0  # since it has stepped
-        self._off_s = 0.0  # for how long sightings have been off
-        self.has_stepped = False  # with the latest sighting
+        self._window_s = 0.0
+        self._least_error_s = math.inf  # in this window
+        self._off_windows = 0
+        self._off_s = 0.0  # by how much the last of them
 
     @property
     def is_off(self) -> bool:
-        """Whether the latest sighting was off by too much: a step, if it stays so."""
-        return self._off_s > 0
+        """Whether the last window was off by too much: a step, if the next one is."""
+        return self._off_windows > 0
 
     def see(self, frame: int, time_s: float) -> float:
         """Note that `frame` was seen to pass at `time_s`; return when it does by the line.
@@ -1892,24 +1898,42 @@ class TimeLine:
         `frame` must not be lower than any before. Steps where sightings are off for long.
         """
         frames = frame - self._frame
-        span_s = frames / self._rate
-        self._frame, self._time_s = frame, self._time_s + frames * self._period_s
-        error_s = time_s - self._time_s
-        self._off_s = self._off_s + span_s if abs(error_s) > LINE_STEP_S else 0.0
-        self.has_stepped = self._off_s > LINE_STEP_PATIENCE_S or error_s == math.inf
-        if self.has_stepped:
-            self._time_s, self._age_s, self._off_s = time_s, 0.0, 0.0
-        elif frames and not self._off_s:
-            self._age_s += span_s
-            self._correct(error_s, frames, span_s)
+        if self._time_s == -math.inf:
+            self._time_s = time_s
+        else:
+            self._time_s += frames * self._period_s
+            self._window_s += frames / self._rate
+        self._frame = frame
+        self._least_error_s = min(self._least_error_s, time_s - self._time_s)
+        if self._window_s >= LINE_WINDOW_S:
+            self._end_window()
         return self._time_s
 
-    def _correct(self, error_s: float, frames: int, span_s: float) -> None:
+    def _end_window(self) -> None:
+        error_s, span_s = self._least_error_s, self._window_s
+        self._least_error_s, self._window_s = math.inf, 0.0
+        if abs(error_s) <= LINE_STEP_S:
+            self._off_windows = 0
+            self._age_s += span_s
+            self._correct(error_s, span_s)
+            return
+        agrees = self._off_windows > 0 and abs(error_s - self._off_s) < LINE_STEP_S / 2
+        self._off_windows, self._off_s = self._off_windows + 1, error_s
+        if agrees or self._off_windows == LINE_STEP_WINDOWS:
+            self._time_s += error_s
+            self._age_s, self._off_windows = 0.0, 0
+
+    def _correct(self, error_s: float, span_s: float) -> None:
         bandwidth_hz = min(LINE_START_BANDWIDTH_HZ, LINE_SETTLING / self._age_s)
-        omega = min(1.0, 2 * math.pi * max(LINE_BANDWIDTH_HZ, bandwidth_hz) * span_s)
-        self._time_s += math.sqrt(2) * omega * error_s
-        if self._age_s > LINE_PHASE_S:  # the step may have been to a sighting that was late
-            self._period_s += omega * omega * error_s / frames
+        omega = 2 * math.pi * max(LINE_BANDWIDTH_HZ, bandwidth_hz)
+        self._time_s += min(1.0, math.sqrt(2) * omega * span_s) * error_s
+        slow_omega = 2 * math.pi * min(LINE_SPEED_BANDWIDTH_HZ, bandwidth_hz)
+        self._period_s += slow_omega**2 * span_s * error_s / self._rate
+
+    @property
+    def speed(self) -> float:
+        """How fast sample frames pass, in parts of the usual rate."""
+        return 1 / (self._period_s * self._rate)
 
     def at(self, frame: float) -> float:
         """Return when `frame` passes by the line, as of the latest sighting."""

@@ -2650,6 +2650,7 @@ UNTOLD_S = 2.0  # it may be silent for a moment after it has started, or run dry
 FAR_OFF_S = 0.1
 OUT_OF_STEP_S = 0.001
 PULL_PER_S = 0.3  # of an error, beside what the lines' speeds say
+JOINING_S = 3.0  # until it plays
 NEED_GROWTH = 1.2  # by so much more is needed before it is said again
 
 
@@ -2781,6 +2782,11 @@ class SyncedPlayout(Playout):
         """Go on with a sound card that was away, or stood still for long."""
         super().restart()
         self.step.forget_card()
+
+    @property
+    def is_playing(self) -> bool:
+        """Whether sound is played now."""
+        return self._playing
 
     def describe(self) -> str:
         """Return how far off this player believes to be, and how much of the time it needs."""
@@ -2996,25 +3002,35 @@ class StepAdvice:
         self._told_s = 0.0
         self._has_told_of_card = False
         self._dropouts = 0
+        self._played_s = math.inf  # when last
 
     def give(self, playout: SyncedPlayout, now_s: float) -> None:
         """Tell what is new since the last call, at `now_s`."""
-        step, dropouts = playout.step, playout.statistics.dropouts
-        if step.is_card_silent and not self._has_told_of_card:
+        if playout.step.is_card_silent and not self._has_told_of_card:
             self._has_told_of_card = True
             self._console.complain(
                 "the sound card does not tell when it plays: its delay is taken as constant, "
                 "and --delay MS can make up for it"
             )
+        if self._fails(playout, now_s):
+            self._tell_need(playout.step)
+
+    def _fails(self, playout: SyncedPlayout, now_s: float) -> bool:
+        """Return whether sound came too late since the last call, or does so all the time."""
+        before, self._dropouts = self._dropouts, playout.statistics.dropouts
+        if playout.is_playing or self._played_s == math.inf:
+            self._played_s = now_s
+        return self._dropouts > before or now_s - self._played_s > JOINING_S
+
+    def _tell_need(self, step: InStep) -> None:
         needed_s = step.needed_s
-        if dropouts > self._dropouts and needed_s > max(step.after_s, NEED_GROWTH * self._told_s):
+        if needed_s > max(step.after_s, NEED_GROWTH * self._told_s):
             self._told_s = needed_s
             self._console.complain(
                 f"this player cannot keep {step.after_s * 1000:.0f} ms, as its network and sound "
                 f"card need {needed_s * 1000:.0f}: --sync {math.ceil(needed_s * 100) * 10} on the "
                 "server would do"
             )
-        self._dropouts = dropouts
 
 
 def load_converters() -> None:

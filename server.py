@@ -1713,7 +1713,7 @@ class Reception:
         self._is_reading_disk = False
         self._current: UnderWay | None = None
         self._count = 0  # of files that were saved
-        self._just_saved: Recent[tuple[int, int], bool] = Recent()
+        self._settled: Recent[tuple[int, int], bool] = Recent()  # files that this run has told of
         self._results: list[tuple[int, Outcome]] = []  # by index, not told yet
         self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
@@ -1931,6 +1931,7 @@ class Reception:
             else:
                 claim.close()
         if name is not None:
+            self._note_settled(stage.folder, name)
             batch.note_already(self._spell(stage.folder, name))
             return Outcome("already", name)
         if beginning is None:
@@ -2057,35 +2058,39 @@ class Reception:
     def _take_name(self, batch: Batch, partial: PartialFile, name: str) -> Outcome:
         """Give a complete file `name`, or one with a number, unless the same is there already."""
         if partial.move_to(name):
-            self._note_saved(partial.folder, name)
+            self._note_settled(partial.folder, name)
             return Outcome("saved", name)
         if self._store.overwrite and self._replace(partial, name):
             return Outcome("saved", name)
-        numbers = itertools.chain([(0, name)], self._numbers(partial.folder, name))
+        back = MAX_CANDIDATES if self._store.overwrite else 0  # where no look-up has read them
+        numbers = itertools.chain([(0, name)], self._numbers(partial.folder, name, back))
         for number, each in numbers:
             if number and partial.move_to(each):
                 self._disk.numbers.note((partial.folder.identity, name), number + 1)
-                self._note_saved(partial.folder, each)
+                self._note_settled(partial.folder, each)
                 break
             if self._is_same(batch, partial, each):
+                self._note_settled(partial.folder, each)
                 partial.discard()
                 return Outcome("already", each)
         return Outcome("saved", each)
 
     def _replace(self, partial: PartialFile, name: str) -> bool:
-        """Replace a file, but not one that this client has just sent under a like name."""
+        """Replace a file, but not one that this run has sent, or found here, under a like name."""
         found = partial.folder.stat(name)
-        if self._just_saved.find((found.st_dev, found.st_ino), False):
+        if self._settled.find((found.st_dev, found.st_ino), False):
             return False
         if partial.replace(name):
-            self._note_saved(partial.folder, name)
+            self._note_settled(partial.folder, name)
             return True
         return False
 
-    def _note_saved(self, folder: Folder, name: str) -> None:
+    def _note_settled(self, folder: Folder, name: str) -> None:
+        """Note a file that the client is told it has here; one that is gone needs no note."""
         if self._store.overwrite:
-            found = folder.stat(name)
-            self._just_saved.note((found.st_dev, found.st_ino), True)
+            with contextlib.suppress(OSError):
+                found = folder.stat(name)
+                self._settled.note((found.st_dev, found.st_ino), True)
 
     def _is_same(self, batch: Batch, partial: PartialFile, name: str) -> bool:
         """Return whether a finished file has the content that `partial` has."""

@@ -40,6 +40,19 @@ def test_overwriting_never_replaces_what_the_same_run_has_saved(
     assert contents(inbox) == {"x": sources[0].read_bytes(), "x (1)": sources[1].read_bytes()}
 
 
+@pytest.mark.parametrize("size", [1000, 3 * MIB])
+def test_overwriting_never_replaces_what_the_same_run_has_found_there(
+    inbox: Path, tmp_path: Path, size: int
+) -> None:
+    sources = [make_file(tmp_path / folder / "x", size, seed) for seed, folder in enumerate("ab")]
+    with Server(inbox, "--overwrite") as server:
+        for _ in range(2):
+            result = server.send(*sources)
+            assert result.status == 0, result
+    assert "Already there as x (1), " in result.stdout
+    assert contents(inbox) == {"x": sources[0].read_bytes(), "x (1)": sources[1].read_bytes()}
+
+
 def test_the_same_file_named_twice_is_kept_once(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file", 1000)
     large = make_file(tmp_path / "large", 3 * MIB)

@@ -2649,7 +2649,7 @@ UNTOLD_S = 2.0  # it may be silent for a moment after it has started, or run dry
 # What is off by more is put right by silence; by less, by one jump.
 FAR_OFF_S = 0.1
 OUT_OF_STEP_S = 0.001
-PULL_PER_S = 0.3  # of an error, beside what the lines' speeds say
+PULL_PER_S = 0.6  # of an error, beside what the lines' speeds say
 JOINING_S = 3.0  # until it plays
 NEED_GROWTH = 1.2  # by so much more is needed before it is said again
 
@@ -2690,15 +2690,15 @@ class InStep:
         """Begin with another connection, whose server may be another one."""
         self.after_s = sync.after_s + self._delay_s
         self._clock = sync.clock
-        self._captured = common.TimeLine(self._rate)
-        self._has_sound = False
+        self._captured_frame, self._captured_s = 0, 0.0
+        self._capture = common.TimeLine(self._rate)  # for its speed alone: see `late_s`
         self._worst_ages_s: deque[float] = deque(maxlen=NEED_WINDOWS)
         self._window_end_s = -math.inf
 
     @property
     def is_ready(self) -> bool:
         """Whether `late_s` means anything: the server's clock and some of its sound are known."""
-        return self._clock.is_known and self._has_sound
+        return self._clock.is_known and self._captured_frame > 0
 
     @property
     def is_card_silent(self) -> bool:
@@ -2719,8 +2719,8 @@ class InStep:
 
         That one was captured at `captured_s` by the server's clock.
         """
-        self._captured.see(end_frame, captured_s)
-        self._has_sound = True
+        self._captured_frame, self._captured_s = end_frame, captured_s
+        self._capture.see(end_frame, captured_s)
         age_s = now_s + self._clock.offset_at(now_s) - (captured_s - frames / self._rate)
         if self._clock.is_known:
             self._note_age(age_s, now_s)
@@ -2744,15 +2744,18 @@ class InStep:
         self._block_s = card_frames / self._card_rate
 
     def late_s(self, frame: float) -> float:
-        """Return how late `frame` leaves if the sound card's next sample frame plays it."""
+        """Return how late `frame` leaves if the sound card's next sample frame plays it.
+
+        What the server says of the capture is taken as it is: where that is off, it is so for all.
+        """
         leaving_s = self._leaving.at(self._card_frames)
-        due_s = self._captured.at(frame) + self.after_s
+        due_s = self._captured_s + (frame - self._captured_frame) / self._rate + self.after_s
         return leaving_s + self._clock.offset_at(leaving_s) - due_s
 
     @property
     def speed(self) -> float:
         """How fast to play to stay as late as it is, in parts of the usual speed."""
-        return self._captured.speed * (1 + self._clock.drift) / self._leaving.speed
+        return self._capture.speed * (1 + self._clock.drift) / self._leaving.speed
 
     @property
     def needed_s(self) -> float:

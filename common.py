@@ -1854,26 +1854,27 @@ class Connection(ByteStream):
 
 # --- time -----------------------------------------------------------------------------------
 
-# A thread that was held up sees a frame late, and none sees one early: the least late sighting of
-# so long is one that was hardly held up.
+# The median of the sightings of so long: a thread that is held up now and then does not move it.
 LINE_WINDOW_S = 0.2
 # How fast a time line follows these: fast at first, then slowly enough to stay still.
 LINE_START_BANDWIDTH_HZ = 0.5
 LINE_SETTLING = 0.4  # of the time since the start: bandwidth x time
-LINE_BANDWIDTH_HZ = 0.03
-LINE_SPEED_BANDWIDTH_HZ = 0.05  # a card's speed is near to its name's: no need to hurry
+LINE_BANDWIDTH_HZ = 0.1
+LINE_SPEED_BANDWIDTH_HZ = (
+    0.06  # no card is so far from its name that it were to be learnt any faster
+)
 # What is off by more is a step (an xrun, a suspended machine) if the next window agrees with it, or
 # so many do not.
-LINE_STEP_S = 0.0007
+LINE_STEP_S = 0.003
 LINE_STEP_WINDOWS = 5
 
 
 class TimeLine:
-    """When each sample frame passes a sound card: a straight line below jittery sightings.
+    """When each sample frame passes a sound card: a straight line through jittery sightings.
 
     A delay-locked loop of second order, after F. Adriaensen, "Using a DLL to filter time" (Linux
-    Audio Conference 2005), over the earliest of the sightings. Not for two threads at once. Reads
-    no clock: the caller gives the time.
+    Audio Conference 2005), over medians of the sightings. Not for two threads at once. Reads no
+    clock: the caller gives the time.
     """
 
     def __init__(self, rate: float) -> None:
@@ -1883,7 +1884,7 @@ class TimeLine:
         self._time_s = -math.inf
         self._age_s = 0.0  # since it has stepped
         self._window_s = 0.0
-        self._least_error_s = math.inf  # in this window
+        self._errors_s: list[float] = []  # in this window
         self._off_windows = 0
         self._off_s = 0.0  # by how much the last of them
 
@@ -1904,14 +1905,14 @@ class TimeLine:
             self._time_s += frames * self._period_s
             self._window_s += frames / self._rate
         self._frame = frame
-        self._least_error_s = min(self._least_error_s, time_s - self._time_s)
+        self._errors_s.append(time_s - self._time_s)
         if self._window_s >= LINE_WINDOW_S:
             self._end_window()
         return self._time_s
 
     def _end_window(self) -> None:
-        error_s, span_s = self._least_error_s, self._window_s
-        self._least_error_s, self._window_s = math.inf, 0.0
+        error_s, span_s = sorted(self._errors_s)[len(self._errors_s) // 2], self._window_s
+        self._errors_s, self._window_s = [], 0.0
         if abs(error_s) <= LINE_STEP_S:
             self._off_windows = 0
             self._age_s += span_s
@@ -1927,7 +1928,7 @@ class TimeLine:
         bandwidth_hz = min(LINE_START_BANDWIDTH_HZ, LINE_SETTLING / self._age_s)
         omega = 2 * math.pi * max(LINE_BANDWIDTH_HZ, bandwidth_hz)
         self._time_s += min(1.0, math.sqrt(2) * omega * span_s) * error_s
-        slow_omega = 2 * math.pi * min(LINE_SPEED_BANDWIDTH_HZ, bandwidth_hz)
+        slow_omega = min(omega, 2 * math.pi * LINE_SPEED_BANDWIDTH_HZ)
         self._period_s += slow_omega**2 * span_s * error_s / self._rate
 
     @property

@@ -384,7 +384,7 @@ class NoServer(ConnectionLost):
 
 
 class WrongCode(SocketPairError):
-    """The server has another pairing code than we."""
+    """The server has another pairing code than this client."""
 
 
 class Address:
@@ -409,9 +409,9 @@ def connect(
 ) -> tuple[Connection, Welcome]:
     """Return a connection past its handshake, and the server's welcome.
 
-    Asks for the pairing code, with `ask` or `ask_for_code`, where the server wants one that we do
-    not have, and there is a terminal to ask at; again, if the answer was wrong. Otherwise blocks
-    for `timeout_s` for connecting and for 10 s for the handshake at most.
+    Asks for the pairing code, with `ask` or `ask_for_code`, where the server wants one that
+    `address` lacks, and there is a terminal to ask at; again, if the answer was wrong.
+    Otherwise blocks for `timeout_s` for connecting and for 10 s for the handshake at most.
 
     Raises NoServer, ConnectionLost, ProtocolError where it is no Socket Pair server, WrongCode,
     PeerRefused, and SocketPairError where no code is wanted.
@@ -442,7 +442,7 @@ def ask_for_code(problem: str = "") -> str:
 
 
 def connect_once(address: Address, hello: Hello, timeout_s: float) -> tuple[Connection, Welcome]:
-    """Do what `connect` does, with the code that we have."""
+    """Do what `connect` does, with the code of `address` alone."""
     peer = escape(common.format_address(address.host, address.port))
     try:
         sock = socket.create_connection((address.host, address.port), timeout=timeout_s)
@@ -734,7 +734,7 @@ def look_up_folder(path: str, name: str) -> Source:
 
 
 def is_real_folder(entry: os.DirEntry[str]) -> bool:
-    """Tell whether `entry` is a folder, not a link to one, nor Windows' junction."""
+    """Return whether `entry` is a folder, not a link to one, nor Windows' junction."""
     with contextlib.suppress(OSError):  # look_at will say it
         if entry.is_dir(follow_symlinks=False):
             is_junction = getattr(entry, "is_junction", bool)  # from Python 3.12 on
@@ -743,7 +743,7 @@ def is_real_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_same_folder(entry: os.DirEntry[str], identity: tuple[int, int]) -> bool:
-    """Tell whether a folder has this device and inode."""
+    """Return whether a folder has this device and inode."""
     with contextlib.suppress(OSError):
         if sys.platform != "win32" and entry.inode() != identity[1]:
             return False  # without a system call
@@ -1103,11 +1103,11 @@ class Batch:
             return sorted(self._undecided)
 
     def is_done(self) -> bool:
-        """Tell whether the server has said of each what has become of it."""
+        """Return whether the server has said of each what has become of it."""
         return not self._undecided
 
     def is_decided(self, index: int) -> bool:
-        """Tell whether the server has said what has become of it."""
+        """Return whether the server has said what has become of it."""
         return index not in self._undecided
 
     def end(self, index: int, end: Sent | NotSent) -> None:
@@ -1404,7 +1404,7 @@ class Upload:
                 self._backlog.give_back([source])
 
     def has_moved(self) -> bool:
-        """Tell whether the server has got anything of a file, as far as is known."""
+        """Return whether the server has got anything of a file, as far as is known."""
         return self._file_bytes > self._connection.in_transit()
 
     def run(self) -> None:
@@ -1603,7 +1603,7 @@ class Upload:
     def _wait_for_stdin(self, deadline: Deadline | None) -> bool:
         """Block until standard input has something, or until `deadline`; return whether it has.
 
-        Tells the server meanwhile that we live.
+        Tells the server meanwhile that this client lives.
         """
         if sys.platform == "win32":
             return True  # select() there knows sockets only: a pipe silent for a minute is cut off
@@ -1696,12 +1696,12 @@ def open_file(source: Source) -> BinaryIO:
 
 
 def is_as_offered(then: os.stat_result, now: os.stat_result) -> bool:
-    """Tell whether a file has the size and the modification time that it had."""
+    """Return whether a file has the size and the modification time that it had."""
     return (now.st_size, now.st_mtime_ns) == (then.st_size, then.st_mtime_ns)
 
 
 def is_same(then: os.stat_result, now: os.stat_result) -> bool:
-    """Tell whether nothing at all has happened to a file.
+    """Return whether nothing at all has happened to a file.
 
     The time of its status also tells of changes whose modification time was set back; but it moves
     for a new name or mode as well, and on some file systems for nothing.
@@ -2239,7 +2239,7 @@ class Playout:
         self._draining = True
 
     def restart(self) -> None:
-        """Go on with a sound card that was away, or stood still for long."""
+        """Resume with a sound card that was away, or stood still for long."""
         self._reads = EarliestLine(READS_WINDOW_S)
         self.loop.restart()
         self._stop()
@@ -2287,7 +2287,7 @@ class Playout:
         return self.audio.rate / self.card.rate * self.speed
 
     def lacks(self, frames: int) -> bool:
-        """Tell whether a read of `frames` would be a dropout."""
+        """Return whether a read of `frames` would be a dropout."""
         there = self._tape.end - self._next
         return self._playing and not self._draining and there < self._frames_for(frames)
 
@@ -2782,7 +2782,7 @@ class SyncedPlayout(Playout):
             self.step.note_block(frames, self._tape.end, captured_s, now_s)
 
     def restart(self) -> None:
-        """Go on with a sound card that was away, or stood still for long."""
+        """Resume with a sound card that was away, or stood still for long."""
         super().restart()
         self.step.forget_card()
 
@@ -2848,7 +2848,7 @@ class Destination(Protocol):
         """
 
     def close(self) -> None:
-        """Release what is held without an output. May be called twice."""
+        """Release what is held without an output. Idempotent."""
 
 
 class Output(Protocol):
@@ -2861,7 +2861,7 @@ class Output(Protocol):
         """
 
     def resume(self, sync: Sync | None, /) -> None:
-        """Go on with the sound of another connection, perhaps of a server started anew."""
+        """Continue with the sound of another connection, perhaps of a server started anew."""
 
     def drain(self) -> None:
         """Let everything taken come out, at its own speed; blocks until it has."""
@@ -2954,7 +2954,7 @@ class SpeakerOutput:
             self._playout.restart()
 
     def resume(self, sync: Sync | None) -> None:
-        """Go on with another connection's sound, in step if its server says so."""
+        """Continue with another connection's sound, in step if its server says so."""
         with self._exchanged:
             if sync is not None and isinstance(self._playout, SyncedPlayout):
                 self._playout.step.begin(sync)
@@ -3267,7 +3267,7 @@ class WavWriter:
     def _begin(self, file: BinaryIO) -> tuple[BinaryIO, wave.Wave_write]:
         import wave  # noqa: PLC0415  (only recordings need it)
 
-        wav = wave.open(file, "wb")  # noqa: SIM115 - open as long as we are
+        wav = wave.open(file, "wb")  # noqa: SIM115 - open as long as the recording
         wav.setparams((self._audio.channels, common.SAMPLE_BYTES, self._audio.rate, 0, "NONE", ""))
         wav.writeframes(b"")
         file.flush()
@@ -3421,7 +3421,7 @@ class Pipe:
         return RecordingOutput(PipeWriter(), audio, self._missed)
 
     def close(self) -> None:
-        """Nothing to do: standard output is not ours to close."""
+        """Leave standard output open, as whoever opened it closes it."""
 
 
 class PipeWriter:
@@ -3444,7 +3444,7 @@ class PipeWriter:
             raise SocketPairError(f"cannot write to standard output: {reason}") from error
 
     def close(self) -> None:
-        """Nothing to do: standard output is not ours to close."""
+        """Leave standard output open, as whoever opened it closes it."""
 
 
 def write_all(file: Any, data: bytes) -> None:
@@ -3452,7 +3452,7 @@ def write_all(file: Any, data: bytes) -> None:
     view = memoryview(data)
     while view:
         written = file.write(view)
-        if written is None:  # whoever started us has made it non-blocking
+        if written is None:  # whoever started this has made it non-blocking
             select.select([], [file], [])
         else:
             view = view[written:]

@@ -242,7 +242,7 @@ def format_address(host: str, port: int) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Tell whether a numeric address is this machine's own, which no other can reach."""
+    """Return whether a numeric address is this machine's own, which no other can reach."""
     return address == "::1" or address.removeprefix("::ffff:").startswith("127.")
 
 
@@ -687,9 +687,6 @@ def require_size(fields: Fields, field: str) -> int:
     return value
 
 
-# handshake
-
-
 def optional_number(fields: Fields, field: str, allowed: range) -> int | None:
     """Return a whole number of a message, None where it has none; raises ProtocolError."""
     if fields.get(field) is None:
@@ -698,6 +695,9 @@ def optional_number(fields: Fields, field: str, allowed: range) -> int | None:
     if value not in allowed:
         raise ProtocolError(f"received a message with a bad {field!r}")
     return value
+
+
+# handshake
 
 
 class Hello(NamedTuple):
@@ -1106,7 +1106,7 @@ class OpusBlock(NamedTuple):
     """A packet of Opus, in place of an `AudioBlock`; its sample frames are those of ``OPUS_RATE``.
 
     Of those that it is decoded to, `skipped` come before the first that counts, and `frames` count.
-    Some are skipped in the first packet of an encoder alone: a decoder begins anew with it, too.
+    Some are skipped in the first packet of an encoder alone: a decoder also begins anew with it.
     """
 
     first_frame: int
@@ -1997,7 +1997,7 @@ def open_network(addresses: Sequence[str] = ()) -> Zeroconf:
 
     import zeroconf  # noqa: PLC0415
 
-    for library in ("zeroconf", "asyncio"):  # what matters of theirs we say ourselves
+    for library in ("zeroconf", "asyncio"):  # this program itself tells what matters of them
         logging.getLogger(library).setLevel(logging.CRITICAL)
     if addresses:
         return zeroconf.Zeroconf(list(addresses))
@@ -2042,7 +2042,7 @@ class BlockPipeline(Blocks):
 
     While the thread that made the pipeline fills the next block (from a socket or a file), a
     thread of the pipeline's own calls `consume` on those before, in order: hashing and
-    writing let go of the interpreter's lock, so both really run at once. The end of the
+    writing release the interpreter's lock, so both really run at once. The end of the
     ``with`` block waits until all is consumed. What `consume` raises is raised by the next
     `give` or there, and what is given after that is passed over.
     """
@@ -2274,7 +2274,7 @@ class Stream(Protocol):
         """Return whether the sound system still takes it for flowing."""
 
     def close(self) -> None:
-        """Let go of the device. May be called twice."""
+        """Release the device. Idempotent."""
 
 
 class System(Protocol):
@@ -2289,7 +2289,7 @@ class System(Protocol):
         """Have sound flow through the device of that name; raises AudioUnavailable."""
 
     def close(self) -> None:
-        """Let go of all devices. May be called twice."""
+        """Release all devices. Idempotent."""
 
 
 @contextlib.contextmanager
@@ -2342,7 +2342,7 @@ class PortAudioStream:
             return False
 
     def close(self) -> None:
-        """Let go of the device; blocks while the sound system takes its time."""
+        """Release the device; blocks while the sound system takes its time."""
         with contextlib.suppress(OSError):
             self._stream.close()
 
@@ -2376,7 +2376,7 @@ class SoundSystem:
             self._portaudio = self._start()
 
     def close(self) -> None:
-        """Let go of the sound cards; ends the streams that are open. May be called twice."""
+        """Release the sound cards; ends the streams that are open. Idempotent."""
         portaudio, self._portaudio = self._portaudio, None
         if portaudio is not None:
             portaudio.terminate()
@@ -2515,7 +2515,7 @@ class JackProcess:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End it at once. May be called twice."""
+        """End it at once. Idempotent."""
         self._process.kill()
         self._process.wait()
 
@@ -2859,7 +2859,7 @@ class SoundCard:
         self._mail.take_answer()
 
     def close(self) -> None:
-        """Let go of the device, unless the sound system hangs. May be called twice."""
+        """Release the device, unless the sound system hangs. Idempotent."""
         self._mail.requests.put(Closing())
         self._thread.join(CARD_CLOSE_S)
 
@@ -3252,7 +3252,7 @@ def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> No
     pairing.add_argument(
         "--code",
         type=pairing_code,
-        default=os.environ.pop(CODE_VARIABLE, None) or None,  # not for what we start
+        default=os.environ.pop(CODE_VARIABLE, None) or None,  # not for child processes
         help=f"pairing code (or set {CODE_VARIABLE}, as arguments show in ps)",
     )
     pairing.add_argument("--open", action="store_true", help="do without a pairing code")
@@ -3380,7 +3380,7 @@ if sys.platform != "win32":
 
 
 def open_missing_streams() -> None:
-    """Have standard input empty, and the outputs nowhere, where whoever started us closed them."""
+    """Have standard input empty, and the outputs nowhere, where they were closed at the start."""
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
@@ -3397,7 +3397,7 @@ def find_status(main: Callable[[Sequence[str]], int]) -> int:
         return EXIT_INTERRUPTED
     except Terminated:
         return EXIT_TERMINATED
-    except BrokenPipeError:  # nobody reads what we say: nothing more to say then
+    except BrokenPipeError:  # nobody reads the output: nothing more to say then
         return EXIT_FAILED
     except OSError as error:
         where = f"{escape(str(error.filename))}: " if error.filename else ""

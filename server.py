@@ -152,7 +152,7 @@ class GivenUp(SocketPairError):
 
 # --- names ----------------------------------------------------------------------------------
 
-# Linux's own limit, to bound what a client can make us work through.
+# Linux's own limit, to bound what a client can make the server work through.
 MAX_PATH_BYTES = 4096
 # What removes a tree recursively goes no deeper than 1,000, often.
 MAX_FOLDER_DEPTH = 500
@@ -981,7 +981,7 @@ SPACE_AGE_S = 0.25
 FREE_MISMATCHES = 50
 MISMATCH_SPACING_S = 1.0
 MAX_MISMATCH_WAIT_S = 10.0
-# A file of which more is held is compared at some shorter lengths, too.
+# A file of which more is held is also compared at some shorter lengths.
 CHECKPOINT_BYTES = 64 * 1024 * 1024
 
 K = TypeVar("K")
@@ -1459,9 +1459,6 @@ class Wanted(NamedTuple):
         return self.beginning.size if self.beginning else 0
 
 
-Stage = LookedUp | Wanted | Outcome
-
-
 class Tampered(Refused):
     """Another program has written to a partial file."""
 
@@ -1698,7 +1695,7 @@ class Batch:
 class Reception:
     """The conversation with one client that sends files.
 
-    Each entry of a batch goes through the stages that it has at the client, too: offered (an
+    Each entry of a batch goes through the same stages as at the client: offered (an
     Entry), looked up (LookedUp, then Wanted), under way (UnderWay), decided (an Outcome).
     """
 
@@ -2764,7 +2761,7 @@ def check_sound_file(path: str) -> None:
 
 # --- sound: encodings -----------------------------------------------------------------------
 
-# An encoder takes 1 to 3 % of a core: whoever is let in shall not have us run hundreds.
+# An encoder takes 1 to 3 % of a core: whoever is let in shall not make the server run hundreds.
 MAX_OPUS_RATES = 8
 OPUS_KBIT_PER_CHANNEL = 256  # Opus has no more
 # With "lowdelay" Opus looks so far ahead: RFC 6716 has 2.5 ms for CELT alone.
@@ -3048,7 +3045,7 @@ class Broadcaster:
         return self._opus[opus_kbit]
 
     def remove(self, listener: Listener) -> None:
-        """Send no more to `listener`. May be called twice."""
+        """Send no more to `listener`. Idempotent."""
         with self._lock:
             self._listeners = tuple(other for other in self._listeners if other is not listener)
             self.listener_count = len(self._listeners)
@@ -3176,7 +3173,7 @@ class RateLimiter:
     """Slows down guesses at the pairing code from each crowd. For any thread.
 
     A guess counts from its beginning, and as wrong until it turns out right: any number of them
-    at once are as slow as one after the other. A right one has to wait, too, but not for long.
+    at once are as slow as one after the other. A right one also has to wait, but not for long.
     Remembers a bounded number of crowds.
     """
 
@@ -3255,9 +3252,9 @@ class Gate:
     def _receive_hello(connection: Connection) -> Hello:
         hello = connection.receive(Hello, max_bytes=common.MAX_HELLO_BYTES)
         if hello.protocol != common.PROTOCOL:
-            ours, its = common.PROTOCOL, escape(str(hello.protocol), 20)
-            older = "the client" if hello.protocol < ours else "the server"
-            text = f"this server speaks protocol {ours}, not {its}: update {older}"
+            spoken, asked = common.PROTOCOL, escape(str(hello.protocol), 20)
+            older = "the client" if hello.protocol < spoken else "the server"
+            text = f"this server speaks protocol {spoken}, not {asked}: update {older}"
             turn_away(connection, common.Error(text))
         return hello
 
@@ -3416,7 +3413,7 @@ class Endpoint:
         return [str(each.getsockname()[0]) for each in self.sockets]
 
     def is_local(self) -> bool:
-        """Tell whether only this machine can connect."""
+        """Return whether only this machine can connect."""
         return all(map(common.is_loopback, self.bound_addresses()))
 
     def addresses(self) -> list[str]:
@@ -3854,9 +3851,9 @@ class Server:
 
     def _answer(self, hello: Hello, client: Client) -> Welcome | common.Error:
         """Return the answer to a client; after a Welcome, it has a place."""
-        ours = self._endpoint.mode
-        if hello.mode != ours:
-            return common.Error(f"this server is in {ours} mode: python client.py {ours}")
+        mode = self._endpoint.mode
+        if hello.mode != mode:
+            return common.Error(f"this server is in {mode} mode: python client.py {mode}")
         try:
             welcome = self._welcome(hello, client.crowd)
         except Refused as refusal:
@@ -3941,9 +3938,9 @@ def logging_to_streams(args: argparse.Namespace) -> Iterator[BackgroundLog]:
 
 
 def goes_to_journal(stream: TextIO) -> bool:
-    """Tell whether systemd reads `stream` for its journal, which stamps each line itself.
+    """Return whether systemd reads `stream` for its journal, which stamps each line itself.
 
-    ``JOURNAL_STREAM`` holds the device and the inode that it gave us (systemd.exec(5)).
+    ``JOURNAL_STREAM`` holds the device and the inode that it passed on (systemd.exec(5)).
     """
     with contextlib.suppress(OSError, ValueError):  # no file, or closed
         found = os.fstat(stream.fileno())

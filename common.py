@@ -1542,17 +1542,6 @@ class ByteStream:
         self._wait_for(size)
         return self._received.peek(size)
 
-    def read_into(self, view: memoryview) -> None:
-        """Fill all of `view`, straight from the socket; blocks and raises as `read` does."""
-        buffered = self._received.take(len(view))
-        have = len(buffered)
-        view[:have] = buffered
-        while have < len(view):
-            count = self._receive_into(view[have:])
-            if not count:
-                raise self._ended(inside=have > 0)
-            have += count
-
     def read_some(self, view: memoryview, seconds: float) -> int:
         """Fill `view`, or as much as comes within `seconds`, at least a byte; return how much.
 

@@ -199,10 +199,10 @@ def browse() -> list[ServiceInfo]:
     try:
         # Here, as only this needs it, and it takes long to import.
         import zeroconf  # noqa: PLC0415
-    except ImportError as error:
+    except common.LOAD_ERRORS as error:
         raise SocketPairError(
-            f"--find needs the package zeroconf, which cannot be loaded ({error}): "
-            f"{common.how_to_install('zeroconf')}, or use --host"
+            f"--find needs the package zeroconf, which cannot be loaded "
+            f"({common.first_line(error)}): {common.how_to_install('zeroconf')}, or use --host"
         ) from None
     services: queue.SimpleQueue[ServiceInfo] = queue.SimpleQueue()
 
@@ -971,7 +971,7 @@ def find_bar() -> Callable[..., str] | None:
     """Return what draws a bar where tqdm is installed; files go without it too."""
     try:
         from tqdm import tqdm  # noqa: PLC0415  (only a terminal needs it, and it takes a while)
-    except ImportError:
+    except common.LOAD_ERRORS:
         complain(f"no progress bars without tqdm: {common.how_to_install('tqdm')}")
         return None
     return tqdm.format_meter
@@ -3041,10 +3041,10 @@ def load_converters() -> None:
     try:
         import numpy  # noqa: PLC0415, F401  (only playing needs them)
         import samplerate  # noqa: PLC0415, F401
-    except ImportError as error:
+    except common.LOAD_ERRORS as error:
         raise AudioUnavailable(
-            f"playing needs NumPy and samplerate, which cannot be loaded ({error}): "
-            "pip install numpy samplerate"
+            "playing needs NumPy and samplerate, which cannot be loaded "
+            f"({common.first_line(error)}): {common.how_to_install('numpy', 'samplerate')}"
         ) from None
 
 
@@ -3394,7 +3394,7 @@ def check_av(what: str) -> None:
         import av  # noqa: PLC0415  (nothing else needs it)
 
         av.codec.Codec("flac" if what == ".flac" else "libopus", "w")
-    except (ImportError, ValueError):  # ValueError: an FFmpeg that was built without
+    except common.LOAD_ERRORS:  # ValueError: an FFmpeg that was built without
         raise SocketPairError(f"{what} needs package av: {common.how_to_install('av')}") from None
 
 

@@ -142,6 +142,11 @@ class NotPaired(SocketPairError):
 
 # Those of requirements.txt that Debian 12 has as python3-NAME. Its av crashes when it encodes.
 DEBIAN_PACKAGES = {"cryptography", "ifaddr", "numpy", "pyaudio", "spake2", "tqdm", "zeroconf"}
+# What a package raises while it is imported that is missing, or is broken: built for another
+# Python, another processor or another library.
+LOAD_ERRORS = (
+    ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError, SyntaxError
+)  # fmt: skip
 
 
 def escape(text: str, limit: int = 500) -> str:
@@ -234,6 +239,11 @@ def how_to_install(*packages: str) -> str:
     if shutil.which("apt"):
         environment = f"apt install python3-venv && {environment}"
     return f"{environment} && .venv/bin/pip install {' '.join(packages)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what `error` says, harmless to print."""
+    return escape(str(error).strip().partition("\n")[0])
 
 
 def format_address(host: str, port: int) -> str:
@@ -408,9 +418,9 @@ def require_pairing_packages() -> None:
     try:
         import cryptography  # noqa: F401, PLC0415
         import spake2  # noqa: F401, PLC0415
-    except ImportError as error:
+    except LOAD_ERRORS as error:
         raise SocketPairError(
-            f"pairing codes need the packages spake2 and cryptography ({error}): "
+            f"pairing codes need the packages spake2 and cryptography ({first_line(error)}): "
             f"{how_to_install('spake2', 'cryptography')}"
         ) from None
 
@@ -2298,8 +2308,8 @@ def import_pyaudio() -> Any:
     """
     try:
         import pyaudio  # noqa: PLC0415
-    except ImportError as error:
-        reason = f"cannot be loaded ({error})"
+    except LOAD_ERRORS as error:
+        reason = f"cannot be loaded ({first_line(error)})"
     else:
         if tuple(map(int, pyaudio.__version__.split(".")[:3])) >= PYAUDIO_VERSION:
             return pyaudio

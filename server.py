@@ -2531,8 +2531,10 @@ class DecodedFile:
 
     def __init__(self, path: str, rate: int | None, channels: int | None) -> None:
         """Raise Unplayable where it cannot be read, ImportError without ``av``."""
-        import av  # noqa: PLC0415  (only these files need it)
-
+        try:
+            import av  # noqa: PLC0415  (only these files need it)
+        except common.LOAD_ERRORS as error:
+            raise ImportError(str(error)) from None
         self._av = av
         # Named as a file: FFmpeg would read from the network as well.
         self._url = b"file:" + os.fsencode(path)
@@ -3019,7 +3021,7 @@ class Broadcaster:
             import av  # noqa: PLC0415  (only a listener with --opus needs it)
 
             av.codec.Codec("libopus", "w")
-        except (ImportError, ValueError):  # ValueError: an FFmpeg that was built without
+        except common.LOAD_ERRORS:  # ValueError: an FFmpeg that was built without
             advice = common.how_to_install("av")
             raise Refused(f"this server has no Opus without package av: {advice} there") from None
 
@@ -3484,7 +3486,7 @@ class Advertiser:
         try:
             # Here, as most servers do without, and it takes long to import.
             import zeroconf  # noqa: PLC0415
-        except ImportError:
+        except common.LOAD_ERRORS:
             self._complain(
                 f"that needs zeroconf: {common.how_to_install('zeroconf')} (or --no-announce)"
             )

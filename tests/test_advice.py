@@ -62,6 +62,7 @@ def test_a_full_disk_under_standard_output_is_told(server: Server, tmp_path: Pat
     ("module", "words"),
     [
         ("raise ImportError('none')", "which cannot be loaded (none): "),
+        ("raise RuntimeError('broken')", "which cannot be loaded (broken): "),
         ("__version__ = '0.2.11'", "which fails with this Python as 0.2.11, Ubuntu 22.04's: "),
     ],
 )
@@ -81,3 +82,21 @@ def test_a_missing_or_too_old_pyaudio_is_told_with_what_installs_it(
     assert result.stderr.startswith(f"sound needs PyAudio, {words}")
     assert common.how_to_install("pyaudio") in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_packages_that_are_broken_are_told_in_one_line(tmp_path: Path) -> None:
+    """As by NumPy on a processor for which it was not built."""
+    (tmp_path / "numpy.py").write_text(r"raise RuntimeError('\nbaseline\nX86_V2')")
+    result = subprocess.run(
+        [sys.executable, ROOT / "client.py", "audio", "--port=1"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr == (
+        "playing needs NumPy and samplerate, which cannot be loaded (baseline): "
+        f"{common.how_to_install('numpy', 'samplerate')}\n"
+    )

@@ -187,7 +187,10 @@ def test_the_command_that_the_server_prints_works_on_the_other_machine(
     with Server(inbox, "--host", "0.0.0.0", wrapper=hosts.at(hosts.far)) as server:
         command = server.wait_for_output(r"\n    python (client\.py .*)\n")[1].split()
         assert command[command.index("--host") + 1] == FAR
-        with Process(*command, source, wrapper=hosts.at(hosts.near)) as client:
+        code = server.wait_for_output(r"Pairing code: (\S+)\n")[1]
+        assert code not in command  # where ps would show it
+        typed = {"SOCKET_PAIR_CODE": code}
+        with Process(*command, source, wrapper=hosts.at(hosts.near), env=typed) as client:
             result = client.wait()
         assert result.status == 0, result
     assert sha256(inbox / source.name) == sha256(source)
@@ -259,7 +262,7 @@ def test_a_machine_that_is_gone_is_told(hosts: Hosts, tmp_path: Path) -> None:
     with Process(*arguments, wrapper=hosts.at(hosts.near)) as client:
         result = client.wait()
     assert result.status == 1
-    assert "no server at 10.77.2.99:50007" in result.stderr
+    assert "no way to 10.77.2.99:50007 (no route to host)" in result.stderr
 
 
 def test_a_file_arrives_whole_over_a_line_that_loses_and_damages_packets(

@@ -180,7 +180,10 @@ def find_servers(mode: str | None) -> list[FoundServer]:
 def look_at_announcement(
     service: ServiceInfo, own: Sequence[IPv4Interface | IPv6Interface]
 ) -> FoundServer | None:
-    """Return the server that is announced, if it can be one on a network of our `own`."""
+    """Return the server that is announced, if it can be one on a network of `own`.
+
+    Those are this machine's addresses.
+    """
     try:
         announced = common.Announced.from_txt(service.properties)
         host = nearest(service.parsed_scoped_addresses(), own)
@@ -306,8 +309,8 @@ def talk(asked: Asked) -> bool:
 def nearest(addresses: Iterable[str], own: Sequence[IPv4Interface | IPv6Interface]) -> str | None:
     """Return the one of a server's addresses that most likely leads to it from here, if any.
 
-    It is on a network of our `own`. One that is also our own comes last: there are addresses that
-    every machine has for its own virtual networks.
+    It is on a network of `own`, this machine's addresses. One that is also in `own` comes last:
+    there are addresses that every machine has for its own virtual networks.
     """
     import ipaddress  # noqa: PLC0415  (see browse)
 
@@ -326,7 +329,7 @@ def nearest(addresses: Iterable[str], own: Sequence[IPv4Interface | IPv6Interfac
     return min(filter(can_be_reached, addresses), key=distance, default=None)
 
 
-def pick_server(mode: str | None, data_on_stdout: bool = False) -> FoundServer:
+def pick_server(mode: str | None, data_on_stdout: bool) -> FoundServer:
     """Show the servers on the local network, and return the one that the user picks.
 
     Blocks until then. Raises SocketPairError where there is none, or no answer.
@@ -367,16 +370,7 @@ REFUSED_PAIRING = {
     common.NO_CODE: "says that it has no pairing code: check that it is the right server",
     common.WAIT: "has had too many wrong pairing codes from this address: try again in a minute",
 }
-
-
 FILE_HELLO = Hello(common.PROTOCOL, "file")
-
-
-class FileChanged(SocketPairError):
-    """A file is not what it was when it was offered."""
-
-    def __init__(self) -> None:
-        super().__init__("it changed while it was sent")
 
 
 class NoServer(ConnectionLost):
@@ -388,7 +382,7 @@ class WrongCode(SocketPairError):
 
 
 class Address:
-    """Where the server is, and what lets us in there.
+    """Where the server is, and what lets this client in there.
 
     `code` is the pairing code, normalized; `open` does without, wherever the server is.
     """
@@ -430,7 +424,7 @@ def connect(
             problem = str(error)
 
 
-def ask_for_code(problem: str = "") -> str:
+def ask_for_code(problem: str) -> str:
     """Ask for the pairing code until it can be one, after telling the `problem` with the last."""
     while True:
         if problem:
@@ -968,7 +962,7 @@ class Progress:
 
 
 def find_bar() -> Callable[..., str] | None:
-    """Return what draws a bar where tqdm is installed; files go without it too."""
+    """Return what draws a bar where tqdm is installed; files also go without it."""
     try:
         from tqdm import tqdm  # noqa: PLC0415  (only a terminal needs it, and it takes a while)
     except common.LOAD_ERRORS:
@@ -1329,6 +1323,13 @@ def sizes_of(sources: Iterable[Source]) -> Iterator[int]:
     return (source.entry.size or 0 for source in sources if not source.entry.is_folder)
 
 
+class FileChanged(SocketPairError):
+    """A file is not what it was when it was offered."""
+
+    def __init__(self) -> None:
+        super().__init__("it changed while it was sent")
+
+
 class OfferAgain(SocketPairError):
     """A file is not what was offered, and what it is now can be offered in its place."""
 
@@ -1418,7 +1419,7 @@ class Upload:
             with ResultReader(self._connection, batch, self._decide):
                 for transfer in transfers:
                     self._transfer(batch, transfer)
-                # While the server is still busy, so that it never waits for our looking up.
+                # While the server is still busy, so that it never waits for the looking up here.
                 following = self._offer()
             self._offered.remove(batch)
             batch = following if following.sources else self._offer()
@@ -1643,7 +1644,7 @@ class Upload:
     # decided
 
     def _decide(self, batch: Batch, index: int, outcome: Outcome) -> None:
-        """Report what the server says has become of a file; the results' thread calls it too."""
+        """Report what the server says has become of a file. Also for the results' thread."""
         source, end = batch.decide(index)
         is_saved = outcome.kind == "saved" and not isinstance(end, NotSent)
         self._progress.decide(source, is_saved)
@@ -2835,7 +2836,7 @@ CARD_BUFFER_S = 0.15
 
 
 class ReaderGone(SocketPairError):
-    """Who read our standard output has closed it: nobody wants more."""
+    """Whoever read standard output has closed it: nobody wants more."""
 
 
 class Destination(Protocol):
@@ -3576,19 +3577,19 @@ MAX_GAP_MS = 3_600_000
 
 
 class Timeline:
-    """Follows the numbers of the server's frames, over lost connections too."""
+    """Follows the numbers of the server's sample frames, also over lost connections."""
 
     def __init__(self) -> None:
         self._stream = ""
         self._next_frame: int | None = None
 
     def begin(self, stream: str) -> None:
-        """Go on in the server's `stream`; another than before is counted from its first block."""
+        """Follow the server's `stream`; another than before is counted from its first block."""
         if stream != self._stream:
             self._stream, self._next_frame = stream, None
 
     def advance(self, block: AudioBlock, audio: AudioFormat) -> int:
-        """Return how many frames were missed before `block`, and go behind it.
+        """Return how many sample frames were missed before `block`, and go behind it.
 
         Raises ProtocolError where the numbers go back. After more than ``MAX_GAP_MS`` the sound
         begins anew.
@@ -3839,6 +3840,19 @@ MODE_OPTIONS = {
 }
 
 
+def add_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of file mode."""
+    files = parser.add_argument_group("file mode")
+    files.add_argument("--name", help="what standard input is to be called at the server")
+    files.add_argument(
+        "--retry",
+        type=common.number(float, 0, FOREVER_S),
+        default=DEFAULT_RETRY_S,
+        metavar="SECONDS",
+        help="how long a server that was lost on the way is waited for (%(default)g)",
+    )
+
+
 def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of audio mode."""
     sound = parser.add_argument_group("audio mode")
@@ -3903,19 +3917,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if args.open:
         args.code = None  # the environment's
     return args
-
-
-def add_file_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of file mode."""
-    files = parser.add_argument_group("file mode")
-    files.add_argument("--name", help="what standard input is to be called at the server")
-    files.add_argument(
-        "--retry",
-        type=common.number(float, 0, FOREVER_S),
-        default=DEFAULT_RETRY_S,
-        metavar="SECONDS",
-        help="how long a server that was lost on the way is waited for (%(default)g)",
-    )
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -4000,6 +4001,22 @@ def complete_paths() -> None:
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
 
 
+def listen(args: argparse.Namespace) -> int:
+    """Run audio mode with the command line's arguments; return the exit status."""
+    if args.list_devices:
+        return common.list_devices(common.SPEAKER)
+    return start_audio_client(
+        Address(args.host, args.port, args.code, args.open),
+        output=args.output,
+        record=args.record,
+        latency_ms=args.latency,
+        delay_ms=args.delay,
+        opus_kbit=args.opus,
+        seconds=args.seconds,
+        quiet=args.quiet,
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the client with the command line's arguments; return its exit status."""
     args = parse_arguments(argv)
@@ -4023,22 +4040,6 @@ def main(argv: Sequence[str]) -> int:
         quiet=args.quiet,
         verbose=args.verbose,
         retry_s=args.retry,
-    )
-
-
-def listen(args: argparse.Namespace) -> int:
-    """Run audio mode with the command line's arguments; return the exit status."""
-    if args.list_devices:
-        return common.list_devices(common.SPEAKER)
-    return start_audio_client(
-        Address(args.host, args.port, args.code, args.open),
-        output=args.output,
-        record=args.record,
-        latency_ms=args.latency,
-        delay_ms=args.delay,
-        opus_kbit=args.opus,
-        seconds=args.seconds,
-        quiet=args.quiet,
     )
 
 

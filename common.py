@@ -2099,8 +2099,7 @@ def calculate_checksum(
     digest: hashlib._Hash | None = None,
     on_progress: Callable[[int], object] = lambda count: None,
 ) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits, read block by
-    block.
+    """Return the SHA-256 of a file as 64 hexadecimal digits, read block by block.
 
     `path` may also be the descriptor of an open file, which is read from where it stands and
     stays open. With `length`, only that many first bytes count. `digest` is a SHA-256 object
@@ -3408,7 +3407,7 @@ def find_status(main: Callable[[Sequence[str]], int]) -> int:
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run `main` on the command line's arguments and exit with the status it returns.
 
-    Every other end gets its status here too: SocketPairError (1, with its line), Ctrl+C (130),
+    Every other end also gets its status here: SocketPairError (1, with its line), Ctrl+C (130),
     SIGTERM (143), a closed standard output (1). The exit is immediate, so that a thread that
     still waits in a socket cannot hold it up.
     """

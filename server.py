@@ -3828,7 +3828,12 @@ class Server:
             log.error("%s: dropped: out of memory or threads", connection.peer)
             refuse_at_once(connection, BUSY)
             return
-        log.error("%s: internal error: %r", connection.peer, error, exc_info=log.isEnabledFor(10))
+        log.error(
+            "%s: internal error: %r",
+            connection.peer,
+            error,
+            exc_info=log.isEnabledFor(logging.DEBUG),
+        )
 
     def _shake_hands(self, client: Client) -> Hello | None:
         """Greet a client; return None if it is not to be served, which it has been told then."""
@@ -3955,7 +3960,6 @@ def goes_to_journal(stream: TextIO) -> bool:
 # A listener's thread only waits; its stack holds the handshake.
 LISTENER_STACK_BYTES = 512 * 1024
 
-
 EXAMPLES = """examples:
   server.py                          ask for everything
   server.py file --folder ~/inbox    receive files into a folder
@@ -4037,6 +4041,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def make_console(args: argparse.Namespace, background: BackgroundLog) -> Console:
+    """Return the console; each line of the log clears its status line first."""
+    console = Console(args.quiet)
+    for writer in background.writers:
+        writer.addFilter(console.clear_for)
+    return console
+
+
 def prepare_folder(folder: str) -> str:
     """Make the folder for files where it is missing; return its path. Raises SocketPairError."""
     folder = os.path.expanduser(folder)
@@ -4062,9 +4074,7 @@ def serve_files(args: argparse.Namespace, background: BackgroundLog) -> int:
         welcome=lambda _hello, host: welcome_to_folder(store.folder, host),
     )
     shown = escape(os.path.join(store.folder, ""))
-    console = Console(args.quiet)
-    for handler in background.writers:
-        handler.addFilter(console.clear_for)
+    console = make_console(args, background)
     try:
         server.start(announce=not args.no_announce)
         endpoint.describe(f"Receiving into {shown}", args.quiet)
@@ -4100,9 +4110,7 @@ def broadcast(
     broadcaster = Broadcaster(source.captured)
     endpoint = Endpoint.open(args, "audio")
     server = make_audio_server(args, endpoint, broadcaster)
-    console = Console(args.quiet)
-    for writer in background.writers:
-        writer.addFilter(console.clear_for)
+    console = make_console(args, background)
     source.start()
     broadcaster.start()
     what = f"{source.name}, {source.captured.audio.describe()}"
@@ -4200,14 +4208,12 @@ def main(argv: Sequence[str]) -> int:
     if sys.platform != "win32":
         raise_open_file_limit()
     mode = "audio" if args.list_devices else args.mode or common.ask_mode()
-    if mode == "file":
-        with logging_to_streams(args) as background:
-            return serve_files(args, background)
-    common.quiet_libraries(args.verbose)
+    if mode == "audio":
+        common.quiet_libraries(args.verbose)
     with logging_to_streams(args) as background:
         if args.list_devices:
             return common.list_devices(common.MICROPHONE)
-        return serve_audio(args, background)
+        return (serve_files if mode == "file" else serve_audio)(args, background)
 
 
 if sys.platform != "win32":

@@ -3757,13 +3757,13 @@ class Listening:
 def start_audio_client(  # noqa: PLR0913 - the command line's options
     address: Address,
     *,
-    output: str | None = None,
-    record: str | None = None,
-    latency_ms: float | None = None,
-    delay_ms: float = 0.0,
-    opus_kbit: int | None = None,
-    seconds: float | None = None,
-    quiet: bool = False,
+    output: str | None,
+    record: str | None,
+    latency_ms: float | None,
+    delay_ms: float,
+    opus_kbit: int | None,
+    seconds: float | None,
+    quiet: bool,
 ) -> int:
     """Play or record a server's sound until it ends, `seconds` are over, or Ctrl+C.
 

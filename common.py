@@ -189,6 +189,24 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
 
 
+def format_duration(seconds: float) -> str:
+    """Return a time span as ``1:02:03``, or ``2:03`` under an hour."""
+    minutes, whole = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{whole:02}" if hours else f"{minutes}:{whole:02}"
+
+
+def format_tenths(seconds: float) -> str:
+    """Return a time span as `format_duration` does, with tenths of a second: ``2:03.4``."""
+    tenths = int(seconds * 10 + 0.5)
+    return f"{format_duration(tenths // 10)}.{tenths % 10}"
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number of things in words, as ``1 listener``, ``2 listeners``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def describe_error(error: Exception) -> str:
     """Return what went wrong in words, an OSError's without number and path: ``no space left``."""
     if isinstance(error, OSError):
@@ -392,16 +410,12 @@ def find_weakness(code: str) -> str:
     if any(code in row or code in row[::-1] for row in SEQUENCES):
         return "it is a sequence"
     letters = "".join(filter(str.isalpha, code))
-    if len(code) - len(letters) <= PLACEHOLDER_DIGITS and is_made_of(letters, PLACEHOLDERS):
+    is_nearly_all_letters = len(code) - len(letters) <= PLACEHOLDER_DIGITS
+    if is_nearly_all_letters and re.fullmatch(f"({PLACEHOLDERS})+", letters):
         return "it is a placeholder, or what people take first"
     if len(code) <= LONGEST_WORD and looks_like_a_word(code):
         return "it looks like one word: mix in digits, or take several words"
     return ""
-
-
-def is_made_of(letters: str, words: str) -> bool:
-    """Return whether `letters` are some of `words`, which "|" separates, one behind the other."""
-    return re.fullmatch(f"({words})+", letters) is not None
 
 
 def looks_like_a_word(code: str) -> bool:
@@ -3174,24 +3188,6 @@ class Console:
                 shown = " " * (self._status_width + len(CTRL_C_ECHO)) + "\r"
             print(f"\r{shown}", end="", file=sys.stderr, flush=True)
             self._status_width = width
-
-
-def format_duration(seconds: float) -> str:
-    """Return a time span as ``1:02:03``, or ``2:03`` under an hour."""
-    minutes, whole = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{whole:02}" if hours else f"{minutes}:{whole:02}"
-
-
-def format_tenths(seconds: float) -> str:
-    """Return a time span as `format_duration` does, with tenths of a second: ``2:03.4``."""
-    tenths = int(seconds * 10 + 0.5)
-    return f"{format_duration(tenths // 10)}.{tenths % 10}"
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number of things in words, as ``1 listener``, ``2 listeners``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 # --- command line ---------------------------------------------------------------------------

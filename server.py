@@ -9,8 +9,8 @@ In the order of the file; to follow a run, begin at `main`, at its end:
 names                 ``split_path``; ``NameRules``: the nearest name that a system can hold
 folders               ``Folder``, kept open; ``Folders``: nothing outside the root
 partial files         ``PartialFile``: hidden until complete, then given its name; ``Leases``
-what clients share    ``Disk``: what is known of it; ``Space``, ``Digests`` and ``Turns`` bound
-                      what each of them may cost
+what clients share    ``Disk``: what is known of it; ``Space``, ``Digests``, ``Turns`` and
+                      ``TokenBucket`` bound what each of them may cost
 one file              its stages: ``LookedUp``, ``Wanted``, ``UnderWay``; ``Content``: its bytes
 file conversation     ``handle_file_client`` and ``Reception``: from offer to results
 sound: inputs         ``Microphone``, ``PacedInput``: sound card, file, pipe; ``CaptureQueue``
@@ -1013,6 +1013,29 @@ class Recent(Generic[K, V]):
         """Forget one; return whether it was there."""
         with self._lock:
             return self._values.pop(key, None) is not None
+
+
+class TokenBucket:
+    """Lets through so much at once, and so much a second for good. For one thread at a time."""
+
+    def __init__(
+        self, at_once: int, per_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._at_once = at_once
+        self._per_s = per_s
+        self._clock = clock
+        self._left: float = at_once
+        self._latest_s = clock()
+
+    def take(self) -> bool:
+        """Take one; return False if none is left."""
+        now_s = self._clock()
+        gained = (now_s - self._latest_s) * self._per_s
+        self._left, self._latest_s = min(self._at_once, self._left + gained), now_s
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
 
 
 class Turns:
@@ -2905,9 +2928,9 @@ class Listener:
         self.missed_blocks = 0
         self.gone = threading.Event()
         self.loss: str | None = None
-        self._progress_s = self._asked_s = time.monotonic()
+        self._progress_s = time.monotonic()
         self._requests: deque[tuple[int, int]] = deque(maxlen=REQUESTS_AT_ONCE)
-        self._requests_left: float = REQUESTS_AT_ONCE
+        self._allowed = TokenBucket(REQUESTS_AT_ONCE, REQUESTS_PER_S)
 
     def offer(self, frame: bytes, now_s: float) -> None:
         """Give a block to the system, behind what was asked for, or miss it. Never blocks."""
@@ -2958,16 +2981,9 @@ class Listener:
                 if not self.gone.is_set():
                     self.lose("")
                 return
-            self._spend_request()
+            if not self._allowed.take():
+                raise ProtocolError("it asks for the time too often")
             self._requests.append((request.asked_ns, time.monotonic_ns()))
-
-    def _spend_request(self) -> None:
-        now_s = time.monotonic()
-        gained = (now_s - self._asked_s) * REQUESTS_PER_S
-        self._requests_left = min(REQUESTS_AT_ONCE, self._requests_left + gained) - 1
-        self._asked_s = now_s
-        if self._requests_left < 0:
-            raise ProtocolError("it asks for the time too often")
 
     def finish(self, reason: str) -> None:
         """Send what is unsent, the end of the sound, and `reason`; blocks a while at most.
@@ -2990,7 +3006,6 @@ class Broadcaster:
         self.captured = captured
         self.meter = LevelMeter()
         self.missed_blocks = 0
-        self.listener_count = 0
         self.served_count = 0
         self._listeners: tuple[Listener, ...] = ()
         self._pcm = PcmEncoding()
@@ -2999,6 +3014,11 @@ class Broadcaster:
         self.sent_s = 0.0
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="broadcaster", daemon=True)
+
+    @property
+    def listener_count(self) -> int:
+        """How many listen now. For any thread."""
+        return len(self._listeners)
 
     def start(self) -> None:
         """Begin to send."""
@@ -3033,7 +3053,6 @@ class Broadcaster:
             listener = Listener(connection, self._encoding(opus_kbit))
             # A new tuple, not a changed list: the broadcaster goes through the old one unlocked.
             self._listeners = (*self._listeners, listener)
-            self.listener_count = len(self._listeners)
             self.served_count += 1
             if self._ended:
                 listener.end()
@@ -3050,7 +3069,6 @@ class Broadcaster:
         """Send no more to `listener`. Idempotent."""
         with self._lock:
             self._listeners = tuple(other for other in self._listeners if other is not listener)
-            self.listener_count = len(self._listeners)
             self.missed_blocks += listener.missed_blocks
             listener.missed_blocks = 0
             used = {other.encoding for other in self._listeners}
@@ -3687,22 +3705,16 @@ class TurnedAwayLog:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._left: float = TURNED_AWAY_LINES
-        self._latest_s = clock()
+        self._allowed = TokenBucket(TURNED_AWAY_LINES, TURNED_AWAY_LINES_PER_S, clock)
         self._left_out = 0
         self._lock = threading.Lock()
 
     def write(self, peer: str, reason: str, level: int = logging.WARNING) -> None:
         """Log a line, or count it as left out."""
         with self._lock:
-            now_s = self._clock()
-            gained = (now_s - self._latest_s) * TURNED_AWAY_LINES_PER_S
-            self._left, self._latest_s = min(TURNED_AWAY_LINES, self._left + gained), now_s
-            if self._left < 1:
+            if not self._allowed.take():
                 self._left_out += 1
                 return
-            self._left -= 1
             left_out, self._left_out = self._left_out, 0
         if left_out:
             log.warning("and %d more were turned away", left_out)

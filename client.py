@@ -3056,7 +3056,6 @@ RECORDING_CLOSE_S = 10.0
 MAX_RECORDINGS = 1_000  # of one name: the parts of a server's sound that changes its format
 WAV_LIMIT_BYTES = 2**32 - 1
 WAV_HEADER_BYTES = 44
-OPUS_RATE = 48_000
 OPUS_BITS_PER_S = 64_000  # and half of it more for each channel
 # What FFmpeg calls so many channels, in the order of a WAV file's.
 LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")
@@ -3363,7 +3362,7 @@ class OpusWriter(EncodedWriter):
 
     def add_stream(self, container: Any) -> Any:
         """Return the stream that takes the sound."""
-        stream = container.add_stream(self.codec, rate=OPUS_RATE, layout=self._layout)
+        stream = container.add_stream(self.codec, rate=common.OPUS_RATE, layout=self._layout)
         stream.bit_rate = OPUS_BITS_PER_S * (1 + self._audio.channels) // 2
         return stream
 
@@ -3496,8 +3495,8 @@ def find_speaker(
 # --- sound: Opus ----------------------------------------------------------------------------
 
 DEFAULT_OPUS_KBIT = 96
-# Of a decoder that begins in the middle, what is still wrong (RFC 7845, 4.6: pre-roll).
 OPUS_HEAD = struct.Struct("<8sBBHIhB")  # RFC 7845, 5.1
+# Of a decoder that begins in the middle, what is still wrong (RFC 7845, 4.6: pre-roll).
 OPUS_PREROLL_PACKETS = 8
 
 

@@ -1227,6 +1227,7 @@ class Backlog:
     """What is still to be sent, in batches. For the two threads of a transfer."""
 
     def __init__(self, sources: Iterator[Source]) -> None:
+        self.run = os.urandom(8).hex()  # tells the server which connections belong together
         self._batches = in_batches(sources)
         self._returned: list[Source] = []
         self._lock = threading.Lock()
@@ -1431,7 +1432,8 @@ class Upload:
         batch = Batch(self._backlog.take())
         if batch.sources:
             self._offered.append(batch)
-            self._connection.send(Offer([source.entry for source in batch.sources]))
+            entries = [source.entry for source in batch.sources]
+            self._connection.send(Offer(entries, self._backlog.run))
         self._connection.flush()
         return batch
 
@@ -2909,6 +2911,8 @@ class Speaker:
     ) -> SpeakerOutput:
         def make_playout(sync: Sync | None) -> Playout:
             if sync is None:
+                if self._delay_s:
+                    self._console.complain("--delay does nothing: the server is without --sync")
                 return Playout(audio, card_format, self._latency_s)
             step = InStep(sync, audio, card_format.rate, self._delay_s)
             return SyncedPlayout(audio, card_format, step)

@@ -186,7 +186,9 @@ def format_bytes(count: float) -> str:
         if count < 1000 or unit == "TB":
             break
         count /= 1000
-    return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+    if unit == "bytes":
+        return "1 byte" if count == 1 else f"{count:.0f} bytes"
+    return f"{count:.1f} {unit}"
 
 
 def format_duration(seconds: float) -> str:
@@ -602,6 +604,7 @@ MAX_HELLO_BYTES = 4 * 1024
 MAX_BATCH_ENTRIES = 1000  # of files and folders in an offer
 # Of a modification time: the years from 1000 BC to 11,000, further than any file system goes.
 MAX_MTIME_NS = 2**68
+MAX_RUN_CHARS = 32
 MAX_HELD_LENGTHS = 100  # of one file that a server may ask about
 # Measured with tests/bench/files.py: 1 MiB stays in a core's cache while it is received, hashed
 # and written; smaller blocks cost more hand-overs, larger ones more trips to memory.
@@ -915,14 +918,17 @@ class Outcome(NamedTuple):
 class Offer(NamedTuple):
     """A batch of files and folders that the client would send.
 
-    What cannot be read of one is refused by itself: in its place stands an Outcome.
+    What cannot be read of one is refused by itself: in its place stands an Outcome. `run` is the
+    same in all offers of one run of the client, over lost connections, and in no others.
     """
 
     entries: Sequence[Entry | Outcome]
+    run: str = ""
 
     def encode(self) -> Fields:
         """See `Message`."""
-        return {"entries": [entry.encode() for entry in self.entries]}
+        fields: Fields = {"entries": [entry.encode() for entry in self.entries]}
+        return {**fields, "run": self.run} if self.run else fields
 
     @classmethod
     def decode(cls, fields: Fields) -> Offer:
@@ -930,7 +936,8 @@ class Offer(NamedTuple):
         items = require(fields, "entries", list)
         if len(items) > MAX_BATCH_ENTRIES:
             raise ProtocolError(f"received an offer of more than {MAX_BATCH_ENTRIES} files")
-        return cls([cls._decode_entry(item) for item in items])
+        run = require(fields, "run", str)[:MAX_RUN_CHARS] if "run" in fields else ""
+        return cls([cls._decode_entry(item) for item in items], run)
 
     @staticmethod
     def _decode_entry(item: Any) -> Entry | Outcome:

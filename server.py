@@ -1615,6 +1615,9 @@ LOOKING_UP_SHARE = 4
 ERROR_PAUSE_S = 0.25
 
 
+MAX_SETTLED = 100_000
+
+
 class Store:
     """Where files go, whether they replace others of their name, and who sends them just now."""
 
@@ -1622,6 +1625,8 @@ class Store:
         self.folder = folder
         self.overwrite = overwrite
         self.disk = Disk(folder)
+        # By run, device and inode: the files that a client has been told it has here.
+        self.settled: Recent[tuple[str, int, int], bool] = Recent(MAX_SETTLED)
         self._receptions: set[Reception] = set()
         self._lock = threading.Lock()
 
@@ -1733,7 +1738,7 @@ class Reception:
         self._is_reading_disk = False
         self._current: UnderWay | None = None
         self._count = 0  # of files that were saved
-        self._settled: Recent[tuple[int, int], bool] = Recent()  # files that this run has told of
+        self._run = connection.peer  # of the client, which may tell more of it than its address
         self._results: list[tuple[int, Outcome]] = []  # by index, not told yet
         self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
@@ -1769,7 +1774,9 @@ class Reception:
         except PeerClosed:
             return None
         with self._in_turn():
-            return self._connection.receive(Offer)
+            offer = self._connection.receive(Offer)
+        self._run = offer.run or self._run
+        return offer
 
     @contextlib.contextmanager
     def _in_turn(self) -> Iterator[None]:
@@ -2098,7 +2105,7 @@ class Reception:
     def _replace(self, partial: PartialFile, name: str) -> bool:
         """Replace a file, but not one that this run has sent, or found here, under a like name."""
         found = partial.folder.stat(name)
-        if self._settled.find((found.st_dev, found.st_ino), False):
+        if self._store.settled.find((self._run, found.st_dev, found.st_ino), False):
             return False
         if partial.replace(name):
             self._note_settled(partial.folder, name)
@@ -2110,7 +2117,7 @@ class Reception:
         if self._store.overwrite:
             with contextlib.suppress(OSError):
                 found = folder.stat(name)
-                self._settled.note((found.st_dev, found.st_ino), True)
+                self._store.settled.note((self._run, found.st_dev, found.st_ino), True)
 
     def _is_same(self, batch: Batch, partial: PartialFile, name: str) -> bool:
         """Return whether a finished file has the content that `partial` has."""

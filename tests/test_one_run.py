@@ -53,6 +53,22 @@ def test_overwriting_never_replaces_what_the_same_run_has_found_there(
     assert contents(inbox) == {"x": sources[0].read_bytes(), "x (1)": sources[1].read_bytes()}
 
 
+def test_overwriting_never_replaces_what_the_same_run_saved_before_it_was_cut_off(
+    inbox: Path, tmp_path: Path
+) -> None:
+    first = make_file(tmp_path / "a" / "x", MIB, 1)
+    second = make_file(tmp_path / "b" / "x", 8 * MIB, 2)
+    with Server(inbox, "--overwrite") as server, Proxy(server.port, hold_at=5 * MIB) as link:
+        with start_client(link.port, first, second) as client:
+            wait_for(lambda: "x" in contents(inbox))
+            wait_for(lambda: link.passed >= 5 * MIB)
+            link.release()
+            link.cut()
+            result = client.wait()
+        assert result.status == 0, result
+    assert contents(inbox) == {"x": first.read_bytes(), "x (1)": second.read_bytes()}
+
+
 def test_the_same_file_named_twice_is_kept_once(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file", 1000)
     large = make_file(tmp_path / "large", 3 * MIB)

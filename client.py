@@ -3222,15 +3222,25 @@ def create_file(path: str, begin: Callable[[BinaryIO], Written]) -> Written:
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
     if sys.platform == "win32":
-        return begin(open(path, "xb"))
+        return begin_in(path, begin)
     hidden = os.path.join(os.path.dirname(path), f".recording-{os.urandom(6).hex()}")
     try:
-        written = begin(open(hidden, "xb"))  # noqa: SIM115 - the writer's from now on
+        written = begin_in(hidden, begin)
         give_name(hidden, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(hidden)
     return written
+
+
+def begin_in(path: str, begin: Callable[[BinaryIO], Written]) -> Written:
+    """Make a file and have it begun; it is closed where that fails. Raises what `begin` raises."""
+    file = open(path, "xb")  # noqa: SIM115 - the writer's from now on
+    try:
+        return begin(file)
+    except BaseException:
+        file.close()
+        raise
 
 
 def give_name(hidden: str, path: str) -> None:

@@ -3174,7 +3174,8 @@ class Console:
         try:
             yield
         finally:
-            self._is_held = False
+            with self._lock:
+                self._is_held = False
 
     def end_status(self) -> None:
         """Clear the status line, and show none from now on."""

@@ -1,7 +1,7 @@
 """The client of Socket Pair: brings files to a server, or plays the server's sound.
 
-    python client.py file report.pdf photos/
-    python client.py audio
+    python3 client.py file report.pdf photos/
+    python3 client.py audio
 
 In the order of the file; to follow a run, begin at `main`, at its end:
 
@@ -341,7 +341,7 @@ def pick_server(mode: str | None, data_on_stdout: bool) -> FoundServer:
         if not servers:
             raise SocketPairError(
                 f"no server {f'in {mode} mode ' if mode else ''}announces itself here: start one "
-                f"with python server.py {mode or 'file'} --host 0.0.0.0, or use --host"
+                f"with python3 server.py {mode or 'file'} --host 0.0.0.0, or use --host"
             )
         choices = {str(number): server for number, server in enumerate(servers[:MAX_SHOWN], 1)}
         for number, server in choices.items():
@@ -481,7 +481,7 @@ def describe_no_server(address: Address, mode: str, error: OSError | ValueError)
     if is_here:
         command = common.command_line("server.py", mode, *options)
         return f"no server at {peer}: start one with: {command}"
-    command = " ".join(["python server.py", mode, "--host 0.0.0.0", *options])
+    command = " ".join(["python3 server.py", mode, "--host 0.0.0.0", *options])
     return f"no server at {peer}: start one there with: {command}"
 
 

@@ -1,7 +1,7 @@
 """The server of Socket Pair: takes files into a folder, or broadcasts sound.
 
-    python server.py file
-    python server.py audio
+    python3 server.py file
+    python3 server.py audio
 
 In the order of the file; to follow a run, begin at `main`, at its end:
 
@@ -3155,7 +3155,7 @@ PROTOCOL_VERSION_ALERT = bytes([0x15, 3, 3, 0, 2, 2, 70])
 HTTP_METHODS = {b"GET ", b"HEAD", b"POST", b"PUT ", b"OPTI", b"CONN", b"PRI "}
 NOT_A_WEB_SERVER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
-    b"This is a Socket Pair server, not a web server: python client.py\n"
+    b"This is a Socket Pair server, not a web server: python3 client.py\n"
 )
 CODE_WANTED = common.Error(
     f"this server wants its pairing code: give it with --code CODE or {common.CODE_VARIABLE}",
@@ -3475,7 +3475,7 @@ class Endpoint:
 
     def client_command(self) -> str:
         """Return what to type on another machine; it asks for the code."""
-        command = ["python client.py", self.mode, "--host", self._address()]
+        command = ["python3 client.py", self.mode, "--host", self._address()]
         if self.port != common.DEFAULT_PORT:
             command += ["--port", str(self.port)]
         if self.code is None:
@@ -3879,7 +3879,7 @@ class Server:
         """Return the answer to a client; after a Welcome, it has a place."""
         mode = self._endpoint.mode
         if hello.mode != mode:
-            return common.Error(f"this server is in {mode} mode: python client.py {mode}")
+            return common.Error(f"this server is in {mode} mode: python3 client.py {mode}")
         try:
             welcome = self._welcome(hello, client.crowd)
         except Refused as refusal:

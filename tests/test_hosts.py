@@ -185,7 +185,7 @@ def test_the_command_that_the_server_prints_works_on_the_other_machine(
 ) -> None:
     source = make_file(tmp_path / "report.bin", 3 * MIB)
     with Server(inbox, "--host", "0.0.0.0", wrapper=hosts.at(hosts.far)) as server:
-        command = server.wait_for_output(r"\n    python (client\.py .*)\n")[1].split()
+        command = server.wait_for_output(r"\n    python3 (client\.py .*)\n")[1].split()
         assert command[command.index("--host") + 1] == FAR
         code = server.wait_for_output(r"Pairing code: (\S+)\n")[1]
         assert code not in command  # where ps would show it

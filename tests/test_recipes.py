@@ -67,7 +67,7 @@ def test_each_saved_file_is_handed_on(workplace: Workplace, tmp_path: Path) -> N
     with workplace.recipe("files-hand-on") as server:
         server.wait_for("Receiving into")
         with workplace.run(
-            'python client.py file "$SENT"/* "$SENT" "$LAST"', SENT=str(folder), LAST=str(last)
+            'python3 client.py file "$SENT"/* "$SENT" "$LAST"', SENT=str(folder), LAST=str(last)
         ) as client:
             assert client.wait().status == 0, client.text()
         done = workplace.folder / "done" / "received"

@@ -133,7 +133,7 @@ def test_beyond_this_machine_the_server_makes_a_code_and_says_what_to_type(
 ) -> None:
     with Server(inbox, "--host", "0.0.0.0") as running:
         shown = running.wait_for_output(
-            r"Pairing code: (\S+)\nOn the other machine:\n    python (client\.py file .*)\n"
+            r"Pairing code: (\S+)\nOn the other machine:\n    python3 (client\.py file .*)\n"
         )
         command = shown[2].replace(server.THIS_MACHINE, HOST).split()
         assert "--code" not in command
@@ -149,7 +149,7 @@ def test_a_quiet_server_still_says_its_new_code(inbox: Path) -> None:
     port = str(free_port())
     arguments = ("file", "-q", "--host", "0.0.0.0", "--port", port, "--folder", str(inbox))
     with Process("server.py", *arguments) as quiet:
-        quiet.wait_for_output(r"^Pairing code: \S+\nOn the other machine:\n    python client\.py ")
+        quiet.wait_for_output(r"^Pairing code: \S+\nOn the other machine:\n    python3 client\.py ")
 
 
 def test_a_known_code_is_not_shown_and_left_to_the_prompt(inbox: Path) -> None:
@@ -163,7 +163,7 @@ def test_open_says_what_it_means_and_the_client_has_to_say_it_too(
     inbox: Path, source: Path
 ) -> None:
     with Server(inbox, "--host", "0.0.0.0", "--open") as running:
-        shown = running.wait_for_output(r"    python client\.py file --host (\S+) .*--open\n")
+        shown = running.wait_for_output(r"    python3 client\.py file --host (\S+) .*--open\n")
         (warning,) = running.stderr().splitlines()
         assert warning.startswith("--open: anyone who can reach this port may send files here")
         assert running.send(source).status == 0  # from this machine itself

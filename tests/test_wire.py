@@ -78,7 +78,11 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
     | st.builds(Welcome, st.integers(), st.just("audio"), SOUNDS),
     Pair: st.builds(Pair, st.binary(min_size=common.SHARE_BYTES, max_size=common.SHARE_BYTES)),
     Error: st.builds(Error, TEXTS, st.sampled_from(["", *common.REFUSAL_KINDS])),
-    Offer: st.builds(Offer, st.lists(FILES | FOLDERS, max_size=10)),
+    Offer: st.builds(
+        Offer,
+        st.lists(FILES | FOLDERS, max_size=10),
+        st.text(st.characters(), max_size=common.MAX_RUN_CHARS),
+    ),
     Held: st.builds(
         Held,
         st.dictionaries(INDEXES, st.lists(SIZES, max_size=5), max_size=10).map(

@@ -1,4 +1,4 @@
-"""What is made of announcements on the local network, whoever made them; see also test_hosts.py."""
+"""What is made of announcements on the network, whoever made them; also test_hosts_finding.py."""
 
 from __future__ import annotations
 

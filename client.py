@@ -1606,8 +1606,10 @@ class Upload:
     def _wait_for_stdin(self, deadline: Deadline | None) -> bool:
         """Block until standard input has something, or until `deadline`; return whether it has.
 
-        Tells the server meanwhile that this client lives.
+        Sends what has been read so far, and tells the server meanwhile that this client lives.
         """
+        if not deadline:
+            self._connection.flush()
         if sys.platform == "win32":
             return True  # select() there knows sockets only: a pipe silent for a minute is cut off
         while True:

@@ -72,7 +72,10 @@ def test_a_client_can_be_stopped_while_it_waits_to_come_back(
 
 def test_a_client_can_be_stopped_while_it_reads_a_silent_pipe(server: Server) -> None:
     with server.client("-", "--name", "x", stdin=subprocess.PIPE) as client:
-        wait_for(lambda: partials(server.folder))
+        assert client.popen.stdin is not None
+        client.popen.stdin.write(b"the last for long")
+        client.popen.stdin.flush()
+        wait_for(lambda: partial_size(server.folder), "what the pipe had is there")
         client.signal(signal.SIGINT)
         result = client.wait()
     assert result.status == 130

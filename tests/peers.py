@@ -85,6 +85,20 @@ class RawPeer:
                 data += chunk
         return bytes(data)
 
+    def is_left_while_it_sends(self, data: bytes) -> bool:
+        """Send a byte a second; return whether the other side hangs up before the last."""
+        self.socket.settimeout(1.0)
+        return any(self._is_left_after(bytes([byte])) for byte in data)
+
+    def _is_left_after(self, byte: bytes) -> bool:
+        self.send(byte)
+        try:
+            return not self.socket.recv(100)
+        except ConnectionResetError:
+            return True
+        except TimeoutError:
+            return False
+
     def read(self, size: int) -> bytes:
         """Return exactly so many bytes."""
         data = b""

@@ -95,27 +95,17 @@ def test_junk(either: Server) -> None:
                     raw.read_all()
 
 
+@pytest.mark.parametrize("either", ["paired"], indirect=True)
 @pytest.mark.usefixtures("still_well")
 def test_whoever_is_silent_or_sends_a_byte_a_second_is_left_after_ten_seconds(
     either: Server,
 ) -> None:
+    """A server without a code: test_misbehaving_clients.py."""
     hello = b"\x16\x03\x01\x02\x00" + bytes(55)
     with RawClient(either.port) as silent, RawClient(either.port) as slow:
-        slow.socket.settimeout(1.0)
-        assert any(hangs_up_after(slow, bytes([byte])) for byte in hello)
+        assert slow.is_left_while_it_sends(hello)
         silent.read_all()
     either.wait_for_output("made no progress for 10 s")
-
-
-def hangs_up_after(client: RawClient, data: bytes) -> bool:
-    """Send `data`; return whether the server hangs up before the client's time limit."""
-    client.send(data)
-    try:
-        return not client.socket.recv(100)
-    except ConnectionResetError:
-        return True
-    except TimeoutError:
-        return False
 
 
 @pytest.mark.usefixtures("still_well")

@@ -266,10 +266,12 @@ def test_silent_and_slow_peers_are_left_after_the_handshake_limit(
     with contextlib.ExitStack() as stack:
         silent_server = stack.enter_context(socket.create_server((HOST, 0)))
         client = stack.enter_context(start_client(silent_server.getsockname()[1], source))
-        peers = [stack.enter_context(RawClient(server.port)) for _ in range(21)]
+        peers = [stack.enter_context(RawClient(server.port)) for _ in range(20)]
         peers[-1].send(HELLO[:6])
+        slow = stack.enter_context(RawClient(server.port))
         wait_for(lambda: server.threads() > 21)
         server.check_serves(tmp_path)
+        assert slow.is_left_while_it_sends(HELLO)
         for peer in peers:
             assert peer.read_all() == b"", "within the socket's time limit of 60 s"
         result = client.wait()

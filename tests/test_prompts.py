@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import socket
 from pathlib import Path
 
 import pytest
 
 from processes import CTRL_C
 from support import (
-    HOST,
     MIB,
+    FakeServer,
     Process,
     Server,
     contents,
@@ -76,9 +75,8 @@ def test_an_unknown_mode_is_asked_for_again(script: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("script", ["server.py", "client.py"])
 def test_the_mode_may_be_typed_in_capitals_and_with_blanks(script: str, tmp_path: Path) -> None:
-    with socket.create_server((HOST, 0)) as taken:
-        port = str(taken.getsockname()[1])
-        result = run_script(script, "--port", port, stdin=b" File \nx\n", cwd=tmp_path)
+    with FakeServer(b"") as other:  # which ends both: its port is taken, and it is no server
+        result = run_script(script, f"--port={other.port}", stdin=b" File \nx\n", cwd=tmp_path)
     assert result.stdout.count("Mode (file/audio): ") == 1
     assert "please type" not in result.stdout
 

@@ -68,7 +68,7 @@ def start(stack: ExitStack, shell: Program, text: str) -> Program:
 
 def test_a_song_is_heard_to_its_last_sample_by_everyone(workplace: Workplace) -> None:
     need("ffmpeg")
-    write_melody(workplace.folder / "song.wav", 12.003)  # no whole blocks
+    write_melody(workplace.folder / "song.wav", 8.003)  # no whole blocks
     run_all(workplace, "ffmpeg -loglevel error -i song.wav -c:a libmp3lame song.mp3")
     run_all(workplace, f"ffmpeg -loglevel error -i song.mp3 {PCM} song.raw")
     song = (workplace.folder / "song.raw").read_bytes()

@@ -91,6 +91,17 @@ def at_terminal(card: VirtualSoundCard, port: str, *arguments: str) -> Script:
     return start_client(card, port, *arguments, terminal=True)
 
 
+def are_lost_and_found(card: VirtualSoundCard, player: Script, sender: Script) -> None:
+    """Unplug the card of both and plug it in again, and check that they find it."""
+    card.unplug()
+    player.wait_for("is gone")
+    sender.wait_for("is gone")
+    card.plug_in()
+    player.wait_for("is back")
+    sender.wait_for("is back")
+    assert hears_tone(card)
+
+
 def let_pass(
     card: VirtualSoundCard, sender: Script, seconds: int, folder: Path, *arguments: str
 ) -> None:

@@ -87,12 +87,20 @@ as_root = pytest.mark.skipif(
 )
 
 
-def hold_and(server: Server, proxy: Proxy, client: Process, change: object) -> None:
-    """Wait until a transfer is half way, have something happen, and let it go on."""
-    wait_for(lambda: partial_size(server.folder) > 8 * MIB)
-    assert callable(change)
-    change()
-    proxy.release()
+@contextlib.contextmanager
+def half_way(
+    server: Server, *sources: Path, hold_at: int = 16 * MIB, written: int = 8 * MIB
+) -> Iterator[tuple[Process, Proxy]]:
+    """Give a client in the middle of its first file, and the proxy that holds it there.
+
+    `hold_at` bytes have passed, of which over `written` are in the server's partial file.
+    """
+    with (
+        Proxy(server.port, hold_at=hold_at) as proxy,
+        server.client(*sources, port=proxy.port) as client,
+    ):
+        wait_for(lambda: partial_size(server.folder) > written)
+        yield client, proxy
 
 
 # --- files ----------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import common
-from support import ROOT, Server, linux, make_file
+from support import ROOT, Result, Server, linux, make_file, run_script
 
 
 @pytest.mark.parametrize(
@@ -69,33 +68,24 @@ def test_a_full_disk_under_standard_output_is_told(server: Server, tmp_path: Pat
 def test_a_missing_or_too_old_pyaudio_is_told_with_what_installs_it(
     module: str, words: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "pyaudio.py").write_text(module)
-    result = subprocess.run(
-        [sys.executable, ROOT / "client.py", "audio", "--list-devices"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert result.returncode == 1
+    result = run_beside("pyaudio.py", module, tmp_path, "--list-devices")
     assert result.stderr.startswith(f"sound needs PyAudio, {words}")
     assert common.how_to_install("pyaudio") in result.stderr
     assert result.stderr.count("\n") == 1
 
 
+def run_beside(name: str, module: str, folder: Path, *arguments: str) -> Result:
+    """Run a listening client where a package is a module of one line; check that it fails."""
+    (folder / name).write_text(module)
+    result = run_script("client.py", "audio", *arguments, env={"PYTHONPATH": str(folder)})
+    assert result.status == 1
+    return result
+
+
 def test_packages_that_are_broken_are_told_in_one_line(tmp_path: Path) -> None:
     """As by NumPy on a processor for which it was not built."""
-    (tmp_path / "numpy.py").write_text(r"raise RuntimeError('\nbaseline\nX86_V2')")
-    result = subprocess.run(
-        [sys.executable, ROOT / "client.py", "audio", "--port=1"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert result.returncode == 1
+    broken = r"raise RuntimeError('\nbaseline\nX86_V2')"
+    result = run_beside("numpy.py", broken, tmp_path, "--port=1")
     assert result.stderr == (
         "playing needs NumPy and samplerate, which cannot be loaded (baseline): "
         f"{common.how_to_install('numpy', 'samplerate')}\n"

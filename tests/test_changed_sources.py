@@ -11,12 +11,11 @@ import pytest
 import client
 from support import (
     MIB,
-    Proxy,
     Result,
     Server,
     contents,
     finished,
-    hold_and,
+    half_way,
     make_file,
     partials,
     posix,
@@ -41,11 +40,9 @@ def test_a_change_whose_time_is_set_back_is_noticed(server: Server, tmp_path: Pa
 
 def send_and(server: Server, source: Path, change: Callable[[], object]) -> Result:
     """Send a file of 40 MiB, and `change` it when 16 MiB have passed."""
-    with (
-        Proxy(server.port, hold_at=16 * MIB) as proxy,
-        server.client(source, port=proxy.port) as client,
-    ):
-        hold_and(server, proxy, client, change)
+    with half_way(server, source) as (client, proxy):
+        change()
+        proxy.release()
         return client.wait()
 
 
@@ -127,11 +124,9 @@ def test_a_file_that_changes_while_it_is_sent_is_refused(
             else:
                 file.truncate(0 if how == "is truncated" else 39 * MIB)
 
-    with (
-        Proxy(server.port, hold_at=16 * MIB) as link,
-        server.client(source, after, port=link.port) as client,
-    ):
-        hold_and(server, link, client, change)
+    with half_way(server, source, after) as (client, proxy):
+        change()
+        proxy.release()
         result = client.wait()
     assert result.status == 1
     assert result.error_lines == [f"{source}: it changed while it was sent"]
@@ -147,11 +142,6 @@ def test_a_file_that_is_replaced_while_it_is_sent_arrives_as_it_was(
     source = make_file(tmp_path / "doc", 40 * MIB)
     before = source.read_bytes()
     other = make_file(tmp_path / "new", 1000, seed=2)
-    with (
-        Proxy(server.port, hold_at=16 * MIB) as link,
-        server.client(source, port=link.port) as client,
-    ):
-        hold_and(server, link, client, lambda: other.replace(source))
-        result = client.wait()
+    result = send_and(server, source, lambda: other.replace(source))
     assert result.status == 0, result
     assert contents(server.folder) == {"doc": before}

@@ -9,7 +9,7 @@ import pytest
 
 import common
 from jack import JackServer
-from sound import Script, hears_tone, port_of, read_wav
+from sound import Script, are_lost_and_found, port_of, read_wav
 from sound_card import VirtualSoundCard
 
 
@@ -35,13 +35,7 @@ def test_a_jack_server_that_dies_is_nothing_to_who_does_not_use_it(
     ):
         player.wait_for("Listening")
         jack.kill()
-        card.unplug()  # which has PortAudio started anew
-        player.wait_for("is gone")
-        sender.wait_for("is gone")
-        card.plug_in()
-        player.wait_for("is back")
-        sender.wait_for("is back")
-        assert hears_tone(card)
+        are_lost_and_found(card, player, sender)  # PortAudio is started anew
         assert player.interrupt() == common.EXIT_OK
         assert sender.interrupt() == common.EXIT_INTERRUPTED
 

@@ -10,6 +10,7 @@ import pytest
 
 import common
 from sound import (
+    are_lost_and_found,
     hears_tone,
     let_pass,
     measure_delay_s,
@@ -97,13 +98,7 @@ def test_a_sound_card_that_is_unplugged_is_found_again(card: VirtualSoundCard) -
     with start_server(card) as sender, start_client(card, port_of(sender)) as player:
         player.wait_for("Listening")
         assert hears_tone(card)
-        card.unplug()
-        player.wait_for("is gone")
-        sender.wait_for("is gone")
-        card.plug_in()
-        player.wait_for("is back")
-        sender.wait_for("is back")
-        assert hears_tone(card)
+        are_lost_and_found(card, player, sender)
 
 
 def test_a_listener_that_is_stuck_harms_nobody_and_is_dropped(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from support import (
     Server,
     contents,
     free_port,
+    half_way,
     linux,
     make_file,
     make_partial,
@@ -82,13 +84,9 @@ def test_the_same_content_under_one_name_by_two_clients_is_kept_once(
     server: Server, tmp_path: Path
 ) -> None:
     source = make_file(tmp_path / "file", 20 * MIB)
-    with (
-        Proxy(server.port, hold_at=10 * MIB) as link,
-        server.client(source, port=link.port) as client,
-    ):
-        wait_for(lambda: partial_size(server.folder) > 8 * MIB)
+    with half_way(server, source, hold_at=10 * MIB) as (client, proxy):
         assert server.send(source).status == 0
-        link.release()
+        proxy.release()
         result = client.wait()
         assert result.status == 0
         assert "Already there as file, " in result.stdout
@@ -100,12 +98,8 @@ def test_a_client_takes_over_from_its_connection_that_fell_silent(
 ) -> None:
     """As after a change of address, of which no word reaches the server."""
     source = make_file(tmp_path / "file", 40 * MIB)
-    with (
-        Proxy(server.port, hold_at=30 * MIB) as link,
-        server.client(source, port=link.port) as client,
-    ):
-        wait_for(lambda: partial_size(server.folder) > 28 * MIB)
-        client.popen.send_signal(19)  # stopped, and its connection stays
+    with half_way(server, source, hold_at=30 * MIB, written=28 * MIB) as (client, _):
+        client.signal(signal.SIGSTOP)  # and its connection stays
         with Proxy(server.port) as second:
             result = server.send(source, port=second.port)
             assert result.status == 0, result

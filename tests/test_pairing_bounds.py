@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 import socket
-import threading
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -13,8 +15,9 @@ import common
 import server
 from common import Connection
 from pairing import CODE, pair_contexts
+from peers import socket_pair
 from server import RateLimiter
-from support import HOST
+from support import background
 
 
 def test_guesses_from_an_address_are_slowed_down_and_a_right_one_forgives_them() -> None:
@@ -65,11 +68,18 @@ def test_only_elsewhere_one_is_taken_to_have_many_addresses(
     assert server.crowd_of(host, own) == crowd
 
 
-def test_both_ends_may_read_and_write_at_once() -> None:
+@contextlib.contextmanager
+def tls_ends() -> Iterator[tuple[Connection, Connection, socket.socket]]:
+    """Give both ends of a connection over TLS, and the first one's socket."""
     near_tls, far_tls = pair_contexts(CODE, CODE)
-    with socket.create_server((HOST, 0)) as listener:
-        near_socket = socket.create_connection(listener.getsockname())
-        far_socket, _ = listener.accept()
+    near_socket, far_socket = socket_pair()
+    with Connection(near_socket, "far") as near, Connection(far_socket, "near") as far:
+        with background(lambda: far.start_tls(far_tls, server_side=True)):
+            near.start_tls(near_tls, server_side=False)
+        yield near, far, near_socket
+
+
+def test_both_ends_may_read_and_write_at_once() -> None:
     blocks = [random.Random(number).randbytes(200_000) for number in range(100)]
     received: dict[str, bytes] = {}
 
@@ -83,45 +93,22 @@ def test_both_ends_may_read_and_write_at_once() -> None:
         for block in blocks:
             connection.write(block)
 
-    with Connection(near_socket, "far") as near, Connection(far_socket, "near") as far:
-        shaking = threading.Thread(
-            target=far.start_tls, args=(far_tls,), kwargs={"server_side": True}
-        )
-        shaking.start()
-        near.start_tls(near_tls, server_side=False)
-        shaking.join(60)
-        threads = [
-            threading.Thread(target=read, args=("near", near)),
-            threading.Thread(target=read, args=("far", far)),
-            threading.Thread(target=write, args=(near,)),
-            threading.Thread(target=write, args=(far,)),
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+    with tls_ends() as (near, far, _), contextlib.ExitStack() as stack:
+        for name, end in (("near", near), ("far", far)):
+            stack.enter_context(background(partial(read, name, end)))
+            stack.enter_context(background(partial(write, end)))
     expected = hashlib.sha256(b"".join(blocks)).digest()
     assert received == {"near": expected, "far": expected}
 
 
-def test_a_connection_cut_off_by_the_network_is_not_a_clean_end() -> None:
-    near_tls, far_tls = pair_contexts(CODE, CODE)
-    for cut in (True, False):
-        with socket.create_server((HOST, 0)) as listener:
-            near_socket = socket.create_connection(listener.getsockname())
-            far_socket, _ = listener.accept()
-        with Connection(near_socket, "far") as near, Connection(far_socket, "near") as far:
-            shaking = threading.Thread(
-                target=far.start_tls, args=(far_tls,), kwargs={"server_side": True}
-            )
-            shaking.start()
-            near.start_tls(near_tls, server_side=False)
-            shaking.join(60)
-            near.send(common.Hashing())
-            if cut:
-                near_socket.shutdown(socket.SHUT_WR)
-            else:
-                near.close()
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_connection_cut_off_by_the_network_is_not_a_clean_end(cut: bool) -> None:
+    with tls_ends() as (near, far, near_socket):
+        near.send(common.Hashing())
+        if cut:
+            near_socket.shutdown(socket.SHUT_WR)
+        else:
+            near.close()
+        far.receive(common.Hashing)
+        with pytest.raises(common.ConnectionBroken if cut else common.PeerClosed):
             far.receive(common.Hashing)
-            with pytest.raises(common.ConnectionBroken if cut else common.PeerClosed):
-                far.receive(common.Hashing)

@@ -8,7 +8,7 @@ import pytest
 
 import common
 from pipewire import PipeWire
-from sound import Script, hears_tone, port_of
+from sound import Script, are_lost_and_found, port_of
 from sound_card import VirtualSoundCard
 
 
@@ -28,13 +28,7 @@ def test_who_uses_another_sound_system_does_not_notice(
         with Script("client.py", *arguments, environment=environment) as player:
             player.wait_for("Listening")
             pipewire.kill()
-            card.unplug()  # which has PortAudio started anew
-            player.wait_for("is gone")
-            sender.wait_for("is gone")
-            card.plug_in()
-            player.wait_for("is back")
-            sender.wait_for("is back")
-            assert hears_tone(card)
+            are_lost_and_found(card, player, sender)  # PortAudio is started anew
             assert player.interrupt() == common.EXIT_OK
         assert sender.interrupt() == common.EXIT_INTERRUPTED
 

@@ -14,7 +14,7 @@ from support import (
     Server,
     as_root,
     contents,
-    hold_and,
+    half_way,
     make_file,
     partial_size,
     partials,
@@ -138,10 +138,10 @@ def test_a_disk_that_fills_up_in_the_middle_is_survived(disk: Path, tmp_path: Pa
     small = make_file(tmp_path / "small", 1000)
     with (
         Server(disk) as server,
-        Proxy(server.port, hold_at=10 * MIB) as link,
-        server.client(large, small, port=link.port) as client,
+        half_way(server, large, small, hold_at=10 * MIB) as (client, proxy),
     ):
-        hold_and(server, link, client, lambda: make_file(disk / "other", 4 * MIB))
+        make_file(disk / "other", 4 * MIB)
+        proxy.release()
         result = client.wait()
         assert result.status == 1
         assert result.error_lines == [f"{large}: at the server: no space left on device"]

@@ -18,6 +18,7 @@ from support import (
     Proxy,
     Server,
     contents,
+    half_way,
     linux,
     make_file,
     partial_size,
@@ -32,11 +33,7 @@ def test_a_client_that_is_stopped_half_way_goes_on_next_time(
     server: Server, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     source = make_file(tmp_path / "file.bin", 40 * MIB)
-    with (
-        Proxy(server.port, hold_at=30 * MIB) as link,
-        server.client(source, port=link.port) as client,
-    ):
-        wait_for(lambda: partial_size(server.folder) > 28 * MIB)
+    with half_way(server, source, hold_at=30 * MIB, written=28 * MIB) as (client, _):
         client.signal(number)
         result = client.wait()
     assert result.status == status
@@ -56,12 +53,7 @@ def test_a_client_can_be_stopped_while_it_waits_to_come_back(
     inbox: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     source = make_file(tmp_path / "file.bin", 40 * MIB)
-    with (
-        Server(inbox) as server,
-        Proxy(server.port, hold_at=16 * MIB) as link,
-        server.client(source, port=link.port) as client,
-    ):
-        link.wait_until_held()
+    with Server(inbox) as server, half_way(server, source) as (client, _):
         server.kill()
         client.wait_for_output("trying again in 4 s")
         client.signal(number)
@@ -96,17 +88,12 @@ def test_ctrl_c_on_the_server_lets_transfers_finish_and_takes_no_more(
     inbox: Path, tmp_path: Path
 ) -> None:
     source = make_file(tmp_path / "file.bin", 30 * MIB)
-    with (
-        Server(inbox) as server,
-        Proxy(server.port, hold_at=16 * MIB) as link,
-        server.client(source, port=link.port) as client,
-    ):
-        wait_for(lambda: partial_size(inbox) > 8 * MIB)
+    with Server(inbox) as server, half_way(server, source) as (client, proxy):
         server.signal(signal.SIGINT)
         server.wait_for_output(r"finishing 1 under way - Ctrl\+C again to stop at once")
         assert "no server at" in server.send(source).stderr
         assert server.running()
-        link.release()
+        proxy.release()
         assert client.wait().status == 0
         assert server.wait().status == 130
     assert contents(inbox) == {"file.bin": source.read_bytes()}
@@ -117,12 +104,7 @@ def test_a_second_signal_stops_the_server_at_once(
     inbox: Path, tmp_path: Path, second: signal.Signals
 ) -> None:
     source = make_file(tmp_path / "file.bin", 30 * MIB)
-    with (
-        Server(inbox) as server,
-        Proxy(server.port, hold_at=16 * MIB) as link,
-        server.client(source, port=link.port) as client,
-    ):
-        wait_for(lambda: partial_size(inbox) > 8 * MIB)
+    with Server(inbox) as server, half_way(server, source) as (client, proxy):
         server.signal(signal.SIGINT)
         server.wait_for_output("finishing 1 under way")
         server.signal(second)
@@ -130,7 +112,7 @@ def test_a_second_signal_stops_the_server_at_once(
         assert partial_size(inbox) > 8 * MIB
         assert visible(inbox) == []
         client.wait_for_output("trying again")
-        link.release()
+        proxy.release()
         with Server(inbox, port=server.port):
             assert client.wait().status == 0
     assert contents(inbox) == {"file.bin": source.read_bytes()}

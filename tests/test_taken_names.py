@@ -143,27 +143,26 @@ def test_eight_clients_with_one_name_lose_nothing(
     server: Server, tmp_path: Path, size: int
 ) -> None:
     sources = [make_file(tmp_path / str(seed) / "same.bin", size, seed) for seed in range(8)]
+    send_at_once(server, sources)
+    found = contents(server.folder)
+    assert sorted(found.values()) == sorted(source.read_bytes() for source in sources)
+    assert set(found) == {"same.bin"} | {f"same ({number}).bin" for number in range(1, 8)}
+
+
+def send_at_once(server: Server, sources: list[Path]) -> None:
+    """Send each file by a client of its own, all at the same time."""
     clients = [server.client(source) for source in sources]
     try:
         results = [client.wait() for client in clients]
     finally:
         for client in clients:
             client.close()
-    assert [result.status for result in results] == [0] * 8, results
-    found = contents(server.folder)
-    assert sorted(found.values()) == sorted(source.read_bytes() for source in sources)
-    assert set(found) == {"same.bin"} | {f"same ({number}).bin" for number in range(1, 8)}
+    assert [result.status for result in results] == [0] * len(sources), results
 
 
 def test_eight_clients_with_one_content_do_no_harm(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "same.bin", 5 * MIB)
-    clients = [server.client(source) for _ in range(8)]
-    try:
-        results = [client.wait() for client in clients]
-    finally:
-        for client in clients:
-            client.close()
-    assert [result.status for result in results] == [0] * 8, results
+    send_at_once(server, [source] * 8)
     found = contents(server.folder)
     assert found["same.bin"] == source.read_bytes()
     assert set(found.values()) == {source.read_bytes()}, "each copy is whole, and none is partial"

@@ -1500,15 +1500,23 @@ class ByteStream:
 
     def _wait(self, *, to_write: bool) -> None:
         """Block until the socket can be read, or written; raises PeerStalled."""
+        limit = self._deadline
+        if limit is None:
+            self._wait_while_draining(to_write=to_write)
+        elif not wait_for_socket(self._socket, limit.remaining(), to_write=to_write):
+            raise PeerStalled(limit.seconds)
+
+    def _wait_while_draining(self, *, to_write: bool) -> None:
+        """Do so for as long as what the system has taken already gets on: on a slow line, long."""
         while True:
-            deadline = self._deadline or Deadline(PROGRESS_TIMEOUT_S)
-            arrived = self.sent_bytes - count_unacknowledged(self._socket)
-            if wait_for_socket(self._socket, deadline.remaining(), to_write=to_write):
+            arrived = self._arrived_bytes()
+            if wait_for_socket(self._socket, PROGRESS_TIMEOUT_S, to_write=to_write):
                 return
-            # On a slow line, what the system has taken already goes on for long.
-            has_moved = self.sent_bytes - count_unacknowledged(self._socket) > arrived
-            if self._deadline or not has_moved:
-                raise PeerStalled(deadline.seconds)
+            if self._arrived_bytes() <= arrived:
+                raise PeerStalled(PROGRESS_TIMEOUT_S)
+
+    def _arrived_bytes(self) -> int:
+        return self.sent_bytes - count_unacknowledged(self._socket)
 
     def note_progress(self) -> None:
         """Count as busy for now: work is done for the other side. For any thread."""
@@ -1625,6 +1633,12 @@ class ByteStream:
             if not data:
                 raise self._ended(inside=len(self._received) > 0)
             self._received.add(data)
+
+    def _wait_within(self, seconds: float, size: int) -> None:
+        """Do so, for `seconds` at most."""
+        if size > len(self._received):
+            with self.limit(seconds):
+                self._wait_for(size)
 
     @staticmethod
     def _ended(inside: bool) -> ConnectionLost:
@@ -1807,14 +1821,14 @@ class Connection(ByteStream):
         reads any further, where the frame declares more than `max_bytes`.
         """
         self._wait_for(1)
-        with self.limit(PROGRESS_TIMEOUT_S):
-            header = self.peek(LENGTH.size)
+        self._wait_within(PROGRESS_TIMEOUT_S, LENGTH.size)
+        header = self._received.peek(LENGTH.size)
         (size,) = LENGTH.unpack(header)
         if size > max_bytes:
             raise ProtocolError(f"not Socket Pair's protocol (received {header!r})")
-        with self.limit(PROGRESS_TIMEOUT_S + size / SLOWEST_FRAME_BYTES_PER_S):
-            # Nothing is taken before all is there: a wait that was too long can be resumed.
-            self._wait_for(LENGTH.size + size)
+        # Nothing is taken before all is there: a wait that was too long can be resumed.
+        seconds = PROGRESS_TIMEOUT_S + size / SLOWEST_FRAME_BYTES_PER_S
+        self._wait_within(seconds, LENGTH.size + size)
         return LENGTH.size + int(size)
 
     def send_segment(self, segment: memoryview) -> None:

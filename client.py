@@ -624,7 +624,7 @@ def look_up_named(
         try:
             named.append(Source(STDIN, Entry(name or "")) if path == STDIN else look_up(path))
         except (OSError, ValueError) as error:
-            on_problem(path, path, describe_missing(path, error))
+            on_problem(path or "an empty name", path, describe_missing(path, error))
         except NotAFile as error:
             on_problem(path, path, str(error))
     return named

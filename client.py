@@ -3252,8 +3252,27 @@ def give_name(hidden: str, path: str) -> None:
     except FileExistsError:
         raise
     except OSError:  # a disk without hard links
-        open(path, "xb").close()
-        os.replace(hidden, path)
+        with locked_folder(os.path.dirname(path)):
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
+            os.rename(hidden, path)
+
+
+@contextlib.contextmanager
+def locked_folder(path: str) -> Iterator[None]:
+    """Keep other recordings from the names in a folder, until the end or the process's death."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl  # noqa: PLC0415  (only such disks need it)
+
+    descriptor = os.open(path or ".", os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # without locks it is as safe as it can be
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

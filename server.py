@@ -147,7 +147,7 @@ class Refused(SocketPairError):
 
 
 class GivenUp(SocketPairError):
-    """The client stopped in the middle of a file; it has told its user why."""
+    """The client does not send a file to its end; it has told its user why, and nobody else."""
 
 
 # --- names ----------------------------------------------------------------------------------
@@ -1577,7 +1577,7 @@ class Content:
         while (length := connection.read_length(self._ahead)) != END_OF_FILE:
             if length == GIVEN_UP:
                 self.is_over = True
-                raise GivenUp("the client gave up in the middle of it")
+                raise GivenUp("the client cannot read it, or it has changed there")
             if length != STILL_HERE:
                 self._read_segment(length, blocks)
         checksum = connection.read(hashlib.sha256().digest_size)
@@ -4078,8 +4078,14 @@ def prepare_folder(folder: str) -> str:
     except OSError as error:
         raise SocketPairError(f"--folder {escape(folder)}: {describe_error(error)}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise SocketPairError(f"--folder {escape(folder)}: no permission to write there")
+        reason = "read-only file system" if is_read_only(folder) else "no permission to write there"
+        raise SocketPairError(f"--folder {escape(folder)}: {reason}")
     return folder
+
+
+def is_read_only(folder: str) -> bool:
+    """Return whether nobody can write to the file system that a folder is on. Raises OSError."""
+    return sys.platform != "win32" and bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
 def serve_files(args: argparse.Namespace, background: BackgroundLog) -> int:

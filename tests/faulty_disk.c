@@ -1,7 +1,7 @@
 /* Stands between a program and the C library, and has calls fail as other file systems let them.
 
-   FAULTS holds words: CALL=ERRNO fails a call (link, flock, rename, unlink, tmpfile), names=fat and
-   names=short refuse what FAT or an encrypted folder cannot hold, free=0 knows no free space,
+   FAULTS holds words: CALL=ERRNO fails a call (link, flock, rename, unlink, tmpfile), CALL=kill
+   kills the program there (rename), names=fat and names=short refuse what FAT or an encrypted folder cannot hold, free=0 knows no free space,
    size=N makes a write beyond N bytes fail as on FAT.
 
    cc -shared -fPIC -o faulty_disk.so faulty_disk.c -ldl */
@@ -9,6 +9,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,6 +36,7 @@ static const char *setting(const char *name) {
 static int fails(const char *call) {
     const char *number = setting(call);
     if (!number) return 0;
+    if (!strcmp(number, "kill")) kill(getpid(), SIGKILL);
     errno = atoi(number);
     return 1;
 }
@@ -53,6 +55,16 @@ static int is_bad_name(const char *path) {
 int linkat(int from, const char *source, int to, const char *target, int flags) {
     if (is_bad_name(target) || fails("link")) return -1;
     return NEXT(linkat)(from, source, to, target, flags);
+}
+
+int link(const char *source, const char *target) {
+    if (fails("link")) return -1;
+    return NEXT(link)(source, target);
+}
+
+int rename(const char *source, const char *target) {
+    if (fails("rename")) return -1;
+    return NEXT(rename)(source, target);
 }
 
 int renameat(int from, const char *source, int to, const char *target) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,28 @@ def test_a_file_too_large_for_the_file_system_fails_in_one_line_and_leaves_nothi
     assert result.status == 1
     assert result.error_lines == [f"{large}: at the server: file too large"]
     assert contents(inbox) == {"small": small.read_bytes()}
+
+
+RECORD = """
+import sys, client, common
+files = client.RecordingFiles(sys.argv[1], common.Console(quiet=True))
+files.create(lambda file: file.write(b"sound"))
+"""
+
+
+@pytest.mark.parametrize("faults", ["", " rename=kill"])
+def test_without_links_a_recording_has_its_beginning_before_its_name(
+    tmp_path: Path, faulty_disk: Path, faults: str
+) -> None:
+    recording = tmp_path / "talk.wav"
+    faults = f"link={errno.EPERM}{faults}"
+    environment = {**os.environ, "LD_PRELOAD": str(faulty_disk), "FAULTS": faults}
+    command = [sys.executable, "-c", RECORD, str(recording)]
+    for _ in range(2):
+        subprocess.run(command, env=environment, cwd=ROOT, check=False, timeout=60)
+    names = [] if "kill" in faults else ["talk (1).wav", "talk.wav"]
+    assert visible(tmp_path) == names
+    assert all((tmp_path / name).read_bytes() == b"sound" for name in names)
 
 
 # --- names ----------------------------------------------------------------------------------

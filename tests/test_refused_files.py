@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_an_unreadable_file_fails_and_the_others_arrive(server: Server, tmp_path
     expected = {f"{tree / name}: permission denied" for name in os.listdir(tree) if name != "file"}
     assert set(result.error_lines) == expected
     assert "without 4 that failed" in result.stdout
+    server.wait_for_output(r"failed tree/secret 0: the client cannot read it, or it has changed")
     assert (server.folder / "tree" / "file").read_bytes() == source.read_bytes()
     assert set(contents(server.folder)) <= {"tree/", "tree/closed/", "tree/file"}
 
@@ -84,6 +86,15 @@ def test_a_server_that_may_not_write_does_not_start(tmp_path: Path) -> None:
         assert len(result.error_lines) == 1
         assert str(folder) in result.stderr
         assert "permission" in result.stderr
+
+
+@as_root
+def test_a_server_on_a_read_only_file_system_says_so(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True, timeout=60)
+    for folder in (disk, disk / "new"):
+        result = run_script("server.py", "file", "--port=0", f"--folder={folder}")
+        assert result.status == 1
+        assert result.error_lines == [f"--folder {folder}: read-only file system"]
 
 
 def test_a_server_whose_folder_is_a_file_does_not_start(tmp_path: Path) -> None:

@@ -8,16 +8,18 @@ In the order of the file; to follow a run, begin at `main`, at its end:
 ====================  =============================================================
 names                 ``split_path``; ``NameRules``: the nearest name that a system can hold
 folders               ``Folder``, kept open; ``Folders``: nothing outside the root
-partial files         ``PartialFile``: hidden until complete, then given its name; ``Leases``
+partial files         ``HiddenFile``, ``NamelessFile``: until complete and given a name; ``Leases``
 what clients share    ``Disk``: what is known of it; ``Space``, ``Digests``, ``Turns`` and
-                      ``TokenBucket`` bound what each of them may cost
-one file              its stages: ``LookedUp``, ``Wanted``, ``UnderWay``; ``Content``: its bytes
-file conversation     ``handle_file_client`` and ``Reception``: from offer to results
+                      ``RateLimiter`` bound what each of them may cost
+looking up            ``LookUp``: what is here already; ``Comparison``: and the same at the client
+one file              ``UnderWay``, while its bytes arrive; ``Content``: the bytes
+file conversation     ``handle_file_client`` and ``Reception``: from offer to results; ``Batch``:
+                      what the entries of an offer share; ``Naming``: names for complete files
 sound: inputs         ``Microphone``, ``PacedInput``: sound card, file, pipe; ``CaptureQueue``
 sound: files          ``PlainWav``, and ``DecodedFile`` by FFmpeg; ``SoundLoop``: over and over
 sound: encodings      ``PcmEncoding``, ``OpusEncoding``: what goes out, encoded once for many
 sound: broadcaster    ``handle_audio_client``, ``Broadcaster``, ``Listener``: sound to everyone
-who may connect       ``Gate``: the pairing code; ``RateLimiter``: guesses at it
+who may connect       ``Gate``: the pairing code, and how fast it may be guessed
 endpoint              ``Endpoint``: where a server listens, and what its clients have to know;
                       ``Advertiser`` tells the local network of it
 serving               ``Server`` accepts, gives each connection a thread, shakes hands;
@@ -61,7 +63,7 @@ import threading
 import time
 from array import array
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import (
     TYPE_CHECKING,
@@ -387,6 +389,10 @@ class Folder:
         """Return what is known of a name in it; a link is not followed."""
         return os.stat(self.at(name), dir_fd=self.descriptor, follow_symlinks=False)
 
+    def disk_usage(self) -> tuple[int, int, int]:
+        """Return the size of its file system, what is used and what is free of it, in bytes."""
+        return shutil.disk_usage(self.path if self.descriptor is None else self.descriptor)
+
     def has(self, name: str) -> bool:
         """Return whether anything has that name in it."""
         try:
@@ -570,14 +576,12 @@ class Folders:
 
     def _enter(self, folder: Folder, offered: str, mode: int | None) -> Folder | None:
         """Open a folder in another, or make it, under the nearest name that it can have."""
-        while True:
-            name = self._disk.rules_in(folder).fit(offered)
-            try:
-                return self._enter_or_make(folder, name, mode)
-            except NotADirectoryError:
-                raise Refused("a file stands where a folder should go") from None
-            except OSError as error:
-                self._disk.learn(folder, error)
+        try:
+            return self._disk.with_fitting(
+                folder, offered, lambda name: self._enter_or_make(folder, name, mode)
+            )
+        except NotADirectoryError:
+            raise Refused("a file stands where a folder should go") from None
 
     def _enter_or_make(self, folder: Folder, name: str, mode: int | None) -> Folder | None:
         try:
@@ -598,16 +602,8 @@ class Folders:
 # --- partial files --------------------------------------------------------------------------
 
 # What link() says on file systems and systems without hard links, or with too few.
-NO_HARD_LINKS = {
-    errno.EPERM,
-    errno.EACCES,
-    errno.EXDEV,
-    errno.EINVAL,
-    errno.EOPNOTSUPP,
-    errno.ENOTSUP,
-    errno.ENOSYS,
-    errno.EMLINK,
-}
+NO_HARD_LINKS = {errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK}
+NO_HARD_LINKS |= {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 # What flock() says on file systems without locks.
 NO_LOCKS = {errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 # What open() says where a file cannot be without a name.
@@ -620,6 +616,9 @@ RELEASE_TIMEOUT_S = 2.0
 # One that has heard nothing for so long is ended for a new one that offers the same path.
 SILENT_S = 3.0
 TAKEOVER_TIMEOUT_S = 6.0
+# No two partial files of one name have the same.
+THIS_RUN = secrets.token_hex(4)
+NUMBERS = itertools.count()
 
 
 def lock_file(descriptor: int) -> bool:
@@ -696,38 +695,68 @@ class Place(NamedTuple):
     holder: Holder
     disk: Disk
 
+    def new_hidden_name(self) -> str:
+        """Return a name for a partial file that none has had."""
+        token = f"{self.holder.tag}{THIS_RUN}{next(NUMBERS):x}"
+        return f"{partial_stem(self.name)}.{token}{PARTIAL_SUFFIX}"
+
 
 class PartialFile:
-    """A file under way, open until it is complete and gets its name.
+    """A file under way, open until it is complete and gets its name. Not for two threads at once.
 
-    Until then it is hidden beside its place, and others are kept out; a small one has no name at
-    all where the system allows that. Ends with one of `move_to` and `replace`, which may be tried
-    several times, `discard` and `keep`. Not for two threads at once.
+    It ends with `HiddenFile.move_to` or `NamelessFile.move_to`, which may be tried several times,
+    with `HiddenFile.replace`, `keep` or `discard`.
     """
 
-    _run = secrets.token_hex(4)
-    _numbers = itertools.count()
-    _moving = threading.Lock()
-
-    def __init__(self, folder: Folder, descriptor: int, name: str, place: Place) -> None:
+    def __init__(self, folder: Folder, descriptor: int, place: Place) -> None:
         self.folder = folder
         self.descriptor = descriptor
-        self.name = name  # the hidden one; "" for none
         self.size = 0
         self.digest = hashlib.sha256()  # of all that it holds
         self._place = place
-        self._mtime_ns: int | None = None
-        self._mode = 0o600
-        self._file: tuple[int, int] | None = None  # that others are kept out of
+
+    def write(self, view: memoryview) -> None:
+        """Append `view`; blocks until the system has taken it. Raises OSError."""
+        left = view
+        while left:
+            left = left[os.write(self.descriptor, left) :]
+        self.digest.update(view)
+        self.size += len(view)
+
+    def shrink(self, count: int) -> None:
+        """Give back the room of up to `count` bytes at its end, which end what may be written."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.descriptor, self.size - min(count, self.size))
+
+    def close(self) -> None:
+        """Close it, and leave it as it is. Idempotent."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+class HiddenFile(PartialFile):
+    """A partial file with a hidden name beside its place, where the next run finds it.
+
+    Others are kept out of it while it is open.
+    """
+
+    _moving = threading.Lock()
+
+    def __init__(self, folder: Folder, descriptor: int, name: str, place: Place) -> None:
+        super().__init__(folder, descriptor, place)
+        self.name = name
+        found = os.fstat(descriptor)
+        self._file = (found.st_dev, found.st_ino)
+        self._is_leased = False
 
     # opening
 
     @classmethod
-    def create(cls, folder: Folder, place: Place) -> PartialFile:
+    def create(cls, folder: Folder, place: Place) -> HiddenFile:
         """Make an empty one. Raises OSError."""
         while True:
-            token = f"{place.holder.tag}{cls._run}{next(cls._numbers):x}"
-            name = f"{partial_stem(place.name)}.{token}{PARTIAL_SUFFIX}"
+            name = place.new_hidden_name()
             descriptor = folder.open_file(name, FILE_FLAGS | os.O_CREAT | os.O_EXCL)
             partial = cls(folder, descriptor, name, place)
             if partial._keep_others_out(time.monotonic()):
@@ -735,23 +764,7 @@ class PartialFile:
             partial.close()
 
     @classmethod
-    def create_nameless(cls, folder: Folder, place: Place, mode: int) -> PartialFile | None:
-        """Make an empty one without a name; None where there is no such thing. Raises OSError."""
-        if not NAMELESS or folder.device in place.disk.without_nameless:
-            return None
-        flags = NAMELESS | os.O_RDWR | CLOSE_ON_EXEC
-        try:
-            descriptor = os.open(".", flags, mode, dir_fd=folder.descriptor)
-            return cls(folder, descriptor, "", place)
-        except OSError as error:
-            if error.errno not in NO_NAMELESS:
-                raise
-        if folder.is_there():
-            place.disk.without_nameless.add(folder.device)
-        return None
-
-    @classmethod
-    def claim(cls, folder: Folder, name: str, place: Place, since: float) -> PartialFile | None:
+    def reopen(cls, folder: Folder, name: str, place: Place, since: float) -> HiddenFile | None:
         """Open the one with the hidden `name`, left by an earlier run; None if it is of no use.
 
         Blocks while another connection uses it, as `Leases.take` does.
@@ -773,12 +786,8 @@ class PartialFile:
         return stat.S_ISREG(found.st_mode) and is_own(found)
 
     def _keep_others_out(self, since: float) -> bool:
-        found = os.fstat(self.descriptor)
-        file = (found.st_dev, found.st_ino)
-        if not self._place.disk.leases.take(file, self._place.holder, since):
-            return False
-        self._file = file
-        return lock_file(self.descriptor)
+        self._is_leased = self._place.disk.leases.take(self._file, self._place.holder, since)
+        return self._is_leased and lock_file(self.descriptor)
 
     def _is_in_place(self) -> bool:
         """Return whether it still has its hidden name, and no other. Raises OSError.
@@ -790,30 +799,16 @@ class PartialFile:
         if not os.path.samestat(found, self.folder.stat(self.name)):
             return False
         if found.st_nlink > 1:
-            with contextlib.suppress(OSError):  # where names can only be added
-                self.folder.remove(self.name)
+            self._remove()
         return found.st_nlink == 1
 
     # what it holds
-
-    def write(self, view: memoryview) -> None:
-        """Append `view`; blocks until the system has taken it. Raises OSError."""
-        left = view
-        while left:
-            left = left[os.write(self.descriptor, left) :]
-        self.digest.update(view)
-        self.size += len(view)
 
     def cut(self, size: int, digest: hashlib._Hash) -> None:
         """Keep only its first `size` bytes, whose SHA-256 is `digest`. Raises OSError."""
         os.ftruncate(self.descriptor, size)
         os.lseek(self.descriptor, size, os.SEEK_SET)
         self.size, self.digest = size, digest
-
-    def shrink(self, count: int) -> None:
-        """Give back the room of up to `count` bytes at its end, which end what may be written."""
-        with contextlib.suppress(OSError):
-            os.ftruncate(self.descriptor, self.size - min(count, self.size))
 
     def is_of(self, holder: Holder) -> bool:
         """Return whether it was made for a client with the address of `holder`."""
@@ -822,24 +817,21 @@ class PartialFile:
 
     def is_untouched(self) -> bool:
         """Return whether no other program has made it longer or shorter. Raises OSError."""
-        return not self.name or os.fstat(self.descriptor).st_size == self.size
-
-    # getting its name
+        return os.fstat(self.descriptor).st_size == self.size
 
     def set_metadata(self, mtime_ns: int | None, mode: int) -> None:
         """Give it its modification time and permissions.
 
         A file system that cannot hold them is no reason to refuse the content.
         """
-        self._mtime_ns, self._mode = mtime_ns, mode
-        if self.name and sys.platform != "win32":  # one without a name was made with them
-            with contextlib.suppress(OSError):
-                os.fchmod(self.descriptor, mode & ~self._place.disk.umask)
-        can_use_descriptor = os.utime in os.supports_fd
-        set_times(self.descriptor if can_use_descriptor else self._hidden_path(), mtime_ns)
+        if sys.platform == "win32":
+            set_times(self.folder.at(self.name), mtime_ns)
+            return
+        with contextlib.suppress(OSError):
+            os.fchmod(self.descriptor, mode & ~self._place.disk.umask)
+        set_times(self.descriptor, mtime_ns)
 
-    def _hidden_path(self) -> str:
-        return self.folder.at(self.name)
+    # ending
 
     def move_to(self, name: str) -> bool:
         """Give it `name` in its folder in one step, unless something has that: False then.
@@ -849,18 +841,16 @@ class PartialFile:
         try:
             if sys.platform == "win32":  # where an open file has to stay, and nothing is replaced
                 self.close()
-                os.rename(self._hidden_path(), self.folder.at(name))
+                os.rename(self.folder.at(self.name), self.folder.at(name))
             else:
                 self._link(name)
+                self._remove()
         except FileExistsError:
             return False
         except OSError as error:
             if error.errno not in NO_HARD_LINKS:
                 raise
             return self._move_without_links(name)
-        if sys.platform != "win32" and self.name:
-            with contextlib.suppress(OSError):  # where names can only be added, it stays
-                self.folder.remove(self.name)
         self.close()
         return True
 
@@ -868,13 +858,12 @@ class PartialFile:
         """Give the open file, whatever stands under its hidden name by now, another name."""
         here = self.folder.descriptor
         if NAMELESS:
-            os.link(f"/proc/self/fd/{self.descriptor}", name, dst_dir_fd=here)
+            link_open_file(self.descriptor, self.folder, name)
         else:
             os.link(self.name, name, src_dir_fd=here, dst_dir_fd=here, follow_symlinks=False)
 
     def _move_without_links(self, name: str) -> bool:
         """Do what `move_to` does on FAT and the like, safe among this server's own threads."""
-        self._give_name()
         with self._moving:
             if self.folder.has(name):
                 return False
@@ -887,7 +876,6 @@ class PartialFile:
 
         Raises OSError.
         """
-        self._give_name()
         if sys.platform == "win32":
             self.close()
         try:
@@ -899,69 +887,109 @@ class PartialFile:
         self.close()
         return True
 
-    def _give_name(self) -> None:
-        """Give it a hidden name, if it has none. Raises OSError."""
-        if self.name:
-            return
-        token = f"{self._place.holder.tag}{self._run}{next(self._numbers):x}"
-        name = f"{partial_stem(self._place.name)}.{token}{PARTIAL_SUFFIX}"
-        try:
-            self._link(name)
-        except OSError as error:
-            if error.errno not in NO_HARD_LINKS:
-                raise
-            self._copy_to_named()
-        else:
-            self.name = name
-
-    def _copy_to_named(self) -> None:
-        """Go on as a copy that has a hidden name: this system gives the open file none."""
-        self._place.disk.without_nameless.add(self.folder.device)
-        named = PartialFile.create(self.folder, self._place)
-        os.lseek(self.descriptor, 0, os.SEEK_SET)
-        while data := os.read(self.descriptor, SEGMENT_BYTES):
-            named.write(memoryview(data))
-        os.close(self.descriptor)
-        self.descriptor, self.name, self._file = named.descriptor, named.name, named._file
-        self.set_metadata(self._mtime_ns, self._mode)
-
-    # ending otherwise
-
     def discard(self) -> None:
         """Remove it."""
         if sys.platform == "win32":  # where an open file cannot be removed
             self.close()
-        if self.name:
-            with contextlib.suppress(OSError):
-                self.folder.remove(self.name)
+        self._remove()
         self.close()
 
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):  # where names can only be added, it stays
+            self.folder.remove(self.name)
+
     def keep(self) -> int:
-        """Leave what came of it for the next run; return how many bytes, if it is worth it."""
+        """Leave what came of it for the next run; return how many bytes."""
         if self.descriptor < 0:
             return 0
-        kept = self.size
-        if not self.name:
-            kept = kept if kept >= KEPT_BYTES else 0
-            try:
-                if kept and sys.platform != "win32":
-                    os.fchmod(self.descriptor, 0o600)
-                    self._give_name()
-            except OSError:
-                kept = 0
-        elif not kept:
+        if not self.size:
             self.discard()
         self.close()
-        return kept
+        return self.size
 
     def close(self) -> None:
         """Close and release it, and leave it as it is. Idempotent."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
-        if self._file is not None:
+        super().close()
+        if self._is_leased:
             self._place.disk.leases.release(self._file)
-            self._file = None
+            self._is_leased = False
+
+
+class NamelessFile(PartialFile):
+    """A small partial file that has no name until it is complete: a kill leaves nothing of it."""
+
+    @classmethod
+    def create(cls, folder: Folder, place: Place, mode: int) -> NamelessFile | None:
+        """Make an empty one; None where there is no such thing. Raises OSError."""
+        if not NAMELESS or folder.device in place.disk.without_nameless:
+            return None
+        flags = NAMELESS | os.O_RDWR | CLOSE_ON_EXEC
+        try:
+            return cls(folder, os.open(".", flags, mode, dir_fd=folder.descriptor), place)
+        except OSError as error:
+            if error.errno not in NO_NAMELESS:
+                raise
+        if folder.is_there():
+            place.disk.without_nameless.add(folder.device)
+        return None
+
+    def is_untouched(self) -> bool:
+        """Return that no other program has written to what has no name."""
+        return True
+
+    def set_metadata(self, mtime_ns: int | None, _mode: int) -> None:
+        """Give it its modification time; it was made with its permissions."""
+        set_times(self.descriptor, mtime_ns)
+
+    def move_to(self, name: str) -> bool:
+        """Do as `HiddenFile.move_to`. Raises also an OSError of ``NO_HARD_LINKS``."""
+        try:
+            link_open_file(self.descriptor, self.folder, name)
+        except FileExistsError:
+            return False
+        self.close()
+        return True
+
+    def hide(self) -> HiddenFile:
+        """Return it as one with a hidden name, that only its owner may read. Raises OSError."""
+        name = self._place.new_hidden_name()
+        try:
+            link_open_file(self.descriptor, self.folder, name)
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
+                raise
+            return self._copy()
+        hidden = HiddenFile(self.folder, self.descriptor, name, self._place)
+        hidden.size, hidden.digest = self.size, self.digest
+        self.descriptor = -1  # that is the other's now
+        if sys.platform != "win32":
+            os.fchmod(hidden.descriptor, 0o600)
+        return hidden
+
+    def _copy(self) -> HiddenFile:
+        """Return a copy that has a hidden name: this system gives the open file none."""
+        self._place.disk.without_nameless.add(self.folder.device)
+        hidden = HiddenFile.create(self.folder, self._place)
+        os.lseek(self.descriptor, 0, os.SEEK_SET)
+        while data := os.read(self.descriptor, SEGMENT_BYTES):
+            hidden.write(memoryview(data))
+        self.close()
+        return hidden
+
+    def discard(self) -> None:
+        """Have it gone."""
+        self.close()
+
+    def keep(self) -> int:
+        """Leave what came of it for the next run, if it is worth it; return how many bytes."""
+        with contextlib.closing(self), contextlib.suppress(OSError):
+            return self.hide().keep() if self.size >= KEPT_BYTES else 0
+        return 0
+
+
+def link_open_file(descriptor: int, folder: Folder, name: str) -> None:
+    """Give an open file a name in its folder. Raises OSError; on Linux alone."""
+    os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=folder.descriptor)
 
 
 # --- what clients share ---------------------------------------------------------------------
@@ -977,14 +1005,12 @@ CLOCK_TICK_NS = 100_000_000
 RESERVE_BYTES = 256 * 1024 * 1024
 RESERVE_SHARE = 50
 SPACE_AGE_S = 0.25
-# Batches in which something differed: so many at once cost nothing, then one a second.
+# Comparisons in which something differed, for an address: so many at once, then one a second.
 FREE_MISMATCHES = 50
 MISMATCH_SPACING_S = 1.0
-MAX_MISMATCH_WAIT_S = 10.0
-# A file of which more is held is also compared at some shorter lengths.
-CHECKPOINT_BYTES = 64 * 1024 * 1024
 
 K = TypeVar("K")
+T = TypeVar("T")
 V = TypeVar("V")
 
 
@@ -1015,27 +1041,47 @@ class Recent(Generic[K, V]):
             return self._values.pop(key, None) is not None
 
 
-class TokenBucket:
-    """Lets through so much at once, and so much a second for good. For one thread at a time."""
+class RateLimiter:
+    """Lets whoever has a key (an address) do so much at once, and then one thing at a time.
+
+    A token bucket for each of the keys that came last. For any thread.
+    """
 
     def __init__(
-        self, at_once: int, per_s: float, clock: Callable[[], float] = time.monotonic
+        self, at_once: int, spacing_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._at_once = at_once
-        self._per_s = per_s
+        self._spacing_s = spacing_s
         self._clock = clock
-        self._left: float = at_once
-        self._latest_s = clock()
+        self._buckets: Recent[str, tuple[float, float]] = Recent()  # what was left, and when
+        self._lock = threading.Lock()
 
-    def take(self) -> bool:
-        """Take one; return False if none is left."""
+    def reserve(self, key: str = "", most_s: float = 0.0, number: int = 1) -> float | None:
+        """Take so many turns; return in how many seconds the last of them may begin.
+
+        None, and nothing is taken, if that is in more than `most_s`.
+        """
+        with self._lock:
+            left = self._left(key) - number
+            wait_s = max(0.0, -left * self._spacing_s)
+            if wait_s > most_s:
+                return None
+            self._buckets.note(key, (left, self._clock()))
+        return wait_s
+
+    def give_back(self, key: str, number: int = 1) -> None:
+        """Return turns that were reserved, and are not to count."""
+        with self._lock:
+            self._buckets.note(key, (self._left(key) + number, self._clock()))
+
+    def forget(self, key: str) -> None:
+        """Have all that was reserved not count."""
+        self._buckets.forget(key)
+
+    def _left(self, key: str) -> float:
         now_s = self._clock()
-        gained = (now_s - self._latest_s) * self._per_s
-        self._left, self._latest_s = min(self._at_once, self._left + gained), now_s
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
+        left, then_s = self._buckets.find(key, (float(self._at_once), now_s))
+        return min(self._at_once, left + (now_s - then_s) / self._spacing_s)
 
 
 class Turns:
@@ -1123,35 +1169,16 @@ class Digests:
         return digests
 
 
-class Leftovers:
-    """The partial files of earlier runs, found by their names. All methods are for any thread."""
-
-    def __init__(self) -> None:
-        self._folders: Recent[tuple[int, int], KnownFolder] = Recent(MAX_KNOWN_FOLDERS)
-
-    def find(self, folder: Folder, name: str, since: float) -> list[str]:
-        """Return the hidden names of those in `folder` that may become `name`.
-
-        A folder is looked through again only for one that has connected since (its
-        time.monotonic()), and where something in it has changed.
-        """
-        known = self._folders.find(folder.identity, KnownFolder(-1, -1.0, {}))
-        if known.mtime_ns != folder.mtime_ns and known.seen_s < since:
-            known = KnownFolder.look_through(folder)
-            self._folders.note(folder.identity, known)
-        return known.names.get(partial_stem(name), []) if known.names else []
-
-
-class KnownFolder(NamedTuple):
+class Leftovers(NamedTuple):
     """The names of a folder's partial files by their stems, as they were at a time."""
 
-    mtime_ns: int
-    seen_s: float
-    names: dict[str, list[str]]
+    mtime_ns: int = -1
+    seen_s: float = -1.0
+    names: dict[str, list[str]] = {}  # noqa: RUF012  (that of no folder, and never changed)
 
     @classmethod
-    def look_through(cls, folder: Folder) -> KnownFolder:
-        """Return what is in `folder` now. Raises OSError."""
+    def look_for(cls, folder: Folder) -> Leftovers:
+        """Return those that are in `folder` now. Raises OSError."""
         seen_s = time.monotonic()
         names: dict[str, list[str]] = {}
         with contextlib.suppress(PermissionError):  # it may still be written to
@@ -1205,7 +1232,7 @@ class Space:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._promised: Counter[int] = Counter()
-        self._free: dict[int, tuple[float, int | None]] = {}
+        self._free: dict[int, tuple[float, float]] = {}  # when it was measured, and how much
 
     def promise(self, folder: Folder, needed: int) -> Promise:
         """Set `needed` bytes aside, to be released as they are written.
@@ -1214,7 +1241,7 @@ class Space:
         """
         with self._lock:
             left = self._left(folder)
-            if left is not None and needed > left:
+            if needed > left:
                 there = format_bytes(max(0, left))
                 raise Refused(f"the disk is too full ({format_bytes(needed)} needed, {there} free)")
             self._promised[folder.device] += needed
@@ -1228,23 +1255,17 @@ class Space:
     def check_left(self, folder: Folder) -> None:
         """Raise an OSError like that of a full disk once only what is kept free is left."""
         with self._lock:
-            left = self._left(folder)
-        if left is not None and left <= 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._left(folder) <= 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _left(self, folder: Folder) -> int | None:
-        """Return what nobody has been promised; None where the system knows no size."""
-        free = self._measure(folder)
-        return None if free is None else free - self._promised[folder.device]
-
-    def _measure(self, folder: Folder) -> int | None:
-        """Return what is free beside the reserve; None where the system does not know."""
-        measured_s, free = self._free.get(folder.device, (0.0, None))
+    def _left(self, folder: Folder) -> float:
+        """Return what nobody has been promised; without end where the system knows no size."""
+        measured_s, free = self._free.get(folder.device, (0.0, 0.0))
         if time.monotonic() - measured_s > SPACE_AGE_S:
-            total, available = measure_disk(folder)
-            free = available - reserve_of(total) if total else None
+            total, _, available = folder.disk_usage()
+            free = available - reserve_of(total) if total else math.inf
             self._free[folder.device] = time.monotonic(), free
-        return free
+        return free - self._promised[folder.device]
 
 
 class Promise:
@@ -1269,48 +1290,13 @@ class Promise:
     def reserve(self) -> int:
         """Return how many bytes are kept free on this disk."""
         with contextlib.suppress(OSError):
-            return reserve_of(measure_disk(self._folder)[0])
+            return reserve_of(self._folder.disk_usage()[0])
         return 0
-
-
-def measure_disk(folder: Folder) -> tuple[int, int]:
-    """Return the size of the file system that `folder` is on, and what is free there, in bytes.
-
-    Raises OSError.
-    """
-    if sys.platform == "win32":
-        usage = shutil.disk_usage(folder.path)
-        return usage.total, usage.free
-    found = os.statvfs(folder.path if folder.descriptor is None else folder.descriptor)
-    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
 
 def reserve_of(total: int) -> int:
     """Return how many bytes are kept free on a file system of `total` bytes."""
     return min(RESERVE_BYTES, total // RESERVE_SHARE)
-
-
-class Mismatches:
-    """Slows down who has guesses at what is here compared, by address. For any thread.
-
-    An honest client resends what has changed, and hardly notices. Who guesses needs a batch for
-    each guess.
-    """
-
-    def __init__(self) -> None:
-        self._next_s: Recent[str, float] = Recent()
-        self._lock = threading.Lock()
-
-    def wait_s(self, host: str) -> float:
-        """Return for how long `host` has to wait until something is compared for it again."""
-        return max(0.0, self._next_s.find(host, 0.0) - time.monotonic())
-
-    def note(self, host: str) -> None:
-        """Take note of a batch in which something differed."""
-        with self._lock:
-            earliest = time.monotonic() - FREE_MISMATCHES * MISMATCH_SPACING_S
-            before = max(earliest, self._next_s.find(host, earliest))
-            self._next_s.note(host, before + MISMATCH_SPACING_S)
 
 
 class Disk:
@@ -1325,18 +1311,64 @@ class Disk:
         self.numbers: Recent[tuple[tuple[int, int], str], int] = Recent()  # next for a taken name
         self.leases = Leases()
         self.digests = Digests()
-        self.leftovers = Leftovers()
+        self.leftovers: Recent[tuple[int, int], Leftovers] = Recent(MAX_KNOWN_FOLDERS)
         self.space = Space()
-        self.mismatches = Mismatches()
+        self.mismatches = RateLimiter(FREE_MISMATCHES, MISMATCH_SPACING_S)
         self.looking_up = Turns()
 
     def rules_in(self, folder: Folder) -> NameRules:
         """Return what is known of the names that `folder` takes."""
         return self.rules.get(folder.device, USUAL_RULES)
 
-    def learn(self, folder: Folder, error: OSError) -> None:
-        """Learn from the refusal of a name in `folder`; raises `error` if that tells nothing."""
-        self.rules[folder.device] = self.rules_in(folder).learn(error)
+    def with_fitting(self, folder: Folder, offered: str, use: Callable[[str], T]) -> T:
+        """Return what `use` does with the nearest name to `offered` that `folder` takes.
+
+        Learns from refusals of names; raises what else `use` raises.
+        """
+        while True:
+            rules = self.rules_in(folder)
+            try:
+                return use(rules.fit(offered))
+            except OSError as error:
+                self.rules[folder.device] = rules.learn(error)
+
+    def numbered(self, folder: Folder, name: str, back: int = 0) -> Iterator[tuple[int, str]]:
+        """Yield 0 and `name`, then numbered names from about the first that is free in `folder`.
+
+        They begin at `back` numbers before that.
+        """
+        yield 0, name
+        rules = self.rules_in(folder)
+        first = max(1, self.numbers.find((folder.identity, name), 1) - back)
+        if first > 1 and not folder.has(next(rules.numbered(name, first - 1))[1]):
+            first = 1  # some have gone since
+        yield from rules.numbered(name, first)
+
+    def find_leftovers(self, folder: Folder, name: str, since: float) -> list[str]:
+        """Return the hidden names of the partial files in `folder` that may become `name`.
+
+        A folder is looked through again only for one that has connected since (its
+        time.monotonic()), and where something in it has changed.
+        """
+        known = self.leftovers.find(folder.identity, Leftovers())
+        if known.mtime_ns != folder.mtime_ns and known.seen_s < since:
+            known = Leftovers.look_for(folder)
+            self.leftovers.note(folder.identity, known)
+        return known.names.get(partial_stem(name), []) if known.names else []
+
+    def read_finished(
+        self, folder: Folder, name: str, size: int, on_progress: Callable[[int], object]
+    ) -> str:
+        """Return the SHA-256 of a finished file; "" if it is not of `size` bytes or unreadable."""
+        with contextlib.suppress(OSError, FileShrunk):
+            descriptor = folder.open_file(name, READ_FLAGS)
+            try:
+                found = os.fstat(descriptor)
+                if stat.S_ISREG(found.st_mode) and found.st_size == size:
+                    return self.digests.read(descriptor, [size], on_progress)[size].hexdigest()
+            finally:
+                os.close(descriptor)
+        return ""
 
 
 def read_umask() -> int:
@@ -1346,18 +1378,19 @@ def read_umask() -> int:
     return umask
 
 
-# --- one file -------------------------------------------------------------------------------
+# --- looking up -----------------------------------------------------------------------------
 
-# What has come of a segment on a slow line is written after so long.
-PIECE_S = 1.0
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
-STATUS_NAME_CHARS = 30
 # More partial files than this of one batch are not looked at: each is an open file.
-MAX_CLAIMS = 32
+MAX_OPEN_PARTIALS = 32
+# Entries of one batch with one path that are compared: each is a guess at what is here.
+MAX_ALIKE = 8
 # Finished files of one name that may be the same, the newest of them.
 MAX_CANDIDATES = 8
 # Names with a number that one batch has looked up.
 MAX_NUMBERS_LOOKED_UP = 10_000
+# A file of which more is held is also compared at some shorter lengths.
+CHECKPOINT_BYTES = 64 * 1024 * 1024
+MAX_COMPARISON_WAIT_S = 300.0
 
 
 def folder_of(entry: Entry) -> str:
@@ -1368,6 +1401,271 @@ def folder_of(entry: Entry) -> str:
 def name_of(entry: Entry) -> str:
     """Return an entry's own name."""
     return entry.path.rpartition("/")[2]
+
+
+class Wanted(NamedTuple):
+    """An entry of which the client is to send all that is not here."""
+
+    entry: Entry
+    beginning: HiddenFile | None = None  # what is here of it
+    promise: Promise | None = None  # of space for the rest
+
+    @property
+    def offset(self) -> int:
+        """How many bytes are here."""
+        return self.beginning.size if self.beginning else 0
+
+
+class LookedUp(NamedTuple):
+    """An offered file, and what is here that may be its beginning, or the whole of it."""
+
+    entry: Entry
+    size: int
+    folder: Folder
+    partials: Sequence[HiddenFile]
+    candidates: Sequence[str]  # names of finished files of its size
+
+    def held(self) -> list[int]:
+        """Return the lengths, in bytes, of which the client is to tell the SHA-256."""
+        lengths = {length for each in self.partials for length in checkpoints(each.size)}
+        return sorted(lengths | {self.size} if self.candidates else lengths)
+
+    def read(self, disk: Disk, on_progress: Callable[[int], object]) -> Here:
+        """Return the SHA-256 of all that is here; blocks until it is read."""
+        beginnings = []
+        for each in self.partials:
+            with contextlib.suppress(OSError, FileShrunk):  # as good as different
+                found = disk.digests.read(each.descriptor, checkpoints(each.size), on_progress)
+                beginnings += [Beginning(each, *read) for read in found.items()]
+        names = {
+            name: disk.read_finished(self.folder, name, self.size, on_progress)
+            for name in self.candidates
+        }
+        return Here(beginnings, names)
+
+
+def checkpoints(size: int) -> list[int]:
+    """Return the lengths at which a partial file of `size` bytes is compared, ascending."""
+    if size < CHECKPOINT_BYTES:
+        return [size]
+    quarter = size // 4 // SEGMENT_BYTES * SEGMENT_BYTES
+    return [quarter, 2 * quarter, 3 * quarter, size]
+
+
+class Beginning(NamedTuple):
+    """So many first bytes of a partial file, and their SHA-256."""
+
+    partial: HiddenFile
+    length: int
+    digest: hashlib._Hash
+
+
+class Here(NamedTuple):
+    """What is here that may be a file's beginning or the whole of it, read."""
+
+    beginnings: Sequence[Beginning]
+    names: dict[str, str]  # of finished files, with their SHA-256
+
+    def same_as(self, there: dict[int, str], size: int) -> Here:
+        """Return what of it is the client's, who has the SHA-256 `there` for these lengths."""
+        return Here(
+            [each for each in self.beginnings if there.get(each.length) == each.digest.hexdigest()],
+            {name: its for name, its in self.names.items() if its and its == there.get(size)},
+        )
+
+
+class Found(NamedTuple):
+    """What is here under a path, for each entry that has it."""
+
+    partials: list[HiddenFile]
+    sizes: list[tuple[str, int]]  # of finished files, by their names
+
+
+class LookUp:
+    """Finds what is here already of the entries of one batch; nothing is written yet.
+
+    No path is looked up twice.
+    """
+
+    def __init__(self, batch: Batch, since: float) -> None:
+        self._batch = batch
+        self._disk = batch.store.disk
+        self._since = since  # the client has connected, a time.monotonic()
+        self._began_s = time.monotonic()
+        self._found: dict[str, Found] = {}
+        self._alike: Counter[str] = Counter()
+        self._open_left = MAX_OPEN_PARTIALS
+        self._numbers_left = MAX_NUMBERS_LOOKED_UP
+
+    def find(self, entry: Entry) -> LookedUp | Wanted:
+        """Return an entry with what is here of it. Raises Refused and OSError."""
+        split_path(entry.path)
+        if entry.is_folder:
+            return Wanted(entry)
+        folder = self._batch.folders.find(folder_of(entry))
+        self._alike[entry.path] += 1
+        if folder is None or entry.size is None or self._alike[entry.path] > MAX_ALIKE:
+            return Wanted(entry)
+        if entry.path not in self._found:
+            self._found[entry.path] = self._look(folder, name_of(entry))
+        partials, sizes = self._found[entry.path]
+        candidates = [name for name, size in sizes if size == entry.size][-MAX_CANDIDATES:]
+        if partials or candidates:
+            return LookedUp(entry, entry.size, folder, partials, candidates)
+        return Wanted(entry)
+
+    def _look(self, folder: Folder, name: str) -> Found:
+        # Partial files first: one that gets its name meanwhile is a finished one then.
+        partials = list(self._reopen_partials(folder, name))
+        fitting = self._disk.with_fitting(folder, name, lambda name: self._finished(folder, name))
+        return Found(partials, fitting)
+
+    def _reopen_partials(self, folder: Folder, name: str) -> Iterator[HiddenFile]:
+        """Open what earlier runs have left of a file."""
+        place = Place(name, self._batch.holder, self._disk)
+        for hidden in self._disk.find_leftovers(folder, name, self._since):
+            if not self._open_left:
+                return
+            if partial := HiddenFile.reopen(folder, hidden, place, self._began_s):
+                self._open_left -= 1
+                self._batch.partials.append(partial)
+                yield partial
+
+    def _finished(self, folder: Folder, name: str) -> list[tuple[str, int]]:
+        """Return the names and sizes of the finished files that are called `name`, or numbered."""
+        sizes = []
+        for number, each in self._disk.numbered(folder, name, MAX_CANDIDATES):
+            try:
+                found = folder.stat(each)
+            except FileNotFoundError:
+                if number:
+                    self._disk.numbers.note((folder.identity, name), number)
+                break
+            if stat.S_ISREG(found.st_mode):
+                sizes.append((each, found.st_size))
+            self._numbers_left -= 1
+            if self._numbers_left <= 0 or self._batch.store.overwrite:
+                break
+        return sizes
+
+
+class Comparison:
+    """Finds out, together with one client, what of the files here is the same as there."""
+
+    def __init__(self, connection: Connection, disk: Disk) -> None:
+        self.is_reading = False  # which takes its time, while the client need not say anything
+        self._connection = connection
+        self._disk = disk
+
+    def compare(
+        self, batch: Batch, looked_up: Sequence[LookedUp | Wanted | Outcome]
+    ) -> list[Wanted | Outcome]:
+        """Return what is done with each entry; blocks until both sides have read their files."""
+        held = {index: each for index, each in enumerate(looked_up) if isinstance(each, LookedUp)}
+        same = self._ask(batch, held) if held else {}
+        chosen = choose_beginnings(same)
+        end_others(batch, held.values(), chosen.values(), same.values())
+        return [
+            decide(batch, each, same[index], chosen.get(index))
+            if isinstance(each, LookedUp)
+            else each
+            for index, each in enumerate(looked_up)
+        ]
+
+    def _ask(self, batch: Batch, held: dict[int, LookedUp]) -> dict[int, Here]:
+        """Return, for each entry, what is here and the same at the client."""
+        self._wait_for_turn(batch, Counter(each.entry.path for each in held.values()))
+        self._connection.send(Held([(index, each.held()) for index, each in held.items()]))
+        keepalive = Keepalive(lambda: self._connection.send(Hashing()))
+        self.is_reading = True
+        try:
+            here = [each.read(self._disk, keepalive) for each in held.values()]
+        finally:
+            self.is_reading = False
+        same = {}
+        for (index, each), its, checksums in zip(
+            held.items(), here, self._receive_prefixes(len(held)), strict=True
+        ):
+            # Short where the client could not read so much of its file.
+            same[index] = its.same_as(dict(zip(each.held(), checksums, strict=False)), each.size)
+        return same
+
+    def _wait_for_turn(self, batch: Batch, paths: Counter[str]) -> None:
+        """Wait until the client's address may have so much compared; raises ProtocolError."""
+        wait_s = batch.reserve_guesses(max(paths.values()), MAX_COMPARISON_WAIT_S)
+        if wait_s is None:
+            raise ProtocolError("too much that differs came from this address: try again later")
+        while wait_s > 0:
+            time.sleep(min(wait_s, KEEPALIVE_INTERVAL_S))
+            self._connection.send(Hashing())
+            wait_s -= KEEPALIVE_INTERVAL_S
+
+    def _receive_prefixes(self, count: int) -> Sequence[Sequence[str]]:
+        while isinstance(message := self._connection.receive(Prefixes, Hashing), Hashing):
+            pass
+        if len(message.entries) != count:
+            raise ProtocolError("received a message with bad 'entries'")
+        return message.entries
+
+
+def choose_beginnings(same: dict[int, Here]) -> dict[int, Beginning]:
+    """Return where to go on with each entry that is not here: the longest beginnings first.
+
+    A partial file is for one entry alone.
+    """
+    chosen: dict[int, Beginning] = {}
+    taken: set[HiddenFile] = set()
+    matches = [
+        (each, index) for index, here in same.items() if not here.names for each in here.beginnings
+    ]
+    for each, index in sorted(matches, key=lambda match: -match[0].length):
+        if index not in chosen and each.partial not in taken:
+            chosen[index] = each
+            taken.add(each.partial)
+    return chosen
+
+
+def end_others(
+    batch: Batch,
+    held: Iterable[LookedUp],
+    chosen: Iterable[Beginning],
+    same: Iterable[Here],
+) -> None:
+    """Remove the partial files that were not chosen, but what may be another client's."""
+    matched = {each.partial for here in same for each in here.beginnings}
+    compared = {partial for each in held for partial in each.partials}
+    for partial in compared - {each.partial for each in chosen}:
+        if partial in matched or partial.is_of(batch.holder):
+            partial.discard()
+        else:
+            partial.close()
+
+
+def decide(
+    batch: Batch, stage: LookedUp, same: Here, beginning: Beginning | None
+) -> Wanted | Outcome:
+    """Return what is done with an entry, knowing what is the same as at the client."""
+    for name in same.names:
+        batch.note_settled(stage.folder, name)
+        batch.note_already(stage.folder, name)
+        return Outcome("already", name)
+    if beginning is None:
+        batch.differed = True
+        return Wanted(stage.entry)
+    partial, length, digest = beginning
+    try:
+        partial.cut(length, digest)
+    except OSError as error:
+        return batch.fail(stage.entry.path, error)
+    return Wanted(stage.entry, partial)
+
+
+# --- one file -------------------------------------------------------------------------------
+
+# What has come of a segment on a slow line is written after so long.
+PIECE_S = 1.0
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
+STATUS_NAME_CHARS = 30
 
 
 def mode_of(entry: Entry) -> int:
@@ -1382,106 +1680,6 @@ def making_mode(entry: Entry) -> int:
     return 0o777 if entry.mode is None else UNFINISHED_MODE
 
 
-class LookedUp(NamedTuple):
-    """An offered file, and what is here that may be its beginning, or the whole of it."""
-
-    entry: Entry
-    folder: Folder
-    claims: Sequence[PartialFile]
-    candidates: Sequence[str]  # names of finished files of its size
-
-    def held(self) -> list[int]:
-        """Return the lengths, in bytes, of which the client is to tell the SHA-256."""
-        lengths = {length for claim in self.claims for length in checkpoints(claim.size)}
-        if self.candidates and self.entry.size is not None:
-            lengths.add(self.entry.size)
-        return sorted(lengths)
-
-    def read(self, disk: Disk, on_progress: Callable[[int], object]) -> Here:
-        """Return the SHA-256 of all that is here; blocks until it is read."""
-        beginnings = []
-        for claim in self.claims:
-            with contextlib.suppress(OSError, FileShrunk):  # as good as different
-                found = disk.digests.read(claim.descriptor, checkpoints(claim.size), on_progress)
-                beginnings += [Beginning(claim, *each) for each in found.items()]
-        size = self.entry.size or 0
-        names = {
-            name: read_finished(self.folder, name, size, disk, on_progress)
-            for name in self.candidates
-        }
-        return Here(beginnings, names)
-
-
-def checkpoints(size: int) -> list[int]:
-    """Return the lengths at which a partial file of `size` bytes is compared, ascending."""
-    if size < CHECKPOINT_BYTES:
-        return [size]
-    quarter = size // 4 // SEGMENT_BYTES * SEGMENT_BYTES
-    return [quarter, 2 * quarter, 3 * quarter, size]
-
-
-def read_finished(
-    folder: Folder, name: str, size: int, disk: Disk, on_progress: Callable[[int], object]
-) -> str:
-    """Return the SHA-256 of a finished file of `size` bytes; "" if it is another or unreadable."""
-    with contextlib.suppress(OSError, FileShrunk):
-        descriptor = folder.open_file(name, READ_FLAGS)
-        try:
-            found = os.fstat(descriptor)
-            if stat.S_ISREG(found.st_mode) and found.st_size == size:
-                return disk.digests.read(descriptor, [size], on_progress)[size].hexdigest()
-        finally:
-            os.close(descriptor)
-    return ""
-
-
-class Beginning(NamedTuple):
-    """So many first bytes of a partial file, and their SHA-256."""
-
-    partial: PartialFile
-    length: int
-    digest: hashlib._Hash
-
-    def cut(self) -> None:
-        """Have the partial file hold no more than this. Raises OSError."""
-        self.partial.cut(self.length, self.digest)
-
-
-class Here(NamedTuple):
-    """What is here that may be a file's beginning or the whole of it, read."""
-
-    beginnings: Sequence[Beginning]
-    names: dict[str, str]  # of finished files, with their SHA-256
-
-    def find_whole(self, checksum: str | None) -> str | None:
-        """Return the name of the finished file whose SHA-256 is `checksum`, if there is one."""
-        return next((name for name, its in self.names.items() if its and its == checksum), None)
-
-    def find_beginning(self, there: dict[int, str]) -> Beginning | None:
-        """Return the longest that has the SHA-256 that the client has `there` for its length."""
-        same = [
-            each for each in self.beginnings if there.get(each.length) == each.digest.hexdigest()
-        ]
-        return max(same, key=lambda each: each.length, default=None)
-
-    def matches(self, partial: PartialFile, there: dict[int, str]) -> bool:
-        """Return whether any beginning of `partial` is the client's."""
-        mine = [each for each in self.beginnings if each.partial is partial]
-        return self._replace(beginnings=mine).find_beginning(there) is not None
-
-
-class Wanted(NamedTuple):
-    """An entry of which the client is to send all that is not here."""
-
-    entry: Entry
-    beginning: PartialFile | None = None  # what is here of it
-
-    @property
-    def offset(self) -> int:
-        """How many bytes are here."""
-        return self.beginning.size if self.beginning else 0
-
-
 class Tampered(Refused):
     """Another program has written to a partial file."""
 
@@ -1492,12 +1690,17 @@ class Tampered(Refused):
 class UnderWay:
     """A file whose bytes are arriving."""
 
-    def __init__(self, entry: Entry, partial: PartialFile, promise: Promise) -> None:
+    def __init__(self, entry: Entry, partial: HiddenFile | NamelessFile, promise: Promise) -> None:
         self.entry = entry
         self.partial = partial
-        self._promise = promise
+        self.promise = promise
         self._offset = partial.size
         self._started_s = time.monotonic()
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it takes a while to arrive."""
+        return self.entry.size is None or self.entry.size >= SEGMENT_BYTES
 
     @property
     def bytes_left(self) -> int:
@@ -1507,9 +1710,44 @@ class UnderWay:
     def write(self, view: memoryview) -> None:
         """Write and hash its next bytes; blocks until done. Raises OSError."""
         if self.entry.size is None:
-            self._promise.check_left()
+            self.promise.check_left()
         self.partial.write(view)
-        self._promise.release(len(view))
+        self.promise.release(len(view))
+
+    def check(self, checksum: bytes) -> None:
+        """Raise Refused unless it is what the client has offered, with that SHA-256."""
+        if self.entry.size not in (None, self.partial.size) or (
+            checksum != self.partial.digest.digest()
+        ):
+            raise Refused("its SHA-256 does not match: it changed while it was sent")
+        if not self.partial.is_untouched():
+            raise Tampered
+
+    def set_metadata(self) -> None:
+        """Give it the modification time and the permissions that it has at the client."""
+        self.partial.set_metadata(self.entry.mtime_ns, mode_of(self.entry))
+
+    def move_to(self, name: str) -> bool:
+        """Give it `name` in its folder in one step, unless something has that: False then.
+
+        Raises OSError.
+        """
+        try:
+            return self.partial.move_to(name)
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
+                raise
+        return self._hide().move_to(name)
+
+    def replace(self, name: str) -> bool:
+        """Give it `name` in the place of a file; False for a folder. Raises OSError."""
+        return self._hide().replace(name)
+
+    def _hide(self) -> HiddenFile:
+        if isinstance(self.partial, NamelessFile):
+            self.partial = self.partial.hide()
+            self.set_metadata()
+        return self.partial
 
     def leave(self, error: BaseException) -> str:
         """Keep what has come, after `error`, if another run can use it; return words about that."""
@@ -1517,7 +1755,7 @@ class UnderWay:
         if self.entry.size is None or isinstance(error, Tampered) or number == errno.EFBIG:
             self.partial.discard()
         elif number in DISK_FULL:
-            self.partial.shrink(self._promise.reserve())
+            self.partial.shrink(self.promise.reserve())
         kept = self.partial.keep()
         shown = f"{format_bytes(kept)} of {escape(self.entry.path)}"
         return f"; {shown} are kept for the next run" if kept else ""
@@ -1613,13 +1851,14 @@ ENTRIES_BETWEEN_CHECKS = 64
 LOOKING_UP_SHARE = 4
 # Who speaks another protocol may come again after so long, not as fast as the processor allows.
 ERROR_PAUSE_S = 0.25
-
-
 MAX_SETTLED = 100_000
 
 
 class Store:
-    """Where files go, whether they replace others of their name, and who sends them just now."""
+    """Where files go, whether they replace others of their name, and who sends them just now.
+
+    All methods are for any thread.
+    """
 
     def __init__(self, folder: str, overwrite: bool = False) -> None:
         self.folder = folder
@@ -1628,11 +1867,12 @@ class Store:
         # By run, device and inode: the files that a client has been told it has here.
         self.settled: Recent[tuple[str, int, int], bool] = Recent(MAX_SETTLED)
         self._receptions: set[Reception] = set()
+        self._large: dict[Reception, UnderWay] = {}  # and small ones are gone before they are shown
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def attend(self, reception: Reception) -> Iterator[None]:
-        """Count a client in inside the ``with`` block. For any thread."""
+        """Count a client in inside the ``with`` block."""
         with self._lock:
             self._receptions.add(reception)
         try:
@@ -1641,16 +1881,47 @@ class Store:
             with self._lock:
                 self._receptions.discard(reception)
 
-    def has_large_arrival(self) -> bool:
-        """Return whether a large file is arriving just now. For any thread."""
+    @contextlib.contextmanager
+    def show(self, reception: Reception, under_way: UnderWay) -> Iterator[None]:
+        """Show a file as arriving inside the ``with`` block, if it is large."""
+        if not under_way.is_large:
+            yield
+            return
         with self._lock:
-            return any(each.is_receiving_large for each in self._receptions)
+            self._large[reception] = under_way
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._large[reception]
+
+    def has_large_arrival(self) -> bool:
+        """Return whether a large file is arriving just now."""
+        return bool(self._large)
 
     def describe_arrivals(self) -> str:
-        """Return what is arriving just now, in a line. For any thread."""
+        """Return what is arriving just now, in a line."""
         with self._lock:
-            receptions = list(self._receptions)
-        return "; ".join(filter(None, (each.describe_progress() for each in receptions)))
+            arrivals = [each.describe(self._large.get(each)) for each in self._receptions]
+        return "; ".join(filter(None, arrivals))
+
+    def spell(self, folder: Folder, name: str) -> str:
+        """Return a path in a line of the log."""
+        return spell_path(os.path.join(self.folder, folder.shown + name))
+
+
+def spell_path(path: str) -> str:
+    """Return `path` in a line of the log, in a way that the shell's ``printf %b`` undoes.
+
+    Control codes become the octal numbers of their bytes, as do backslashes, but where they
+    separate folders.
+    """
+    return "".join(
+        char
+        if char.isprintable() and (char != "\\" or os.sep == "\\")
+        else "".join(f"\\0{byte:03o}" for byte in char.encode("utf-8", "surrogateescape"))
+        for char in path
+    )
 
 
 def handle_file_client(connection: Connection, store: Store) -> None:
@@ -1676,16 +1947,19 @@ def handle_file_client(connection: Connection, store: Store) -> None:
 
 
 class Batch:
-    """What the entries of one offer share: their folders, what is claimed, lines of the log."""
+    """What the entries of one offer share: folders, partial files, space, lines of the log."""
 
-    def __init__(self, disk: Disk, peer: str) -> None:
-        self.folders = Folders(disk)
-        self.looked_up: set[str] = set()  # paths: one comparison for each
-        self.claims: list[PartialFile] = []
-        self.numbers_left = MAX_NUMBERS_LOOKED_UP
-        self.promised: dict[int, Promise] = {}
+    def __init__(self, store: Store, reception: Reception, run: str) -> None:
+        self.store = store
+        self.holder: Holder = reception
+        self.folders = Folders(store.disk)
+        self.partials: list[HiddenFile] = []  # left by earlier runs
         self.differed = False
-        self._peer = peer
+        self._peer = reception.peer
+        self._host = reception.host
+        self._run = run
+        self._guesses = 0
+        self._promises: list[Promise] = []
         self._lines: Counter[str] = Counter()
 
     def fail(self, path: str, error: Exception) -> Outcome:
@@ -1694,8 +1968,9 @@ class Batch:
         self._log(logging.WARNING, "failed", f"failed {escape(path)}: {reason}")
         return Outcome("failed", reason)
 
-    def note_already(self, path: str) -> None:
+    def note_already(self, folder: Folder, name: str) -> None:
         """Log that an entry is there already."""
+        path = self.store.spell(folder, name)
         self._log(logging.INFO, "are there already", f"offers what is there already: {path}")
 
     def _log(self, level: int, kind: str, text: str) -> None:
@@ -1703,21 +1978,116 @@ class Batch:
         if self._lines[kind] <= LINES_A_BATCH:
             log.log(level, "%s %s", self._peer, text)
 
-    def release(self, index: int) -> None:
-        """Release what is left of the space promised to an entry."""
-        if promise := self.promised.pop(index, None):
-            promise.release()
+    def note_settled(self, folder: Folder, name: str) -> None:
+        """Note a file that the client is told it has here; one that is gone needs no note."""
+        if self.store.overwrite:
+            with contextlib.suppress(OSError):
+                self.store.settled.note(self._settled_key(folder, name), True)
+
+    def is_settled(self, folder: Folder, name: str) -> bool:
+        """Return whether the client has been told so in this run. Raises OSError."""
+        return self.store.settled.find(self._settled_key(folder, name), False)
+
+    def _settled_key(self, folder: Folder, name: str) -> tuple[str, int, int]:
+        found = folder.stat(name)
+        return self._run, found.st_dev, found.st_ino
+
+    def reserve_guesses(self, number: int, most_s: float = 0.0) -> float | None:
+        """Return in how many seconds as many entries with one path may be compared.
+
+        Until they turn out to be the same, they count as guesses at what is here. None if that is
+        in more than `most_s`.
+        """
+        if self._guesses:
+            return 0.0
+        wait_s = self.store.disk.mismatches.reserve(self._host, most_s, number)
+        self._guesses = 0 if wait_s is None else number
+        return wait_s
+
+    def set_space_aside(self, compared: Sequence[Wanted | Outcome]) -> list[Wanted | Outcome]:
+        """Refuse what cannot fit, file by file, before any of it is sent."""
+        return [self._promise(each) if isinstance(each, Wanted) else each for each in compared]
+
+    def _promise(self, wanted: Wanted) -> Wanted | Outcome:
+        needed = (wanted.entry.size or 0) - wanted.offset
+        try:
+            folder = self.folders.nearest(folder_of(wanted.entry)) if needed > 0 else None
+            if folder is None:
+                return wanted
+            promise = self.store.disk.space.promise(folder, needed)
+        except (Refused, OSError) as error:
+            return self.fail(wanted.entry.path, error)
+        self._promises.append(promise)
+        return wanted._replace(promise=promise)
 
     def close(self) -> None:
-        """Release all that is still claimed or promised, and log how much was left out."""
-        for claim in self.claims:
-            claim.keep()
-        for index in list(self.promised):
-            self.release(index)
+        """Release all that is still held or promised, and log how much was left out."""
+        for partial in self.partials:
+            partial.keep()
+        for promise in self._promises:
+            promise.release()
         self.folders.close()
+        if self._guesses and not self.differed:
+            self.store.disk.mismatches.give_back(self._host, self._guesses)
         for kind, lines in self._lines.items():
             if lines > LINES_A_BATCH:
                 log.info("%s and %d more %s", self._peer, lines - LINES_A_BATCH, kind)
+
+
+class Naming:
+    """Gives the complete files of a batch their names."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._store = batch.store
+        self._disk = batch.store.disk
+
+    def settle(self, under_way: UnderWay, checksum: bytes) -> Outcome:
+        """Give a file that is the client's its name. Raises Refused and OSError."""
+        under_way.check(checksum)
+        under_way.set_metadata()
+        try:
+            return self._disk.with_fitting(
+                under_way.partial.folder,
+                name_of(under_way.entry),
+                lambda name: self._take_name(under_way, name),
+            )
+        except FileNotFoundError:
+            raise Refused(FOLDER_GONE) from None
+
+    def _take_name(self, under_way: UnderWay, name: str) -> Outcome:
+        """Give a file `name`, or that with a number, unless the same is there already."""
+        folder = under_way.partial.folder
+        if under_way.move_to(name) or self._replace(under_way, name):
+            return self._settled("saved", folder, name)
+        back = MAX_CANDIDATES if self._store.overwrite else 0  # where no look-up has read them
+        for number, each in self._disk.numbered(folder, name, back):
+            if number and under_way.move_to(each):
+                self._disk.numbers.note((folder.identity, name), number + 1)
+                break
+            if self._is_same(under_way.partial, each):
+                under_way.partial.discard()
+                return self._settled("already", folder, each)
+        return self._settled("saved", folder, each)
+
+    def _settled(self, kind: str, folder: Folder, name: str) -> Outcome:
+        self._batch.note_settled(folder, name)
+        return Outcome(kind, name)
+
+    def _replace(self, under_way: UnderWay, name: str) -> bool:
+        """Replace a file, but not one that this run has sent, or found here, under a like name."""
+        if not self._store.overwrite or self._batch.is_settled(under_way.partial.folder, name):
+            return False
+        return under_way.replace(name)
+
+    def _is_same(self, partial: PartialFile, name: str) -> bool:
+        """Return whether a finished file has the content that `partial` has."""
+        if self._batch.reserve_guesses(1) is None:
+            return False
+        found = self._disk.read_finished(partial.folder, name, partial.size, lambda _: None)
+        is_same = found == partial.digest.hexdigest()
+        self._batch.differed |= bool(found) and not is_same
+        return is_same
 
 
 class Reception:
@@ -1731,14 +2101,12 @@ class Reception:
         self.kept = ""  # of the file that was under way, for the end of a log line
         self._connection = connection
         self._store = store
-        self._disk = store.disk
-        self._host = connection.peer.rpartition(":")[0]
-        self.tag = hashlib.sha256(self._host.encode()).hexdigest()[:8]
+        self.peer = connection.peer
+        self.host = connection.peer.rpartition(":")[0]
+        self.tag = hashlib.sha256(self.host.encode()).hexdigest()[:8]
+        self._comparison = Comparison(connection, store.disk)
         self._began_s = time.monotonic()
-        self._is_reading_disk = False
-        self._current: UnderWay | None = None
         self._count = 0  # of files that were saved
-        self._run = connection.peer  # of the client, which may tell more of it than its address
         self._results: list[tuple[int, Outcome]] = []  # by index, not told yet
         self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
@@ -1746,24 +2114,17 @@ class Reception:
 
     def silent_s(self) -> float:
         """See `Holder`."""
-        return 0.0 if self._is_reading_disk else self._connection.silent_s()
+        return 0.0 if self._comparison.is_reading else self._connection.silent_s()
 
     def end(self) -> None:
         """See `Holder`."""
         self._connection.wake()
 
-    @property
-    def is_receiving_large(self) -> bool:
-        """Whether a file that takes a while is arriving. For any thread."""
-        current = self._current
-        return current is not None and (current.entry.size or SEGMENT_BYTES) >= SEGMENT_BYTES
-
-    def describe_progress(self) -> str:
-        """Return what is arriving, from where and how far it is. For any thread."""
-        current = self._current
-        if current and self.is_receiving_large:
-            return f"{current.describe_progress()} from {self._host}"
-        return f"{count(self._count, 'file')} from {self._host}" if self._count else ""
+    def describe(self, large: UnderWay | None) -> str:
+        """Return what is arriving, a `large` file or many, and from where. For any thread."""
+        if large:
+            return f"{large.describe_progress()} from {self.host}"
+        return f"{count(self._count, 'file')} from {self.host}" if self._count else ""
 
     # offered
 
@@ -1774,9 +2135,7 @@ class Reception:
         except PeerClosed:
             return None
         with self._in_turn():
-            offer = self._connection.receive(Offer)
-        self._run = offer.run or self._run
-        return offer
+            return self._connection.receive(Offer)
 
     @contextlib.contextmanager
     def _in_turn(self) -> Iterator[None]:
@@ -1784,7 +2143,7 @@ class Reception:
 
         It takes no more than a share of the time while a large file arrives from somebody.
         """
-        with self._disk.looking_up:
+        with self._store.disk.looking_up:
             began_s = time.thread_time()
             try:
                 yield
@@ -1794,11 +2153,10 @@ class Reception:
 
     def receive_batch(self, offer: Offer) -> None:
         """Answer an offer, take what is then sent, and say what became of each entry."""
-        batch = Batch(self._disk, self._connection.peer)
-        try:
+        with contextlib.closing(Batch(self._store, self, offer.run or self.peer)) as batch:
             with self._in_turn():
                 looked_up = self._look_up(batch, offer)
-            compared = self._set_space_aside(batch, self._compare(batch, looked_up))
+            compared = batch.set_space_aside(self._comparison.compare(batch, looked_up))
             self._connection.send(
                 Start([each.offset if isinstance(each, Wanted) else each for each in compared])
             )
@@ -1806,16 +2164,12 @@ class Reception:
                 if isinstance(each, Wanted):
                     self._transfer(batch, index, each)
             self._tell_results()
-        finally:
-            batch.close()
-            if batch.differed:
-                self._disk.mismatches.note(self._host)
 
     # looked up
 
     def _look_up(self, batch: Batch, offer: Offer) -> list[LookedUp | Wanted | Outcome]:
         """Find what is here of each entry already; nothing is written yet."""
-        began_s = time.monotonic()
+        look_up = LookUp(batch, self._began_s)
         looked_up: list[LookedUp | Wanted | Outcome] = []
         for index, entry in enumerate(offer.entries):
             if index % ENTRIES_BETWEEN_CHECKS == 0 and self._connection.is_gone():
@@ -1824,163 +2178,10 @@ class Reception:
                 looked_up.append(batch.fail("an entry", Refused(entry.text)))
                 continue
             try:
-                looked_up.append(self._look_up_entry(batch, entry, began_s))
+                looked_up.append(look_up.find(entry))
             except (Refused, OSError) as error:
                 looked_up.append(batch.fail(entry.path, error))
         return looked_up
-
-    def _look_up_entry(self, batch: Batch, entry: Entry, began_s: float) -> LookedUp | Wanted:
-        split_path(entry.path)
-        if entry.is_folder:
-            return Wanted(entry)
-        folder = batch.folders.find(folder_of(entry))
-        if folder is None or entry.path in batch.looked_up:
-            return Wanted(entry)
-        batch.looked_up.add(entry.path)
-        # Partial files first: one that gets its name meanwhile is a candidate then.
-        claims = self._claim(batch, folder, entry, began_s)
-        while True:
-            try:
-                candidates = self._find_candidates(batch, folder, entry)
-                break
-            except OSError as error:
-                self._disk.learn(folder, error)
-        if claims or candidates:
-            return LookedUp(entry, folder, claims, candidates)
-        return Wanted(entry)
-
-    def _claim(
-        self, batch: Batch, folder: Folder, entry: Entry, began_s: float
-    ) -> list[PartialFile]:
-        """Claim what earlier runs have left of an entry."""
-        if entry.size is None:
-            return []
-        place = self._place(entry)
-        claims = []
-        for name in self._disk.leftovers.find(folder, place.name, self._began_s):
-            if len(batch.claims) < MAX_CLAIMS:
-                claim = PartialFile.claim(folder, name, place, began_s)
-                if claim:
-                    claims.append(claim)
-                    batch.claims.append(claim)
-        return claims
-
-    def _place(self, entry: Entry) -> Place:
-        return Place(name_of(entry), self, self._disk)
-
-    def _find_candidates(self, batch: Batch, folder: Folder, entry: Entry) -> list[str]:
-        """Return the names of finished files that `entry` may be: those of its name and size."""
-        rules = self._disk.rules_in(folder)
-        name = rules.fit(name_of(entry))
-        if not folder.has(name):
-            return []
-        numbers = iter([(0, name)])
-        if not self._store.overwrite:
-            numbers = itertools.chain(numbers, self._numbers(folder, name, MAX_CANDIDATES))
-        candidates = []
-        for number, each in numbers:
-            batch.numbers_left -= 1
-            try:
-                found = folder.stat(each)
-            except FileNotFoundError:
-                self._disk.numbers.note((folder.identity, name), number)
-                break
-            if stat.S_ISREG(found.st_mode) and found.st_size == entry.size:
-                candidates.append(each)
-            if batch.numbers_left <= 0:
-                break
-        return candidates[-MAX_CANDIDATES:]
-
-    def _numbers(self, folder: Folder, name: str, back: int = 0) -> Iterator[tuple[int, str]]:
-        """Yield the numbered names from about the first that is free, or from `back` before it."""
-        rules = self._disk.rules_in(folder)
-        first = max(1, self._disk.numbers.find((folder.identity, name), 1) - back)
-        if first > 1 and not folder.has(next(rules.numbered(name, first - 1))[1]):
-            first = 1  # some have gone since
-        return rules.numbered(name, first)
-
-    # compared
-
-    def _compare(
-        self, batch: Batch, looked_up: list[LookedUp | Wanted | Outcome]
-    ) -> list[Wanted | Outcome]:
-        """Find out, together with the client, what of the files here is the same as there."""
-        held = [(index, each) for index, each in enumerate(looked_up) if isinstance(each, LookedUp)]
-        answers = iter(self._ask(held) if held else ())
-        return [
-            self._decide(batch, each, *next(answers)) if isinstance(each, LookedUp) else each
-            for each in looked_up
-        ]
-
-    def _ask(self, held: Sequence[tuple[int, LookedUp]]) -> Iterator[tuple[Here, dict[int, str]]]:
-        """Return, for each entry, the SHA-256 of what is here and of as much at the client."""
-        self._wait_after_mismatches()
-        self._connection.send(Held([(index, each.held()) for index, each in held]))
-        keepalive = Keepalive(lambda: self._connection.send(Hashing()))
-        self._is_reading_disk = True
-        try:
-            here = [each.read(self._disk, keepalive) for _, each in held]
-        finally:
-            self._is_reading_disk = False
-        # Short where the client could not read so much of its file.
-        there = [
-            dict(zip(each.held(), checksums, strict=False))
-            for (_, each), checksums in zip(held, self._receive_prefixes(len(held)), strict=True)
-        ]
-        return zip(here, there, strict=True)
-
-    def _wait_after_mismatches(self) -> None:
-        left_s = min(MAX_MISMATCH_WAIT_S, self._disk.mismatches.wait_s(self._host))
-        while left_s > 0:
-            time.sleep(min(left_s, KEEPALIVE_INTERVAL_S))
-            self._connection.send(Hashing())
-            left_s -= KEEPALIVE_INTERVAL_S
-
-    def _receive_prefixes(self, count: int) -> Sequence[Sequence[str]]:
-        while isinstance(message := self._connection.receive(Prefixes, Hashing), Hashing):
-            pass
-        if len(message.entries) != count:
-            raise ProtocolError("received a message with bad 'entries'")
-        return message.entries
-
-    def _decide(
-        self, batch: Batch, stage: LookedUp, here: Here, there: dict[int, str]
-    ) -> Wanted | Outcome:
-        """Return what is done with an entry, knowing what is the same as at the client."""
-        name = here.find_whole(there.get(stage.entry.size or 0))
-        beginning = here.find_beginning(there)
-        for claim in stage.claims:
-            if name is None and beginning and claim is beginning.partial:
-                continue
-            # What differs may be the beginning of what another client sends.
-            if claim.is_of(self) or here.matches(claim, there):
-                claim.discard()
-            else:
-                claim.close()
-        if name is not None:
-            self._note_settled(stage.folder, name)
-            batch.note_already(self._spell(stage.folder, name))
-            return Outcome("already", name)
-        if beginning is None:
-            batch.differed = True
-            return Wanted(stage.entry)
-        beginning.cut()
-        return Wanted(stage.entry, beginning.partial)
-
-    def _set_space_aside(
-        self, batch: Batch, compared: list[Wanted | Outcome]
-    ) -> list[Wanted | Outcome]:
-        """Refuse what cannot fit, file by file, before any of it is sent."""
-        for index, each in enumerate(compared):
-            if isinstance(each, Wanted) and each.entry.size:
-                try:
-                    folder = batch.folders.nearest(folder_of(each.entry))
-                    if folder is not None:
-                        needed = each.entry.size - each.offset
-                        batch.promised[index] = self._disk.space.promise(folder, needed)
-                except (Refused, OSError) as error:
-                    compared[index] = batch.fail(each.entry.path, error)
-        return compared
 
     # under way
 
@@ -1996,7 +2197,7 @@ class Reception:
         content = Content(self._connection, entry.size, wanted.offset)
         self._connection.peek(LENGTH.size)  # nothing is written before it arrives
         try:
-            outcome = self._receive_file(batch, index, wanted, content)
+            outcome = self._receive_file(batch, wanted, content)
         except (Refused, GivenUp, OSError) as error:
             outcome = batch.fail(entry.path, error)
         self._results.append((index, outcome))
@@ -2007,34 +2208,39 @@ class Reception:
 
     def _finish_folder(self, batch: Batch, entry: Entry) -> Outcome:
         """Make an offered folder, or find it there; it comes after all that is in it."""
+        disk = self._store.disk
         try:
             folder = batch.folders.make(entry.path, making_mode(entry))
             mode = None
-            if self._disk.unfinished.forget(folder.identity):
-                mode = (mode_of(entry) | UNFINISHED_MODE) & ~self._disk.umask
+            if disk.unfinished.forget(folder.identity):
+                mode = (mode_of(entry) | UNFINISHED_MODE) & ~disk.umask
             folder.finish(entry.mtime_ns, mode)
-            return Outcome("saved", self._disk.rules_in(folder).fit(name_of(entry)))
+            return Outcome("saved", disk.rules_in(folder).fit(name_of(entry)))
         except (Refused, OSError) as error:
             return batch.fail(entry.path, error)
 
-    def _receive_file(self, batch: Batch, index: int, wanted: Wanted, content: Content) -> Outcome:
+    def _receive_file(self, batch: Batch, wanted: Wanted, content: Content) -> Outcome:
         """Take a file's bytes and give it its name; return what has become of it.
 
         Raises OSError for what fails on this side, Refused where it is not to be kept, GivenUp.
         """
-        self._current = under_way = self._begin(batch, index, wanted)
+        under_way = self._begin(batch, wanted)
         try:
-            with blocks_for(wanted.entry.size, under_way.write) as blocks:
-                checksum = content.read(blocks)
-            return self._settle(batch, under_way, checksum)
+            with self._store.show(self, under_way):
+                with blocks_for(wanted.entry.size, under_way.write) as blocks:
+                    checksum = content.read(blocks)
+                outcome = Naming(batch).settle(under_way, checksum)
         except BaseException as error:
             self.kept = under_way.leave(error)
             raise
         finally:
-            self._current = None
-            batch.release(index)
+            under_way.promise.release()
+        self._count += 1
+        if log.isEnabledFor(logging.INFO):
+            self._log_decided(batch, under_way, outcome)
+        return outcome
 
-    def _begin(self, batch: Batch, index: int, wanted: Wanted) -> UnderWay:
+    def _begin(self, batch: Batch, wanted: Wanted) -> UnderWay:
         """Open the partial file of an entry, in its folder, which is made if it is missing."""
         entry = wanted.entry
         path, mode = folder_of(entry), making_mode(entry)
@@ -2044,123 +2250,37 @@ class Reception:
         except FileNotFoundError:  # removed since it was looked up
             batch.folders.forget(path)
             partial = self._create(batch.folders.make(path, mode), entry)
-        promise = batch.promised.get(index) or Promise(self._disk.space, partial.folder, 0)
+        promise = wanted.promise or Promise(self._store.disk.space, partial.folder, 0)
         under_way = UnderWay(entry, partial, promise)
         if under_way.bytes_left >= LARGE_BYTES:
-            shown = self._spell(partial.folder, name_of(entry))
-            log.info(f"{self._connection.peer} begins to send {under_way.describe_rest()}: {shown}")
+            shown = self._store.spell(partial.folder, name_of(entry))
+            log.info(f"{self.peer} begins to send {under_way.describe_rest()}: {shown}")
         return under_way
 
-    def _create(self, folder: Folder, entry: Entry) -> PartialFile:
-        place = self._place(entry)
+    def _create(self, folder: Folder, entry: Entry) -> HiddenFile | NamelessFile:
+        place = Place(name_of(entry), self, self._store.disk)
         partial = None
         if entry.size is not None and entry.size <= SEGMENT_BYTES:
-            partial = PartialFile.create_nameless(folder, place, mode_of(entry))
-        return partial or PartialFile.create(folder, place)
+            partial = NamelessFile.create(folder, place, mode_of(entry))
+        return partial or HiddenFile.create(folder, place)
 
     # decided
 
-    def _settle(self, batch: Batch, under_way: UnderWay, checksum: bytes) -> Outcome:
-        """Give a file that is the client's its name. Raises Refused and OSError."""
-        entry, partial = under_way.entry, under_way.partial
-        if entry.size not in (None, partial.size) or checksum != partial.digest.digest():
-            raise Refused("its SHA-256 does not match: it changed while it was sent")
-        if not partial.is_untouched():
-            raise Tampered
-        partial.set_metadata(entry.mtime_ns, mode_of(entry))
-        while True:
-            name = self._disk.rules_in(partial.folder).fit(name_of(entry))
-            try:
-                outcome = self._take_name(batch, partial, name)
-                break
-            except FileNotFoundError:
-                raise Refused(FOLDER_GONE) from None
-            except OSError as error:
-                self._disk.learn(partial.folder, error)
-        self._count += 1
-        if log.isEnabledFor(logging.INFO):
-            self._log_decided(batch, under_way, outcome)
-        return outcome
-
-    def _take_name(self, batch: Batch, partial: PartialFile, name: str) -> Outcome:
-        """Give a complete file `name`, or one with a number, unless the same is there already."""
-        if partial.move_to(name):
-            self._note_settled(partial.folder, name)
-            return Outcome("saved", name)
-        if self._store.overwrite and self._replace(partial, name):
-            return Outcome("saved", name)
-        back = MAX_CANDIDATES if self._store.overwrite else 0  # where no look-up has read them
-        numbers = itertools.chain([(0, name)], self._numbers(partial.folder, name, back))
-        for number, each in numbers:
-            if number and partial.move_to(each):
-                self._disk.numbers.note((partial.folder.identity, name), number + 1)
-                self._note_settled(partial.folder, each)
-                break
-            if self._is_same(batch, partial, each):
-                self._note_settled(partial.folder, each)
-                partial.discard()
-                return Outcome("already", each)
-        return Outcome("saved", each)
-
-    def _replace(self, partial: PartialFile, name: str) -> bool:
-        """Replace a file, but not one that this run has sent, or found here, under a like name."""
-        found = partial.folder.stat(name)
-        if self._store.settled.find((self._run, found.st_dev, found.st_ino), False):
-            return False
-        if partial.replace(name):
-            self._note_settled(partial.folder, name)
-            return True
-        return False
-
-    def _note_settled(self, folder: Folder, name: str) -> None:
-        """Note a file that the client is told it has here; one that is gone needs no note."""
-        if self._store.overwrite:
-            with contextlib.suppress(OSError):
-                found = folder.stat(name)
-                self._store.settled.note((self._run, found.st_dev, found.st_ino), True)
-
-    def _is_same(self, batch: Batch, partial: PartialFile, name: str) -> bool:
-        """Return whether a finished file has the content that `partial` has."""
-        if self._disk.mismatches.wait_s(self._host) > MAX_MISMATCH_WAIT_S:
-            return False
-        found = read_finished(partial.folder, name, partial.size, self._disk, lambda _: None)
-        is_same = found == partial.digest.hexdigest()
-        batch.differed |= bool(found) and not is_same
-        return is_same
-
-    # told
+    def _log_decided(self, batch: Batch, under_way: UnderWay, outcome: Outcome) -> None:
+        folder = under_way.partial.folder
+        if outcome.kind == "already":
+            batch.note_already(folder, outcome.text)
+            return
+        # The path is the only word of the client's, and the last: nothing in a name can be taken
+        # for another part of the line by whoever reads it.
+        path = self._store.spell(folder, outcome.text)
+        log.info(f"{self.peer} sent {under_way.describe_sent()}, saved as {path}")
 
     def _tell_results(self) -> None:
         if self._results:
             self._connection.send(Results(self._results))
             self._results = []
         self._told = Deadline(KEEPALIVE_INTERVAL_S)
-
-    def _spell(self, folder: Folder, name: str) -> str:
-        return spell_path(os.path.join(self._store.folder, folder.shown + name))
-
-    def _log_decided(self, batch: Batch, under_way: UnderWay, outcome: Outcome) -> None:
-        path = self._spell(under_way.partial.folder, outcome.text)
-        if outcome.kind == "already":
-            batch.note_already(path)
-            return
-        # The path is the only word of the client's, and the last: nothing in a name can be taken
-        # for another part of the line by whoever reads it.
-        log.info(f"{self._connection.peer} sent {under_way.describe_sent()}, saved as {path}")
-
-
-def spell_path(path: str) -> str:
-    """Return `path` in a line of the log, in a way that the shell's ``printf %b`` undoes.
-
-    Control codes become the octal numbers of their bytes, as do backslashes, but where they
-    separate folders.
-    """
-    return "".join(
-        char
-        if char.isprintable() and (char != "\\" or os.sep == "\\")
-        else "".join(f"\\0{byte:03o}" for byte in char.encode("utf-8", "surrogateescape"))
-        for char in path
-    )
 
 
 # --- sound: inputs --------------------------------------------------------------------------
@@ -2183,7 +2303,7 @@ class CaptureQueue:
 
     def __init__(self, audio: AudioFormat) -> None:
         self.audio = audio
-        self.end_reason: str | None = None
+        self.end_reason = "the server has stopped"
         self.failed = False
         self._blocks: queue.SimpleQueue[AudioBlock | None] = queue.SimpleQueue()
         self._limit_blocks = CAPTURE_LIMIT_MS / CAPTURE_BLOCK_MS
@@ -2914,7 +3034,7 @@ class OpusRun:
 LISTENER_TIMEOUT_S = 5.0
 SILENCE_S = 3600.0  # of a client, which need not say anything
 REQUESTS_AT_ONCE = 200
-REQUESTS_PER_S = 20
+REQUEST_SPACING_S = 0.05
 # Small writes take a multiple of their size in the system's buffers.
 SEND_BUFFER_MS = 200
 MIN_SEND_BUFFER_BYTES = 16 * 1024
@@ -2937,7 +3057,7 @@ class Listener:
         self.loss: str | None = None
         self._progress_s = time.monotonic()
         self._requests: deque[tuple[int, int]] = deque(maxlen=REQUESTS_AT_ONCE)
-        self._allowed = TokenBucket(REQUESTS_AT_ONCE, REQUESTS_PER_S)
+        self._allowed = RateLimiter(REQUESTS_AT_ONCE, REQUEST_SPACING_S)
 
     def offer(self, frame: bytes, now_s: float) -> None:
         """Give a block to the system, behind what was asked for, or miss it. Never blocks."""
@@ -2988,7 +3108,7 @@ class Listener:
                 if not self.gone.is_set():
                     self.lose("")
                 return
-            if not self._allowed.take():
+            if self._allowed.reserve() is None:
                 raise ProtocolError("it asks for the time too often")
             self._requests.append((request.asked_ns, time.monotonic_ns()))
 
@@ -3127,7 +3247,7 @@ def handle_audio_client(
         broadcaster.remove(listener)
         reason = listener.loss
         if reason is None:
-            listener.finish(broadcaster.captured.end_reason or "the server has stopped")
+            listener.finish(broadcaster.captured.end_reason)
             reason = "the sound has ended"
         log.info("%s: left%s", connection.peer, f" ({reason})" if reason else "")
     except (OSError, SocketPairError) as error:
@@ -3144,11 +3264,11 @@ def send_buffer_bytes(audio: AudioFormat) -> int:
 
 # --- who may connect ------------------------------------------------------------------------
 
-# Wrong codes that an address may try before each further one has to wait, up to a limit: a client
-# with the right code has to get in within its own time limit.
+# Wrong codes that a crowd may try at once, and then one after the other: a client with the right
+# code has to get in within its own time limit. A guess counts as wrong until it turns out right:
+# any number of them at once are as slow as one after the other.
 FREE_GUESSES = 5
-MAX_GUESS_DELAY_S = 5.0
-MAX_KNOWN_CROWDS = 4096
+GUESS_SPACING_S = 5.0
 TLS_HANDSHAKE = 0x16  # the first byte that a TLS client sends
 # What a client of protocol 1, which begins with TLS, tells its user as "alert protocol version".
 PROTOCOL_VERSION_ALERT = bytes([0x15, 3, 3, 0, 2, 2, 70])
@@ -3188,57 +3308,12 @@ def crowd_of(host: str, own_host: str) -> str:
     return host if own in network else str(network)
 
 
-@dataclass
-class Guesses:
-    """The tries at the pairing code from one crowd that were not right, or not yet."""
-
-    count: int = 0
-    latest_s: float = 0.0  # when the latest of them begins
-
-
-class RateLimiter:
-    """Slows down guesses at the pairing code from each crowd. For any thread.
-
-    A guess counts from its beginning, and as wrong until it turns out right: any number of them
-    at once are as slow as one after the other. A right one also has to wait, but not for long.
-    Remembers a bounded number of crowds.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._guesses: OrderedDict[str, Guesses] = OrderedDict()  # the latest last
-        self._lock = threading.Lock()
-
-    def reserve(self, crowd: str) -> float | None:
-        """Return in how many seconds a guess may begin; None if it may not, as others wait."""
-        now_s = self._clock()
-        with self._lock:
-            guesses = self._guesses.setdefault(crowd, Guesses())
-            self._guesses.move_to_end(crowd)
-            if len(self._guesses) > MAX_KNOWN_CROWDS:
-                self._guesses.popitem(last=False)
-            begin_s = now_s
-            if guesses.count >= FREE_GUESSES:
-                delay_s = min(2.0 ** (guesses.count - FREE_GUESSES), MAX_GUESS_DELAY_S)
-                begin_s = max(now_s, guesses.latest_s + delay_s)
-            if begin_s - now_s > MAX_GUESS_DELAY_S:
-                return None
-            guesses.count += 1
-            guesses.latest_s = begin_s
-        return begin_s - now_s
-
-    def forgive(self, crowd: str) -> None:
-        """Forget the wrong guesses: the right one came."""
-        with self._lock:
-            self._guesses.pop(crowd, None)
-
-
 class Gate:
     """Lets clients in: those that prove to have the pairing code, or anyone without one."""
 
     def __init__(self, code: str | None) -> None:
         self._code = code
-        self._limiter = RateLimiter()
+        self._guesses = RateLimiter(FREE_GUESSES, GUESS_SPACING_S)
 
     def let_in(self, connection: Connection, crowd: str) -> Hello:
         """Return the hello of a client that may come in; blocks within the `limit` it stands in.
@@ -3287,7 +3362,7 @@ class Gate:
 
     def _pair(self, connection: Connection, code: str, crowd: str) -> None:
         """Let the client prove that it has the code, and prove that to it. Raises TurnedAway."""
-        delay_s = self._limiter.reserve(crowd)
+        delay_s = self._guesses.reserve(crowd, GUESS_SPACING_S)
         if delay_s is None:
             turn_away(connection, TOO_MANY_GUESSES)
         pairing = common.Pairing(code, server_side=True)  # while the client makes its own
@@ -3303,7 +3378,7 @@ class Gate:
             raise TurnedAway(f"turned away: {reason}") from error
         except common.ConnectionLost as error:  # as who only guesses may do
             raise TurnedAway(f"did not prove that it has the pairing code ({error})") from error
-        self._limiter.forgive(crowd)
+        self._guesses.forget(crowd)
 
 
 def turn_away(
@@ -3579,7 +3654,7 @@ IDLE_S = 10.0
 ACCEPT_RETRY_S = 0.1
 # Lines of the log about clients that are turned away, at once and for good.
 TURNED_AWAY_LINES = 50
-TURNED_AWAY_LINES_PER_S = 2.0
+TURNED_AWAY_SPACING_S = 0.5
 BUSY = common.Error("this server is busy: try again later")
 
 
@@ -3712,14 +3787,14 @@ class TurnedAwayLog:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._allowed = TokenBucket(TURNED_AWAY_LINES, TURNED_AWAY_LINES_PER_S, clock)
+        self._allowed = RateLimiter(TURNED_AWAY_LINES, TURNED_AWAY_SPACING_S, clock)
         self._left_out = 0
         self._lock = threading.Lock()
 
     def write(self, peer: str, reason: str, level: int = logging.WARNING) -> None:
         """Log a line, or count it as left out."""
         with self._lock:
-            if not self._allowed.take():
+            if self._allowed.reserve() is None:
                 self._left_out += 1
                 return
             left_out, self._left_out = self._left_out, 0
@@ -3747,7 +3822,7 @@ class Server:
         self._gate = Gate(endpoint.code)
         self._turned_away = TurnedAwayLog()
         self.clients = Clients(max_clients)
-        self._advertiser: Advertiser | None = None
+        self._advertising = contextlib.ExitStack()
         self._waker, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._accept_all, name="accept", daemon=True)
 
@@ -3755,7 +3830,7 @@ class Server:
         """Begin to accept; tell the local network, if that can reach this server and is to."""
         self._thread.start()
         if announce and not self._endpoint.is_local():
-            self._advertiser = Advertiser(self._endpoint)
+            self._advertising.enter_context(contextlib.closing(Advertiser(self._endpoint)))
 
     def stop(self) -> None:
         """Accept no more, and drop who is at the handshake. Idempotent; blocks for a second or two.
@@ -3771,8 +3846,7 @@ class Server:
         for sock in self._endpoint.sockets:
             sock.close()
         self.clients.drop_pending()
-        if self._advertiser:
-            self._advertiser.close()
+        self._advertising.close()
 
     def _accept_all(self) -> None:
         """Accept until `stop`: the whole life of the accepting thread."""

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from server import FREE_MISMATCHES, MAX_ALIKE
 from support import (
     MIB,
     RawClient,
@@ -46,12 +47,24 @@ def test_a_batch_has_a_few_lines_in_the_log(server: Server) -> None:
     assert server.stderr().count("failed ../x") == 10
 
 
-def test_one_path_is_compared_once_a_batch(server: Server) -> None:
+def test_one_path_is_compared_a_few_times_a_batch(server: Server) -> None:
     make_file(server.folder / "pin", 4)
     with RawClient(server.port).greet() as client:
         held = client.offer(*[{"path": "pin", "size": 4}] * 1000)
         assert held["type"] == "held"
-        assert held["entries"] == [[0, [4]]]
+        assert held["entries"] == [[index, [4]] for index in range(MAX_ALIKE)]
+
+
+def test_each_guess_at_what_is_here_counts(server: Server) -> None:
+    make_file(server.folder / "pin", 4)
+    guesses = [{"path": "pin", "size": 4}] * MAX_ALIKE
+    for _ in range(FREE_MISMATCHES // MAX_ALIKE):
+        with RawClient(server.port).greet() as client:
+            assert client.offer(*guesses)["type"] == "held"
+            client.send(message("prefixes", entries=[["0" * 64]] * MAX_ALIKE))
+            assert client.receive()["type"] == "start"
+    with RawClient(server.port).greet() as client:
+        assert client.offer(*guesses)["type"] == "hashing", "it has to wait for its turn"
 
 
 def test_a_false_offer_does_not_remove_what_another_may_continue(server: Server) -> None:

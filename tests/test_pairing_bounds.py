@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -20,34 +20,51 @@ from server import RateLimiter
 from support import background
 
 
+def guess_limiter(clock: Callable[[], float]) -> RateLimiter:
+    return RateLimiter(server.FREE_GUESSES, server.GUESS_SPACING_S, clock)
+
+
 def test_guesses_from_an_address_are_slowed_down_and_a_right_one_forgives_them() -> None:
     now_s = 0.0
-    limiter = RateLimiter(lambda: now_s)
+    limiter = guess_limiter(lambda: now_s)
     waits = []
     for _ in range(server.FREE_GUESSES + 6):
-        wait_s = limiter.reserve("192.0.2.1")
+        wait_s = limiter.reserve("192.0.2.1", server.GUESS_SPACING_S)
         assert wait_s is not None
         waits.append(wait_s)
         now_s += wait_s
-    assert waits == [0.0] * server.FREE_GUESSES + [1, 2, 4, 5, 5, 5]
+    assert waits == [0.0] * server.FREE_GUESSES + [server.GUESS_SPACING_S] * 6
     assert limiter.reserve("192.0.2.2") == 0
-    limiter.forgive("192.0.2.1")
+    limiter.forget("192.0.2.1")
     assert limiter.reserve("192.0.2.1") == 0
 
 
 def test_guesses_at_once_are_as_slow_as_one_after_the_other() -> None:
-    limiter = RateLimiter(lambda: 0.0)
-    waits = [limiter.reserve("192.0.2.1") for _ in range(256)]
-    assert waits[: server.FREE_GUESSES + 2] == [0.0] * server.FREE_GUESSES + [1, 3]
-    assert set(waits[server.FREE_GUESSES + 2 :]) == {None}
+    limiter = guess_limiter(lambda: 0.0)
+    waits = [limiter.reserve("192.0.2.1", server.GUESS_SPACING_S) for _ in range(256)]
+    free = server.FREE_GUESSES
+    assert waits[: free + 1] == [0.0] * free + [server.GUESS_SPACING_S]
+    assert set(waits[free + 1 :]) == {None}
+
+
+def test_what_is_given_back_does_not_count() -> None:
+    now_s = 0.0
+    limiter = RateLimiter(3, 1.0, lambda: now_s)
+    assert [limiter.reserve("a", 9.0, 2) for _ in range(2)] == [0.0, 1.0]
+    limiter.give_back("a", 2)
+    assert [limiter.reserve("a", 9.0) for _ in range(3)] == [0.0, 1.0, 2.0]
+    now_s = 100.0
+    limiter.give_back("a")
+    assert [limiter.reserve("a") for _ in range(4)] == [0.0, 0.0, 0.0, None]
 
 
 def test_the_limiter_remembers_a_bounded_number_and_forgets_the_oldest() -> None:
-    limiter = RateLimiter(lambda: 0.0)
+    limiter = guess_limiter(lambda: 0.0)
     for _ in range(server.FREE_GUESSES):
         limiter.reserve("2001:db8::/64")
-    for number in range(server.MAX_KNOWN_CROWDS):
-        limiter.reserve(f"10.0.{number // 256}.{number % 256}")
+    assert limiter.reserve("2001:db8::/64") is None
+    for number in range(server.MAX_REMEMBERED):
+        limiter.reserve(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
     assert limiter.reserve("2001:db8::/64") == 0
 
 

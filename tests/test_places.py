@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common import PARTIAL_SUFFIX
-from server import Disk, Folder, Folders, PartialFile, Place, Refused
+from server import Disk, Folder, Folders, HiddenFile, Place, Refused
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="links need a right on Windows")
 
@@ -158,7 +158,7 @@ def test_what_takes_a_folders_place_gets_nothing(root: Path) -> None:
     (root / "sub").rename(root / "sub.old")
     (root / "sub").symlink_to(outside)
     place = place_of(root, "x")
-    partial = PartialFile.create(folder, place)
+    partial = HiddenFile.create(folder, place)
     partial.write(memoryview(b"content"))
     partial.set_metadata(10**18, 0o644)
     assert partial.move_to("x")
@@ -173,7 +173,7 @@ def test_what_takes_a_partial_files_place_stays_untouched(root: Path) -> None:
     precious = root.parent / "outside" / "precious"
     precious.write_bytes(b"precious")
     before = precious.stat()
-    partial = PartialFile.create(open_root(root), place_of(root, "x"))
+    partial = HiddenFile.create(open_root(root), place_of(root, "x"))
     partial.write(memoryview(b"content"))
     (root / partial.name).unlink()
     (root / partial.name).symlink_to(precious)
@@ -193,23 +193,23 @@ def test_what_takes_a_partial_files_place_stays_untouched(root: Path) -> None:
 def test_a_partial_file_is_hidden_and_found_again(root: Path, name: str) -> None:
     place = place_of(root, name)
     folder = open_root(root)
-    partial = PartialFile.create(folder, place)
+    partial = HiddenFile.create(folder, place)
     partial.write(memoryview(b"content"))
     assert partial.keep() == 7
     (found,) = os.listdir(root)
     assert found.startswith(".")
     assert found.endswith(PARTIAL_SUFFIX)
-    assert place.disk.leftovers.find(folder, place.name, 0.0) == [found]
+    assert place.disk.find_leftovers(folder, place.name, 0.0) == [found]
     assert (root / found).stat().st_mode & 0o077 == 0, "nobody else may read it"
-    claimed = PartialFile.claim(folder, found, place, 0.0)
-    assert claimed is not None
-    assert claimed.size == 7
-    claimed.discard()
+    reopened = HiddenFile.reopen(folder, found, place, 0.0)
+    assert reopened is not None
+    assert reopened.size == 7
+    reopened.discard()
     assert os.listdir(root) == []
 
 
-def claim(root: Path, name: str) -> PartialFile | None:
-    return PartialFile.claim(open_root(root), name, place_of(root, "x"), 0.0)
+def reopen(root: Path, name: str) -> HiddenFile | None:
+    return HiddenFile.reopen(open_root(root), name, place_of(root, "x"), 0.0)
 
 
 @posix
@@ -218,7 +218,7 @@ def test_a_partial_file_that_is_a_link_is_never_written_through(root: Path) -> N
     outside.write_bytes(b"precious")
     link = root / f".x.0{PARTIAL_SUFFIX}"
     link.symlink_to(outside)
-    assert claim(root, link.name) is None
+    assert reopen(root, link.name) is None
     assert outside.read_bytes() == b"precious"
 
 
@@ -229,7 +229,7 @@ def test_a_partial_file_with_a_second_name_is_never_written(root: Path) -> None:
     complete.write_bytes(b"complete")
     partial = root / f".complete.0{PARTIAL_SUFFIX}"
     os.link(complete, partial)
-    assert claim(root, partial.name) is None
+    assert reopen(root, partial.name) is None
     assert complete.read_bytes() == b"complete"
     assert not partial.exists()
 
@@ -238,7 +238,7 @@ def test_a_partial_file_with_a_second_name_is_never_written(root: Path) -> None:
 def test_a_partial_file_that_is_a_pipe_is_not_waited_for(root: Path) -> None:
     pipe = root / f".x.0{PARTIAL_SUFFIX}"
     os.mkfifo(pipe)
-    assert claim(root, pipe.name) is None
+    assert reopen(root, pipe.name) is None
 
 
 @pytest.mark.skipif(
@@ -248,31 +248,31 @@ def test_a_partial_file_of_another_user_is_not_continued(root: Path) -> None:
     planted = root / f".x.0{PARTIAL_SUFFIX}"
     planted.write_bytes(b"planted")
     os.chown(planted, 1, 1)
-    assert claim(root, planted.name) is None
+    assert reopen(root, planted.name) is None
     assert planted.read_bytes() == b"planted"
 
 
-def test_a_partial_file_in_use_is_not_claimed_again(root: Path) -> None:
+def test_a_partial_file_in_use_is_not_opened_again(root: Path) -> None:
     place = place_of(root, "x")
     folder = open_root(root)
-    partial = PartialFile.create(folder, place)
+    partial = HiddenFile.create(folder, place)
     again = Place(place.name, Client(), place.disk)
-    assert PartialFile.claim(folder, partial.name, again, 0.0) is None
+    assert HiddenFile.reopen(folder, partial.name, again, 0.0) is None
     elsewhere = place_of(root, "x")  # another server
-    assert PartialFile.claim(folder, partial.name, elsewhere, 0.0) is None
+    assert HiddenFile.reopen(folder, partial.name, elsewhere, 0.0) is None
     partial.write(memoryview(b"x"))
     partial.keep()
-    claimed = PartialFile.claim(folder, partial.name, again, 0.0)
-    assert claimed is not None
-    claimed.discard()
+    reopened = HiddenFile.reopen(folder, partial.name, again, 0.0)
+    assert reopened is not None
+    reopened.discard()
     assert os.listdir(root) == []
 
 
 def test_a_silent_client_is_ended_for_the_next_one(root: Path) -> None:
     place = place_of(root, "x", Client(silent=10.0))
-    partial = PartialFile.create(open_root(root), place)
+    partial = HiddenFile.create(open_root(root), place)
     again = Place(place.name, Client(), place.disk)
-    assert PartialFile.claim(open_root(root), partial.name, again, 0.0) is None
+    assert HiddenFile.reopen(open_root(root), partial.name, again, 0.0) is None
     assert isinstance(place.holder, Client)
     assert place.holder.has_ended
     partial.close()

@@ -82,6 +82,20 @@ def test_the_longest_good_partial_file_of_several_is_used(server: Server, tmp_pa
     assert contents(server.folder) == {"file.bin": good}
 
 
+@pytest.mark.parametrize("broken_off", [0, 1, 2])
+def test_of_several_files_with_one_name_the_one_that_was_broken_off_is_resumed(
+    server: Server, tmp_path: Path, broken_off: int
+) -> None:
+    sources = [make_file(tmp_path / str(seed) / "x", 10 * MIB, seed) for seed in range(3)]
+    make_partial(server.folder, "x", sources[broken_off].read_bytes()[: 8 * MIB])
+    with Proxy(server.port) as link:
+        assert server.send(*sources, port=link.port).status == 0
+        assert link.passed < 23 * MIB
+    assert sorted(contents(server.folder).values()) == sorted(
+        source.read_bytes() for source in sources
+    )
+
+
 def test_a_partial_file_of_another_name_is_left_alone(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file", 3 * MIB)
     other = make_partial(server.folder, "file.bin", source.read_bytes()[:MIB])

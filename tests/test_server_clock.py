@@ -127,7 +127,7 @@ def test_a_player_asks_no_more_than_a_server_allows() -> None:
     exchange.run(120.0)
     allowance: float = server.REQUESTS_AT_ONCE
     for before_s, now_s in itertools.pairwise([0.0, *exchange.asked_at_s]):
-        gained = (now_s - before_s) * server.REQUESTS_PER_S
+        gained = (now_s - before_s) / server.REQUEST_SPACING_S
         allowance = min(server.REQUESTS_AT_ONCE, allowance + gained) - 1
         assert allowance > server.REQUESTS_AT_ONCE / 4
     assert len(exchange.asked_at_s) < 120 * 5

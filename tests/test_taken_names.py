@@ -78,6 +78,16 @@ def test_files_of_one_name_in_one_go_are_all_kept(server: Server, tmp_path: Path
     assert sorted(found.values()) == sorted(source.read_bytes() for source in sources)
 
 
+def test_files_of_one_name_are_all_known_again(server: Server, tmp_path: Path) -> None:
+    sources = [make_file(tmp_path / str(seed) / "x.txt", 3 * MIB, seed) for seed in range(3)]
+    server.send(*sources)
+    with Proxy(server.port) as link:
+        result = server.send(*sources, port=link.port)
+        assert link.passed < MIB
+    assert result.status == 0, result
+    assert result.stdout.count("Already there") == 3
+
+
 def test_a_large_file_is_not_taken_for_another_of_its_size(server: Server, tmp_path: Path) -> None:
     """Alike but for the last byte."""
     source = make_file(tmp_path / "file", 8 * MIB)

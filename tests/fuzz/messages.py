@@ -33,6 +33,8 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import listening
+
 import client
 import common
 import server
@@ -127,6 +129,8 @@ def all_targets() -> Iterator[dict[str, Target]]:
             "handshake": fuzz_handshake,
             "files": FileServer(place / "server"),
             "client": FileClient(place / "client"),
+            "listener": listening.Listener(Wire, None),
+            "opus-listener": listening.Listener(Wire, 96),
             "pairing-server": fuzz_pairing_server,
             "pairing-client": fuzz_pairing_client,
             "tls-server": TLSSide(server_side=True),
@@ -357,6 +361,7 @@ CONVERSATIONS: dict[str, list[Conversation]] = {
     ],
     "tls-server": [],
     "tls-client": [],
+    **listening.CONVERSATIONS,
 }
 
 

@@ -200,7 +200,7 @@ def format_duration(seconds: float) -> str:
 
 def format_tenths(seconds: float) -> str:
     """Return a time span as `format_duration` does, with tenths of a second: ``2:03.4``."""
-    tenths = int(seconds * 10 + 0.5)
+    tenths = int(round(seconds * 10, 6) + 0.5)  # a sum of blocks is not exactly half of one
     return f"{format_duration(tenths // 10)}.{tenths % 10}"
 
 

@@ -65,6 +65,12 @@ def find_silence(heard: Path) -> list[range]:
     return silence
 
 
+def goes_on(heard: Path) -> bool:
+    """Tell whether a recording has been silent, and then a second of it was not."""
+    silence = find_silence(heard)
+    return bool(silence) and silence[-1].stop + SONG_RATE < frames_in(heard)
+
+
 @pytest.mark.parametrize("lost", [False, True], ids=["for a second", "until it is lost"])
 def test_a_cable_pulled_out_in_the_middle_of_a_song_and_put_back(
     hosts: Hosts, song: Path, tmp_path: Path, lost: bool
@@ -84,10 +90,7 @@ def test_a_cable_pulled_out_in_the_middle_of_a_song_and_put_back(
                 server.wait_for_output(r"10\.77\.1\.2:\d+: left \(took nothing for 5 s\)\n")
         finally:
             hosts.set_cable("up")
-        silent = frames_in(heard)
-        wait_for(lambda: frames_in(heard) > silent, what="the song goes on")
-        again = frames_in(heard)
-        wait_for(lambda: frames_in(heard) > again + 2 * SONG_RATE, what="and on")
+        wait_for(lambda: goes_on(heard), what="a second of the song after what was missed")
         client.signal(signal.SIGINT)
         result = client.wait()
     assert result.status == 0, result
@@ -98,9 +101,7 @@ def test_a_cable_pulled_out_in_the_middle_of_a_song_and_put_back(
     assert len(result.error_lines) == 1 or not lost
 
     silence = find_silence(heard)
-    assert silence
     assert silence[0].start >= before
-    assert silence[-1].stop < frames_in(heard) - SONG_RATE
     missed = sum(map(len, silence))
     assert missed > (4 if lost else 0.25) * SONG_RATE
     assert f"missed {missed * 1000 / SONG_RATE:.0f} ms" in result.stdout

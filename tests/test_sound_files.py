@@ -205,6 +205,8 @@ def cut(path: Path) -> None:
 def test_a_file_that_stops_half_way_plays_to_there_and_ends_with_status_1(
     source: Path, name: str, silent_machine: dict[str, str]
 ) -> None:
+    sound = numbered_frames(4 * STEREO.rate, 2)  # of which a busy machine misses a good deal
+    write_wav(source, sound, STEREO)
     options = ["-c:a", "pcm_f32le"] if name == "24.wav" else []
     song = encode(source, source.with_name(name), *options)
     cut(song)
@@ -220,7 +222,7 @@ def test_a_file_that_stops_half_way_plays_to_there_and_ends_with_status_1(
         assert f"{song} cannot be read any further" in sender.text()
     samples = read_wav(heard)[1]
     assert len(samples) > FRAMES
-    assert samples in numbered_frames(FRAMES, 2)
+    assert samples in sound
 
 
 def make_fifo(path: Path) -> None:

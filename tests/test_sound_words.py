@@ -87,7 +87,7 @@ def test_less_heard_than_asked_for_is_said(silent_machine: dict[str, str], tmp_p
 
 
 def test_time_spans_are_told_in_tenths() -> None:
-    spans = [0, 0.04, 0.05, 59.94, 59.96, 3_661.25]
+    spans = [0, 0.04, sum([0.005] * 10), 59.94, 59.96, 3_661.25]
     told = [common.format_tenths(span) for span in spans]
     assert told == ["0:00.0", "0:00.0", "0:00.1", "0:59.9", "1:00.0", "1:01:01.3"]
 

@@ -33,6 +33,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  (who has an older one is told before `common` fails)
+    raise SystemExit(
+        f"Socket Pair needs Python 3.10 or newer, and this is {sys.version.split()[0]} "
+        f"({sys.executable}): install one, see https://www.python.org"
+    )
 
 if __name__ == "__main__":
     gc.disable()  # until main(): nothing that is imported is garbage, and looking takes a while
@@ -54,7 +61,6 @@ import shlex
 import socket
 import stat
 import struct
-import sys
 import threading
 import time
 from collections import deque
@@ -412,8 +418,10 @@ def connect(
     """
     try:
         return connect_once(address, hello, timeout_s)
-    except CodeWanted:
-        if address.open or not sys.stdin.isatty():
+    except CodeWanted as error:
+        if address.open:
+            raise PeerRefused(f"{error}, in place of --open", error.kind) from None
+        if not sys.stdin.isatty():
             raise
     problem = ""
     while True:
@@ -3868,6 +3876,7 @@ EXAMPLES = """examples:
 """
 
 
+MAX_WORDS = 20  # that a name which has come apart at its spaces is looked for in
 MODE_OPTIONS = {
     "file": ["name", "retry"],
     "audio": ["output", "record", "latency", "delay", "opus", "seconds", "list_devices"],
@@ -3934,7 +3943,7 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the command line's arguments; exits with status 2 where they are wrong."""
-    parser = common.make_parser("Send files to server.py, or play its sound.", EXAMPLES, None)
+    parser = common.make_parser("Send files to server.py, or play its sound.", EXAMPLES)
     common.add_address_arguments(parser, "where the server is")
     parser.add_argument(
         "--find", action="store_true", help="show the servers on the local network, to pick one"
@@ -3956,8 +3965,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with status 2 where arguments do not go together."""
     from_stdin = args.paths.count(STDIN)
+    refuse_misplaced(parser, args)
     if args.paths and args.mode == "audio":
-        parser.error("audio mode takes no PATH")
+        parser.error(
+            "audio mode takes no PATH: what is to be heard goes behind server.py's --input"
+        )
     if from_stdin and not args.name:
         parser.error("standard input needs a name: add --name NAME")
     if from_stdin > 1:
@@ -3976,29 +3988,52 @@ def take_path_for_mode(parser: argparse.ArgumentParser, args: argparse.Namespace
     """Have ``client.py report.pdf`` mean ``client.py file report.pdf``; else exit with status 2."""
     if args.mode is None or args.mode in common.MODES:
         return
-    if args.mode != STDIN and not os.path.lexists(args.mode):
+    word, args.mode = args.mode, "file"
+    if word == STDIN or os.path.lexists(word) or common.options_for_address(word):
+        args.paths.insert(0, word)
+        return
+    paths = args.paths if any(map(os.path.lexists, args.paths)) else [word]
+    parser.error(
+        f"{word!r} is neither a mode nor a file that is there: did you mean "
+        f"{common.command_line('client.py', 'file', *paths)}"
+    )
+
+
+def refuse_misplaced(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 where a PATH is an address, or one name has come apart at its spaces.
+
+    An address stands first or last, as scp has it.
+    """
+    for path in {*args.paths[:1], *args.paths[-1:]}:
+        options = common.options_for_address(path)
+        if options and not os.path.lexists(path):
+            others = [each for each in args.paths if each != path]
+            command = common.command_line("client.py", args.mode or "file", *others, *options)
+            parser.error(f"{path!r} is an address, not a file: did you mean {command}")
+    whole = " ".join(args.paths[:MAX_WORDS])
+    if len(args.paths) > 1 and os.path.lexists(whole) and not any(map(os.path.lexists, args.paths)):
         parser.error(
-            f"{args.mode!r} is neither a mode nor a file that is there: did you mean "
-            f"{common.command_line('client.py', 'file', args.mode)}"
+            f"no such files: did you mean {common.command_line('client.py', 'file', whole)}"
         )
-    args.paths.insert(0, args.mode)
-    args.mode = "file"
 
 
-def ask_for_path() -> str:
-    """Ask for a file's name until it is one that is there; Tab completes it on a terminal."""
+def ask_for_paths() -> list[str]:
+    """Ask for a file's name until it is one that is there; Tab completes it on a terminal.
+
+    Several that a file manager has quoted are several.
+    """
     if sys.stdin.isatty():
         complete_paths()
     while True:
         answer = common.ask("File name: ")
         if not answer.strip():
             continue
-        path = clean_path(answer)
-        if path == STDIN:
+        paths = clean_paths(answer)
+        if paths == [STDIN]:
             command = common.command_line("client.py", "file", STDIN, "--name", "NAME")
             common.say(f"standard input needs a name: {command}")
-        elif look_up_named([path], None, tell_problem):
-            return path
+        elif look_up_named(paths, None, tell_problem):
+            return paths
 
 
 def tell_problem(path: str, _name: str, reason: str, _is_failure: bool = True) -> None:
@@ -4006,21 +4041,21 @@ def tell_problem(path: str, _name: str, reason: str, _is_failure: bool = True) -
     common.say(f"{escape(path)}: {reason}")
 
 
-def clean_path(answer: str) -> str:
-    """Return the path that `answer` means: as typed, or as a shell or a file manager quotes it."""
+def clean_paths(answer: str) -> list[str]:
+    """Return the paths that `answer` means: as typed, or as a shell or a file manager quotes it."""
     if os.path.lexists(answer):
-        return answer
+        return [answer]
     path = answer.strip()
     if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
         path = path[1:-1]
     path = os.path.expanduser(path)
-    if "\\" in path and not os.path.lexists(path) and os.name == "posix":
-        # Dragged into a terminal: "My\ File".
+    if os.name == "posix" and not os.path.lexists(path):
+        # Dragged into a terminal: "My\ File", or "'My File' 'another'".
         with contextlib.suppress(ValueError):
-            words = shlex.split(path)
-            if len(words) == 1 and os.path.lexists(words[0]):
-                return words[0]
-    return path
+            words = list(map(os.path.expanduser, shlex.split(answer)))
+            if words and all(map(os.path.lexists, words)):
+                return words
+    return [path]
 
 
 def complete_paths() -> None:
@@ -4066,7 +4101,7 @@ def main(argv: Sequence[str]) -> int:
     address = Address(args.host, args.port, args.code, args.open)
     if not args.paths:
         connect(address, FILE_HELLO)[0].close()  # holds no place there while the user types
-        args.paths = [ask_for_path()]
+        args.paths = ask_for_paths()
     return start_file_client(
         address,
         args.paths,

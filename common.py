@@ -246,19 +246,43 @@ def how_to_install(*packages: str) -> str:
     """Return the line that installs Python packages for this Python.
 
     Debian and Ubuntu refuse pip outside of a virtual environment (PEP 668), and have their own.
+    An environment that is there already, beside the scripts, only has to be activated.
     """
-    import shutil  # noqa: PLC0415  (see python_name)
-    import sysconfig  # noqa: PLC0415
+    import sysconfig  # noqa: PLC0415  (see python_name)
 
     marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
-    if sys.prefix != sys.base_prefix or not os.path.exists(marker):
+    is_outside = sys.prefix == sys.base_prefix
+    if is_outside and (activation := find_activation()):
+        return f"{activation} (once in each terminal)"
+    if not (is_outside and os.path.exists(marker)):
         return f"{python_name()} -m pip install {' '.join(packages)}"
-    if DEBIAN_PACKAGES.issuperset(packages) and shutil.which("apt"):
-        return f"apt install {' '.join(f'python3-{package}' for package in packages)}"
+    if DEBIAN_PACKAGES.issuperset(packages) and (apt := apt_install()):
+        return f"{apt} {' '.join(f'python3-{package}' for package in packages)}"
     environment = f"{python_name()} -m venv --system-site-packages .venv"
-    if shutil.which("apt"):
-        environment = f"apt install python3-venv && {environment}"
-    return f"{environment} && .venv/bin/pip install {' '.join(packages)}"
+    if apt := apt_install():
+        environment = f"{apt} python3-venv && {environment}"
+    return f"{environment} && . .venv/bin/activate && pip install {' '.join(packages)}"
+
+
+def find_activation() -> str:
+    """Return what activates the virtual environment beside the scripts; empty if there is none."""
+    folder = os.path.join(os.path.dirname(sys.argv[0]), ".venv")
+    if sys.platform == "win32":
+        script = os.path.join(folder, "Scripts", "activate.bat")
+        return os.path.splitext(script)[0] if os.path.exists(script) else ""
+    import shlex  # noqa: PLC0415  (see python_name)
+
+    script = os.path.join(folder, "bin", "activate")
+    return f". {shlex.quote(script)}" if os.path.exists(script) else ""
+
+
+def apt_install() -> str:
+    """Return what installs packages of Debian and Ubuntu; empty on other systems."""
+    import shutil  # noqa: PLC0415  (see python_name)
+
+    if sys.platform == "win32" or not shutil.which("apt"):
+        return ""
+    return "apt install" if os.geteuid() == 0 else "sudo apt install"
 
 
 def first_line(error: BaseException) -> str:
@@ -2353,11 +2377,9 @@ def import_pyaudio() -> Any:
 
 def how_to_install_pyaudio() -> str:
     """Return the line that installs PyAudio, which pip has to compile on Linux."""
-    import shutil  # noqa: PLC0415  (see python_name)
-
     advice = how_to_install("pyaudio")
-    if "pip" in advice and sys.platform == "linux" and shutil.which("apt"):
-        return f"apt install gcc python3-dev portaudio19-dev && {advice}"
+    if "pip" in advice and (apt := apt_install()):
+        return f"{apt} gcc python3-dev portaudio19-dev && {advice}"
     return advice
 
 
@@ -3223,6 +3245,15 @@ FLUSH_TIMEOUT_S = 2.0
 POKE_WAITS_S = (0.02, 0.2)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that tells what is wrong in one line, without all that there is."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        hint = "" if "did you mean" in message else f" (see {self.prog} --help)"
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}{hint}\n")
+
+
 def help_columns() -> int:
     """Return how wide the help is; argparse would import shutil for that, at every start."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # no terminal
@@ -3230,14 +3261,9 @@ def help_columns() -> int:
     return 78
 
 
-def make_parser(
-    description: str, examples: str, modes: Sequence[str] | None = MODES
-) -> argparse.ArgumentParser:
-    """Return a parser with the arguments that both scripts have.
-
-    Without `modes`, the caller checks the mode.
-    """
-    parser = argparse.ArgumentParser(
+def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that both scripts have; the caller checks the mode."""
+    parser = Parser(
         description=description,
         epilog=examples,
         formatter_class=functools.partial(
@@ -3247,7 +3273,6 @@ def make_parser(
     parser.add_argument(
         "mode",
         nargs="?",
-        choices=modes,
         metavar=f"{{{','.join(MODES)}}}",
         help="asked for if left out",
     )
@@ -3260,7 +3285,9 @@ def make_parser(
 
 def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> None:
     """Add --host, --port, --code and --open."""
-    parser.add_argument("--host", default=DEFAULT_HOST, help=f"{host_help} (%(default)s)")
+    parser.add_argument(
+        "--host", type=host_name, default=DEFAULT_HOST, help=f"{host_help} (%(default)s)"
+    )
     parser.add_argument(
         "--port", type=number(int, 0, 65_535), default=DEFAULT_PORT, help="(%(default)s)"
     )
@@ -3290,7 +3317,34 @@ def pairing_code(text: str) -> str:
     try:
         return normalize_code(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        hint = "; with a space in it, quote it" if len(text) < CODE_LENGTH else ""
+        raise argparse.ArgumentTypeError(f"{error}{hint}") from None
+
+
+def host_name(text: str) -> str:
+    """Return `text` as what a machine is called, for argparse."""
+    options = options_for_address(text)
+    if options[1:] not in ([], [text]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is more than a host: did you mean {' '.join(options)}"
+        )
+    return text
+
+
+def options_for_address(word: str) -> list[str]:
+    """Return the options that say what `word` does, if it is an address; none otherwise.
+
+    An address is written as a number, or as scp and URLs have it.
+    """
+    pattern = r"(?:(\w+)://|([\w.-]+)@)?(\[[\da-fA-F:]+\]|[\w.-]+)(?::(\d+)?)?(?:[:/~].*)?"
+    found = re.fullmatch(pattern, word)
+    if found is None or (word.count(":") > 1 and "[" not in word and "://" not in word):
+        return []
+    scheme, user, host, port = found.groups()
+    is_number = host == "localhost" or re.fullmatch(r"\d+(\.\d+){3}|\[.*", host)
+    if not (scheme or user or port or is_number):
+        return []
+    return ["--host", host.strip("[]"), *(["--port", port] if port else [])]
 
 
 Number = TypeVar("Number", int, float)
@@ -3305,7 +3359,10 @@ def number(kind: type[Number], low: Number, high: Number) -> Callable[[str], Num
             # Python's own numbers may have underscores and other scripts' digits.
             if text.isascii() and "_" not in text and low <= (value := kind(text)) <= high:
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} from {low:.10g} to {high:.10g}")
+        hint = ": the mode goes first" if text in MODES else ""
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a {noun} from {low:.10g} to {high:.10g}{hint}"
+        )
 
     return parse
 

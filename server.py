@@ -37,6 +37,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  (who has an older one is told before `common` fails)
+    raise SystemExit(
+        f"Socket Pair needs Python 3.10 or newer, and this is {sys.version.split()[0]} "
+        f"({sys.executable}): install one, see https://www.python.org"
+    )
 
 if __name__ == "__main__":
     # Until common.INTERRUPTS.take(), a signal just ends the program, also during the imports.
@@ -58,7 +65,6 @@ import shutil
 import socket
 import stat
 import struct
-import sys
 import threading
 import time
 from array import array
@@ -3412,6 +3418,10 @@ FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}  # by the version of IP
 MAX_MACHINE_BYTES = 45  # the mode and a token are to fit behind it, in 63 bytes
 ANNOUNCEMENT_TIMEOUT_S = 2.0
 ADDRESS_CHECK_S = 5.0
+LISTEN_HINTS = {
+    errno.EADDRINUSE: "; a server runs there already, or another program: see --port",
+    errno.EADDRNOTAVAIL: "; that is no address of this machine: --host 0.0.0.0 is all of them",
+}
 NO_SUCH_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
 
@@ -3439,8 +3449,7 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
     except (OSError, ValueError) as error:  # ValueError: a host that no name can be
         for each in sockets:
             each.close()
-        taken = getattr(error, "errno", None) == errno.EADDRINUSE
-        hint = "; a server runs there already, or another program: see --port" if taken else ""
+        hint = LISTEN_HINTS.get(getattr(error, "errno", None) or 0, "")
         raise SocketPairError(
             f"cannot listen on {escape(common.format_address(host, port))}: "
             f"{describe_error(error)}{hint}"
@@ -3953,7 +3962,7 @@ class Server:
         """Return the answer to a client; after a Welcome, it has a place."""
         mode = self._endpoint.mode
         if hello.mode != mode:
-            return common.Error(f"this server is in {mode} mode: python3 client.py {mode}")
+            return common.Error(f"this server is in {mode} mode: start the client in {mode} mode")
         try:
             welcome = self._welcome(hello, client.crowd)
         except Refused as refusal:
@@ -4127,11 +4136,30 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="replace files of the same name, rather than keep both",
     )
     add_audio_arguments(parser)
-    args = parser.parse_args(argv)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args(argv)
+    refuse_words(parser, args)
     common.refuse_other_mode(parser, args, MODE_OPTIONS)
     if args.open:
         args.code = None  # the environment's
     return args
+
+
+def refuse_words(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 where a word that is no mode stands alone, and say which option it is."""
+    is_mode = args.mode is None or args.mode in common.MODES
+    words = args.words if is_mode else [args.mode]
+    if not words:
+        return
+    word, mode = words[0], args.mode
+    address = common.options_for_address(word)
+    if not is_mode:
+        if not (address or os.path.exists(word) or os.path.dirname(word)):
+            parser.error(f"{word!r} is not a mode: give file or audio")
+        mode = "audio" if os.path.isfile(word) else "file"
+    options = address or ["--input" if mode == "audio" else "--folder", word]
+    command = common.command_line("server.py", mode, *options)
+    parser.error(f"{word!r} belongs to an option: did you mean {command}")
 
 
 def make_console(args: argparse.Namespace, background: BackgroundLog) -> Console:

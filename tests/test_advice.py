@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import shlex
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import common
-from support import ROOT, Result, Server, linux, make_file, run_script
+from support import ROOT, Result, Server, linux, make_file, posix, run_script
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,31 @@ def run_beside(name: str, module: str, folder: Path, *arguments: str) -> Result:
     result = run_script("client.py", "audio", *arguments, env={"PYTHONPATH": str(folder)})
     assert result.status == 1
     return result
+
+
+@pytest.mark.parametrize("script", ["server.py", "client.py"])
+def test_an_older_python_is_told_in_one_line(script: str) -> None:
+    source = (ROOT / script).read_text()
+    ast.parse(source, feature_version=(3, 8))  # else it would be told of a syntax error
+    old = f"import runpy, sys; sys.version_info = (3, 9, 2); runpy.run_path({script!r})"
+    command = [sys.executable, "-c", old]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("Socket Pair needs Python 3.10 or newer, and this is ")
+    assert result.stderr.count("\n") == 1
+
+
+@posix
+def test_an_environment_beside_the_scripts_is_to_be_activated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make_file(tmp_path / "a b" / ".venv" / "bin" / "activate", 1)
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "a b" / "client.py")])
+    advice = f". '{tmp_path}/a b/.venv/bin/activate' (once in each terminal)"
+    assert common.how_to_install("numpy", "samplerate") == advice
 
 
 def test_packages_that_are_broken_are_told_in_one_line(tmp_path: Path) -> None:

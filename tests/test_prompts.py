@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
+import common
 from processes import CTRL_C
 from support import (
     MIB,
+    ROOT,
     FakeServer,
     Process,
     Server,
     contents,
     free_port,
+    linux,
     make_file,
     run_script,
     sha256,
@@ -114,6 +117,7 @@ def test_ctrl_c_at_a_prompt_is_no_error_message(tmp_path: Path) -> None:
         ("a file.txt", '"a file.txt"'),
         ("a file.txt", "a file.txt"),
         ("a file.txt", r"a\ file.txt"),
+        ("it's here.txt", r"'it'\''s here.txt' "),
         ("home.txt", "~/home.txt"),
         ("home.txt", "'~/home.txt'"),
         ("'quoted'", "'quoted'"),
@@ -138,6 +142,18 @@ def test_the_file_prompt_takes_names_as_people_write_them(
     assert result.status == 0, result
     assert result.stdout.startswith("File name: \nFile name: "), "an empty answer is asked again"
     assert contents(server.folder) == {name: source.read_bytes()}
+
+
+@linux
+def test_several_files_that_are_dragged_to_the_prompt_are_sent(
+    server: Server, tmp_path: Path
+) -> None:
+    for name in ("a file.txt", "another"):
+        make_file(tmp_path / name, 100)
+    typed = b"'a file.txt' 'another' \n"
+    result = run_script("client.py", "file", f"--port={server.port}", stdin=typed, cwd=tmp_path)
+    assert result.status == 0, result
+    assert set(contents(server.folder)) == {"a file.txt", "another"}
 
 
 def test_a_path_that_is_not_there_is_asked_for_again(server: Server, tmp_path: Path) -> None:
@@ -245,6 +261,48 @@ def test_a_bad_number_of_clients_is_a_wrong_argument(count: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "meant"),
+    [
+        ("client.py report.pdf 192.168.1.5:/tmp", "client.py file report.pdf --host 192.168.1.5"),
+        ("client.py report.pdf marta@nas:", "client.py file report.pdf --host nas"),
+        ("client.py file 127.0.0.1 report.pdf", "client.py file report.pdf --host 127.0.0.1"),
+        ("client.py nas:50008", "client.py file --host nas --port 50008"),
+        ("client.py audio 192.168.1.5", "client.py audio --host 192.168.1.5"),
+        ("client.py file report.pdf --host nas:50008", "--host nas --port 50008"),
+        ("client.py file report.pdf --host http://192.168.1.5/", "--host 192.168.1.5"),
+        ("client.py file report.pdf --host [::1]:50008", "--host ::1 --port 50008"),
+        ("client.py send report.pdf", "client.py file report.pdf"),
+        ("client.py file my photos", "client.py file 'my photos'"),
+        ("server.py /tmp/inbox", "server.py file --folder /tmp/inbox"),
+        ("server.py file --port 0 inbox", "server.py file --folder inbox"),
+        ("server.py 0.0.0.0", "server.py file --host 0.0.0.0"),
+        ("server.py audio song.wav", "server.py audio --input song.wav"),
+        ("server.py report.pdf", "server.py audio --input report.pdf"),
+    ],
+)
+def test_what_belongs_to_an_option_is_told(command: str, meant: str, tmp_path: Path) -> None:
+    make_file(tmp_path / "report.pdf", 10)
+    make_file(tmp_path / "my photos" / "a.jpg", 10)
+    script, *args = command.split()
+    result = run_script(script, *args, cwd=tmp_path)
+    assert result.status == 2
+    assert len(result.error_lines) == 1
+    assert result.error_lines[0].startswith(f"{script}: error: ")
+    _, _, advice = result.error_lines[0].partition("did you mean ")
+    assert advice.replace(f"{ROOT}/", "").endswith(meant)
+
+
+@pytest.mark.parametrize("host", ["::1", "::", "fe80::1%lo", "nas", "nas.local", "2001:123::1"])
+def test_an_address_alone_is_a_host(host: str) -> None:
+    assert common.host_name(host) == host
+
+
+@pytest.mark.parametrize("name", ["report.pdf", "C:/Users/x", "10:30.txt", "a/b", "a: b", "nas"])
+def test_a_files_name_is_no_address(name: str) -> None:
+    assert common.options_for_address(name) == []
+
+
+@pytest.mark.parametrize(
     "command",
     [
         "client.py file -",
@@ -257,14 +315,18 @@ def test_a_bad_number_of_clients_is_a_wrong_argument(count: str) -> None:
         "client.py file -q -v some",
         "client.py file --unknown",
         "server.py file --rate 48000",
+        "client.py --opus audio",
+        "client.py file --code KQ7M 2XFD",
         "server.py audio --overwrite",
+        "server.py video",
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(command: str) -> None:
     script, *args = command.split()
     result = run_script(script, *args)
     assert result.status == 2
-    assert result.error_lines[-1].startswith(f"{script}: error: ")
+    assert len(result.error_lines) == 1
+    assert result.error_lines[0].startswith(f"{script}: error: ")
 
 
 @pytest.mark.parametrize("script", ["server.py", "client.py"])

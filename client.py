@@ -63,6 +63,7 @@ import stat
 import struct
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeVar
@@ -2203,8 +2204,10 @@ class Playout:
         self.statistics = PlayStatistics()
         channels = min(audio.channels, card.channels)
         self._tape = Tape(audio.rate, channels)
+        # What the resampler holds is never collected.
+        supply = functools.partial(Playout._supply, weakref.proxy(self))
         self._resampler = samplerate.CallbackResampler(
-            self._supply, card.rate / audio.rate, "sinc_fastest", channels
+            supply, card.rate / audio.rate, "sinc_fastest", channels
         )
         self.loop = SpeedLoop()
         self.arrivals = Arrivals()

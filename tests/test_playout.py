@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -248,3 +251,12 @@ def test_any_schedule_gives_what_is_asked_for_and_is_forgotten(
     simulation.run(2)
     assert playout.statistics.dropouts == dropouts
     assert min(sinad_db(simulation.run(0.5), card)) > 30
+
+
+def test_a_buffer_that_nobody_uses_any_more_is_freed() -> None:
+    playout = Playout(MONO, MONO)
+    playout.read(240, 0.0)
+    unused = weakref.ref(playout)
+    del playout
+    gc.collect()
+    assert unused() is None

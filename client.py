@@ -424,6 +424,7 @@ def connect(
             raise PeerRefused(f"{error}, in place of --open", error.kind) from None
         if not sys.stdin.isatty():
             raise
+    common.require_pairing_packages()
     problem = ""
     while True:
         address.code = (ask or ask_for_code)(problem)
@@ -3441,7 +3442,8 @@ def check_av(what: str) -> None:
 
         av.codec.Codec("flac" if what == ".flac" else "libopus", "w")
     except common.LOAD_ERRORS:  # ValueError: an FFmpeg that was built without
-        raise SocketPairError(f"{what} needs package av: {common.how_to_install('av')}") from None
+        advice = common.how_to_install("av")
+        raise SocketPairError(f"{what} needs the package av: {advice}") from None
 
 
 class Pipe:

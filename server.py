@@ -2897,9 +2897,9 @@ def find_sound(path: str, rate: int | None, channels: int | None) -> SoundFile:
         plain = PlainWav(path)
         if plain.audio == AudioFormat(rate or plain.audio.rate, channels or plain.audio.channels):
             return plain
-        problem = f"it is {plain.audio.describe()}, and converted only with package av"
+        problem = f"it is {plain.audio.describe()}, and converted only with the package av"
     except NotPlainWav as error:
-        problem = f"it is {error}, and without package av only 16-bit WAV plays"
+        problem = f"it is {error}, and without the package av only 16-bit WAV plays"
     try:
         return DecodedFile(path, rate, channels)
     except ImportError:
@@ -3176,7 +3176,8 @@ class Broadcaster:
             av.codec.Codec("libopus", "w")
         except common.LOAD_ERRORS:  # ValueError: an FFmpeg that was built without
             advice = common.how_to_install("av")
-            raise Refused(f"this server has no Opus without package av: {advice} there") from None
+            problem = f"this server has no Opus without the package av; on its machine: {advice}"
+            raise Refused(problem) from None
 
     def add(self, connection: Connection, opus_kbit: int | None = None) -> Listener:
         """Return a new listener, which gets every block from now on. Raises Refused."""

@@ -4010,8 +4010,7 @@ def refuse_misplaced(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     An address stands first or last, as scp has it.
     """
     for path in {*args.paths[:1], *args.paths[-1:]}:
-        options = common.options_for_address(path)
-        if options and not os.path.lexists(path):
+        if not os.path.lexists(path) and (options := common.options_for_address(path)):
             others = [each for each in args.paths if each != path]
             command = common.command_line("client.py", args.mode or "file", *others, *options)
             parser.error(f"{path!r} is an address, not a file: did you mean {command}")

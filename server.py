@@ -2499,6 +2499,12 @@ def whole_frames_reader(file: BinaryIO, audio: AudioFormat) -> Callable[[int], b
 
 def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
     """Return what ``--input`` names, ready to start. Raises SocketPairError where there is none."""
+    if args.input is not None and "://" in args.input:
+        play = f"ffmpeg -loglevel error -i '{escape(args.input)}' -f s16le -ar 48000 -ac 1 -"
+        command = common.command_line("server.py", "audio", "--input", STDIN)
+        raise SocketPairError(
+            f"--input takes no web address: {play} | {command}"
+        )
     if args.input is not None and names_sound_file(args.input):
         return open_sound_file(args.input, args.rate, args.channels)
     if args.input == STDIN:

@@ -2502,9 +2502,7 @@ def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
     if args.input is not None and "://" in args.input:
         play = f"ffmpeg -loglevel error -i '{escape(args.input)}' -f s16le -ar 48000 -ac 1 -"
         command = common.command_line("server.py", "audio", "--input", STDIN)
-        raise SocketPairError(
-            f"--input takes no web address: {play} | {command}"
-        )
+        raise SocketPairError(f"--input takes no web address: {play} | {command}")
     if args.input is not None and names_sound_file(args.input):
         return open_sound_file(args.input, args.rate, args.channels)
     if args.input == STDIN:

@@ -780,16 +780,12 @@ class HiddenFile(PartialFile):
         except OSError:
             return None
         with contextlib.suppress(OSError):  # it has just got its name, or cannot be locked
-            if partial._is_own() and partial._keep_others_out(since) and partial._is_in_place():
+            is_own = is_own_file(os.fstat(partial.descriptor))
+            if is_own and partial._keep_others_out(since) and partial._is_in_place():
                 partial.size = os.fstat(partial.descriptor).st_size
                 return partial
         partial.close()
         return None
-
-    def _is_own(self) -> bool:
-        """Return whether it is a regular file of this user's."""
-        found = os.fstat(self.descriptor)
-        return stat.S_ISREG(found.st_mode) and is_own(found)
 
     def _keep_others_out(self, since: float) -> bool:
         self._is_leased = self._place.disk.leases.take(self._file, self._place.holder, since)
@@ -1145,14 +1141,10 @@ class Digests:
         if not all(length in known for length in lengths):
             known = self._read(descriptor, lengths, on_progress)
             after = os.fstat(descriptor)
-            if self._key(after) == self._key(before):
-                self.note(after, known)
+            is_settled = after.st_ctime_ns < time.time_ns() - CLOCK_TICK_NS
+            if is_settled and self._key(after) == self._key(before):
+                self._known.note(self._key(after), known)
         return {length: known[length].copy() for length in lengths}
-
-    def note(self, found: os.stat_result, digests: dict[int, hashlib._Hash]) -> None:
-        """Remember the digests of a file that is as it was `found`."""
-        if found.st_ctime_ns < time.time_ns() - CLOCK_TICK_NS:
-            self._known.note(self._key(found), digests)
 
     @staticmethod
     def _key(found: os.stat_result) -> tuple[int, ...]:
@@ -1178,9 +1170,9 @@ class Digests:
 class Leftovers(NamedTuple):
     """The names of a folder's partial files by their stems, as they were at a time."""
 
-    mtime_ns: int = -1
-    seen_s: float = -1.0
-    names: dict[str, list[str]] = {}  # noqa: RUF012  (that of no folder, and never changed)
+    mtime_ns: int
+    seen_s: float
+    names: dict[str, list[str]]
 
     @classmethod
     def look_for(cls, folder: Folder) -> Leftovers:
@@ -1216,17 +1208,18 @@ def remove_old_leftover(name: str, dir_fd: int | None, newest: float) -> None:
         descriptor = os.open(name, FILE_FLAGS, dir_fd=dir_fd)
         try:
             found = os.fstat(descriptor)
-            is_old = stat.S_ISREG(found.st_mode) and found.st_mtime < newest
-            is_free = is_old and is_own(found) and lock_file(descriptor)
+            is_old = is_own_file(found) and found.st_mtime < newest
+            is_free = is_old and lock_file(descriptor)
         finally:
             os.close(descriptor)
         if is_free:
             os.unlink(name, dir_fd=dir_fd)
 
 
-def is_own(found: os.stat_result) -> bool:
-    """Return whether a file belongs to this process's user: another's could change meanwhile."""
-    return sys.platform == "win32" or found.st_uid == os.geteuid()
+def is_own_file(found: os.stat_result) -> bool:
+    """Return whether it is a regular file of this user's: another's could change meanwhile."""
+    is_own = sys.platform == "win32" or found.st_uid == os.geteuid()
+    return is_own and stat.S_ISREG(found.st_mode)
 
 
 class Space:
@@ -1310,7 +1303,8 @@ class Disk:
 
     def __init__(self, root: str) -> None:
         self.root = os.path.realpath(root)
-        self.umask = read_umask()
+        self.umask = os.umask(0o077)  # asking for it sets it, for all threads
+        os.umask(self.umask)
         self.rules: dict[int, NameRules] = {}  # by file system, where stricter than usual
         self.without_nameless: set[int] = set()  # file systems on which each file has a name
         self.unfinished: Recent[tuple[int, int], bool] = Recent()  # folders made here
@@ -1356,7 +1350,7 @@ class Disk:
         A folder is looked through again only for one that has connected since (its
         time.monotonic()), and where something in it has changed.
         """
-        known = self.leftovers.find(folder.identity, Leftovers())
+        known = self.leftovers.find(folder.identity, Leftovers(-1, -1.0, {}))
         if known.mtime_ns != folder.mtime_ns and known.seen_s < since:
             known = Leftovers.look_for(folder)
             self.leftovers.note(folder.identity, known)
@@ -1375,13 +1369,6 @@ class Disk:
             finally:
                 os.close(descriptor)
         return ""
-
-
-def read_umask() -> int:
-    """Return which permissions this process gives no file. Not beside other threads."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask
 
 
 # --- looking up -----------------------------------------------------------------------------
@@ -1480,13 +1467,6 @@ class Here(NamedTuple):
         )
 
 
-class Found(NamedTuple):
-    """What is here under a path, for each entry that has it."""
-
-    partials: list[HiddenFile]
-    sizes: list[tuple[str, int]]  # of finished files, by their names
-
-
 class LookUp:
     """Finds what is here already of the entries of one batch; nothing is written yet.
 
@@ -1498,7 +1478,7 @@ class LookUp:
         self._disk = batch.store.disk
         self._since = since  # the client has connected, a time.monotonic()
         self._began_s = time.monotonic()
-        self._found: dict[str, Found] = {}
+        self._found: dict[str, tuple[list[HiddenFile], list[tuple[str, int]]]] = {}  # by path
         self._alike: Counter[str] = Counter()
         self._open_left = MAX_OPEN_PARTIALS
         self._numbers_left = MAX_NUMBERS_LOOKED_UP
@@ -1512,19 +1492,16 @@ class LookUp:
         self._alike[entry.path] += 1
         if folder is None or entry.size is None or self._alike[entry.path] > MAX_ALIKE:
             return Wanted(entry)
+        name = name_of(entry)
         if entry.path not in self._found:
-            self._found[entry.path] = self._look(folder, name_of(entry))
+            # Partial files first: one that gets its name meanwhile is a finished one then.
+            left = list(self._reopen_partials(folder, name))
+            self._found[entry.path] = left, self._find_finished(folder, name)
         partials, sizes = self._found[entry.path]
         candidates = [name for name, size in sizes if size == entry.size][-MAX_CANDIDATES:]
         if partials or candidates:
             return LookedUp(entry, entry.size, folder, partials, candidates)
         return Wanted(entry)
-
-    def _look(self, folder: Folder, name: str) -> Found:
-        # Partial files first: one that gets its name meanwhile is a finished one then.
-        partials = list(self._reopen_partials(folder, name))
-        fitting = self._disk.with_fitting(folder, name, lambda name: self._finished(folder, name))
-        return Found(partials, fitting)
 
     def _reopen_partials(self, folder: Folder, name: str) -> Iterator[HiddenFile]:
         """Open what earlier runs have left of a file."""
@@ -1537,8 +1514,11 @@ class LookUp:
                 self._batch.partials.append(partial)
                 yield partial
 
-    def _finished(self, folder: Folder, name: str) -> list[tuple[str, int]]:
-        """Return the names and sizes of the finished files that are called `name`, or numbered."""
+    def _find_finished(self, folder: Folder, offered: str) -> list[tuple[str, int]]:
+        """Return the names and sizes of the finished files of a name, and of that with a number."""
+        return self._disk.with_fitting(folder, offered, lambda name: self._sizes(folder, name))
+
+    def _sizes(self, folder: Folder, name: str) -> list[tuple[str, int]]:
         sizes = []
         for number, each in self._disk.numbered(folder, name, MAX_CANDIDATES):
             try:
@@ -1674,6 +1654,11 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno
 STATUS_NAME_CHARS = 30
 
 
+def is_large(entry: Entry) -> bool:
+    """Return whether a file takes a while to arrive."""
+    return entry.size is None or entry.size > SEGMENT_BYTES
+
+
 def mode_of(entry: Entry) -> int:
     """Return which permissions an entry may have here: none that it does not have there."""
     if entry.mode is not None:
@@ -1702,11 +1687,6 @@ class UnderWay:
         self.promise = promise
         self._offset = partial.size
         self._started_s = time.monotonic()
-
-    @property
-    def is_large(self) -> bool:
-        """Whether it takes a while to arrive."""
-        return self.entry.size is None or self.entry.size >= SEGMENT_BYTES
 
     @property
     def bytes_left(self) -> int:
@@ -1890,7 +1870,7 @@ class Store:
     @contextlib.contextmanager
     def show(self, reception: Reception, under_way: UnderWay) -> Iterator[None]:
         """Show a file as arriving inside the ``with`` block, if it is large."""
-        if not under_way.is_large:
+        if not is_large(under_way.entry):
             yield
             return
         with self._lock:
@@ -2197,8 +2177,7 @@ class Reception:
         if entry.is_folder:
             self._results.append((index, self._finish_folder(batch, entry)))
             return
-        is_large = entry.size is None or entry.size > SEGMENT_BYTES
-        if is_large or not self._connection.buffered() or self._told.remaining() == 0:
+        if is_large(entry) or not self._connection.buffered() or self._told.remaining() == 0:
             self._tell_results()  # before what may take a while
         content = Content(self._connection, entry.size, wanted.offset)
         self._connection.peek(LENGTH.size)  # nothing is written before it arrives
@@ -2265,10 +2244,10 @@ class Reception:
 
     def _create(self, folder: Folder, entry: Entry) -> HiddenFile | NamelessFile:
         place = Place(name_of(entry), self, self._store.disk)
-        partial = None
-        if entry.size is not None and entry.size <= SEGMENT_BYTES:
-            partial = NamelessFile.create(folder, place, mode_of(entry))
-        return partial or HiddenFile.create(folder, place)
+        if is_large(entry):
+            return HiddenFile.create(folder, place)
+        nameless = NamelessFile.create(folder, place, mode_of(entry))
+        return nameless or HiddenFile.create(folder, place)
 
     # decided
 

@@ -67,6 +67,7 @@ import stat
 import struct
 import threading
 import time
+import weakref
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -1009,6 +1010,8 @@ RESERVE_SHARE = 50
 SPACE_AGE_S = 0.25
 # Comparisons in which something differed, for an address: so many at once, then one a second.
 FREE_MISMATCHES = 50
+# Who has had no more of the processor, in turns, has not to wait until another has rested.
+NEWCOMER_S = 0.05
 MISMATCH_SPACING_S = 1.0
 
 K = TypeVar("K")
@@ -1086,36 +1089,99 @@ class RateLimiter:
         return min(self._at_once, left + (now_s - then_s) / self._spacing_s)
 
 
+class Share:
+    """What somebody has had of the processor, for `Turns`: a host, or as a part of it a client."""
+
+    def __init__(self, whole: Share | None = None) -> None:
+        self._whole = whole
+        self.spent_s = 0.0
+        self.had_s = 0.0  # at least what the others had had when it last came
+        self.latest_s = 0.0  # of the parts: what the one had had that had the last turn
+
+    def levels(self) -> list[Share]:
+        """Return the whole that this is a part of, if there is one, and this."""
+        return [*self._whole.levels(), self] if self._whole else [self]
+
+
 class Turns:
-    """Lets one thread at a time do what takes the processor, in the order in which they asked."""
+    """Lets one thread at a time do what takes the processor: first whoever had the least of it.
+
+    Hosts share it, and the clients of each host share what that has. Start-time fair queueing
+    (Goyal, Vin and Cheng, 1996): whoever comes, or comes back, counts as having had what the others
+    have had, so that nobody saves anything up, and nobody waits for ever.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._waiting: deque[threading.Lock] = deque()
+        self._changed = threading.Condition()  # told when somebody new waits
+        self._waiting: list[tuple[Share, threading.Lock]] = []  # in the order in which they asked
         self._is_taken = False
+        self._began_s = 0.0  # in processor's time of the thread whose turn it is
+        self._latest_s = 0.0
 
-    def __enter__(self) -> None:
-        with self._lock:
+    @contextlib.contextmanager
+    def turn(self, share: Share) -> Iterator[None]:
+        """Have a turn inside the ``with`` block, counted for `share`; blocks until then."""
+        self._begin(share)
+        try:
+            yield
+        finally:
+            self._end(share)
+
+    def _begin(self, share: Share) -> None:
+        self._wait(share)
+        self._began_s = time.thread_time()
+
+    def _wait(self, share: Share) -> None:
+        mine = threading.Lock()
+        with self._changed:
+            had_s = self._latest_s
+            for level in share.levels():
+                level.had_s = max(level.had_s, had_s)
+                had_s = level.latest_s
             if not self._is_taken:
                 self._is_taken = True
                 return
-            mine = threading.Lock()
             mine.acquire()
-            self._waiting.append(mine)
+            self._waiting.append((share, mine))
+            self._changed.notify()
         mine.acquire()
 
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
+    def _end(self, share: Share) -> None:
+        seconds = time.thread_time() - self._began_s
+        with self._changed:
+            for level in share.levels():
+                level.spent_s += seconds
+                level.had_s += seconds
+            if not self._waiting:
                 self._is_taken = False
+                return
+            chosen = min(
+                self._waiting, key=lambda each: [level.had_s for level in each[0].levels()]
+            )
+            self._waiting.remove(chosen)
+            levels = chosen[0].levels()
+            self._latest_s = levels[0].had_s
+            for above, below in itertools.pairwise(levels):
+                above.latest_s = below.had_s
+            chosen[1].release()
 
-    def pass_on(self) -> None:
-        """Let the others who wait have their turn first. Only inside the ``with`` block."""
+    def pass_on(self, share: Share) -> None:
+        """Let others have their turn first, if they wait. Only inside the ``with`` block."""
         if self._waiting:
-            self.__exit__()
-            self.__enter__()
+            self._end(share)
+            self._begin(share)
+
+    def rest(self, times: float) -> None:
+        """Do nothing for so many `times` as long as this turn has taken of the processor.
+
+        Ends early when somebody waits who has had hardly any. Only inside the ``with`` block.
+        """
+        seconds = times * (time.thread_time() - self._began_s)
+        with self._changed:
+            self._changed.wait_for(self._has_newcomer, seconds)
+
+    def _has_newcomer(self) -> bool:
+        return any(share.spent_s < NEWCOMER_S for share, _ in self._waiting)
 
 
 class Digests:
@@ -1154,13 +1220,15 @@ class Digests:
     def _read(
         self, descriptor: int, lengths: Sequence[int], on_progress: Callable[[int], object]
     ) -> dict[int, hashlib._Hash]:
+        share = Share()
+
         def take_turns(count: int) -> None:
-            self._turns.pass_on()
+            self._turns.pass_on(share)
             on_progress(count)
 
         digests, digest, done = {}, hashlib.sha256(), 0
         os.lseek(descriptor, 0, os.SEEK_SET)
-        with self._turns:
+        with self._turns.turn(share):
             for length in lengths:
                 calculate_checksum(descriptor, length - done, digest=digest, on_progress=take_turns)
                 digests[length], done = digest.copy(), length
@@ -1854,7 +1922,16 @@ class Store:
         self.settled: Recent[tuple[str, int, int], bool] = Recent(MAX_SETTLED)
         self._receptions: set[Reception] = set()
         self._large: dict[Reception, UnderWay] = {}  # and small ones are gone before they are shown
+        self._hosts: weakref.WeakValueDictionary[str, Share] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
+
+    def share_of(self, host: str) -> Share:
+        """Return what one more client of `host` is to have of the processor."""
+        with self._lock:
+            whole = self._hosts.get(host)
+            if whole is None:
+                whole = self._hosts[host] = Share()
+            return Share(whole)
 
     @contextlib.contextmanager
     def attend(self, reception: Reception) -> Iterator[None]:
@@ -2090,6 +2167,7 @@ class Reception:
         self.peer = connection.peer
         self.host = connection.peer.rpartition(":")[0]
         self.tag = hashlib.sha256(self.host.encode()).hexdigest()[:8]
+        self._share = store.share_of(self.host)
         self._comparison = Comparison(connection, store.disk)
         self._began_s = time.monotonic()
         self._count = 0  # of files that were saved
@@ -2129,13 +2207,13 @@ class Reception:
 
         It takes no more than a share of the time while a large file arrives from somebody.
         """
-        with self._store.disk.looking_up:
-            began_s = time.thread_time()
+        turns = self._store.disk.looking_up
+        with turns.turn(self._share):
             try:
                 yield
             finally:
                 if self._store.has_large_arrival():
-                    time.sleep(LOOKING_UP_SHARE * (time.thread_time() - began_s))
+                    turns.rest(LOOKING_UP_SHARE)
 
     def receive_batch(self, offer: Offer) -> None:
         """Answer an offer, take what is then sent, and say what became of each entry."""

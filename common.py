@@ -2197,10 +2197,11 @@ class Keepalive:
 
 # --- sound card -----------------------------------------------------------------------------
 
-# PulseAudio takes 5 ms at once: with blocks of another length, two and then none are asked for
-# at a time, and the buffers have to be longer for it. Captured sound comes 3 ms earlier in
-# blocks of half that (measured with tests/bench/latency.py).
-CAPTURE_BLOCK_MS = 2.5
+# PortAudio makes its buffers out of these, for a latency of 8.7 ms that PyAudio does not let be
+# chosen: of 2.5 ms it captures two at once, of 3 ms each by itself, which comes 3 ms earlier in the
+# mean. PulseAudio takes 5 ms at once: with playback blocks of 4 ms its requests wander to and fro
+# by milliseconds on a busy machine.
+CAPTURE_BLOCK_MS = 3.0
 PLAYBACK_BLOCK_MS = 5.0
 PYAUDIO_VERSION = (0, 2, 12)  # before that, its callbacks fail with Python 3.10 and newer
 CARD_CHECK_S = 0.25

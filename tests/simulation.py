@@ -19,7 +19,7 @@ from common import AudioFormat
 MONO = AudioFormat(48_000, 1)
 TONE_HZ = 997.0
 AMPLITUDE = 12_000
-CAPTURED_MS, READ_MS = 2.5, 5.0
+CAPTURED_MS, READ_MS = 3.0, 5.0
 
 
 SINAD_WINDOW_S = 0.25

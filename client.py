@@ -424,7 +424,6 @@ def connect(
             raise PeerRefused(f"{error}, in place of --open", error.kind) from None
         if not sys.stdin.isatty():
             raise
-    common.require_pairing_packages()
     problem = ""
     while True:
         address.code = (ask or ask_for_code)(problem)
@@ -3442,8 +3441,7 @@ def check_av(what: str) -> None:
 
         av.codec.Codec("flac" if what == ".flac" else "libopus", "w")
     except common.LOAD_ERRORS:  # ValueError: an FFmpeg that was built without
-        advice = common.how_to_install("av")
-        raise SocketPairError(f"{what} needs the package av: {advice}") from None
+        raise SocketPairError(f"{what} needs package av: {common.how_to_install('av')}") from None
 
 
 class Pipe:
@@ -3828,7 +3826,8 @@ def start_audio_client(  # noqa: PLR0913 - the command line's options
                 Speaker, latency_ms=latency_ms, delay_ms=delay_ms, console=console
             )
             destinations += find_destinations(output, record, find_card, console)
-            threading.Thread(target=listening.show_status, name="status", daemon=True).start()
+            if console.has_status:
+                threading.Thread(target=listening.show_status, name="status", daemon=True).start()
             listen_until_stopped(listening)
     except SocketPairError as error:
         console.end_status()
@@ -4010,7 +4009,8 @@ def refuse_misplaced(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     An address stands first or last, as scp has it.
     """
     for path in {*args.paths[:1], *args.paths[-1:]}:
-        if not os.path.lexists(path) and (options := common.options_for_address(path)):
+        options = common.options_for_address(path)
+        if options and not os.path.lexists(path):
             others = [each for each in args.paths if each != path]
             command = common.command_line("client.py", args.mode or "file", *others, *options)
             parser.error(f"{path!r} is an address, not a file: did you mean {command}")

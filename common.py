@@ -1844,7 +1844,7 @@ class Connection(ByteStream):
         From its first byte on it has to come at a fair speed. Raises ProtocolError, before it
         reads any further, where the frame declares more than `max_bytes`.
         """
-        self._wait_for(1)
+        self._wait_for(1, min(RECEIVE_BYTES, LENGTH.size + max_bytes))
         self._wait_within(PROGRESS_TIMEOUT_S, LENGTH.size)
         header = self._received.peek(LENGTH.size)
         (size,) = LENGTH.unpack(header)
@@ -3323,9 +3323,8 @@ def pairing_code(text: str) -> str:
 
 
 def host_name(text: str) -> str:
-    """Return `text` as what a machine is called, for argparse, which also gives it the default."""
-    # Compiling a pattern takes a while, and most starts need none.
-    options = [] if text == DEFAULT_HOST else options_for_address(text)
+    """Return `text` as what a machine is called, for argparse."""
+    options = options_for_address(text)
     if options[1:] not in ([], [text]):
         raise argparse.ArgumentTypeError(
             f"{text!r} is more than a host: did you mean {' '.join(options)}"

@@ -424,6 +424,7 @@ def connect(
             raise PeerRefused(f"{error}, in place of --open", error.kind) from None
         if not sys.stdin.isatty():
             raise
+    common.require_pairing_packages()
     problem = ""
     while True:
         address.code = (ask or ask_for_code)(problem)
@@ -3441,7 +3442,8 @@ def check_av(what: str) -> None:
 
         av.codec.Codec("flac" if what == ".flac" else "libopus", "w")
     except common.LOAD_ERRORS:  # ValueError: an FFmpeg that was built without
-        raise SocketPairError(f"{what} needs package av: {common.how_to_install('av')}") from None
+        advice = common.how_to_install("av")
+        raise SocketPairError(f"{what} needs the package av: {advice}") from None
 
 
 class Pipe:
@@ -4009,8 +4011,7 @@ def refuse_misplaced(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     An address stands first or last, as scp has it.
     """
     for path in {*args.paths[:1], *args.paths[-1:]}:
-        options = common.options_for_address(path)
-        if options and not os.path.lexists(path):
+        if not os.path.lexists(path) and (options := common.options_for_address(path)):
             others = [each for each in args.paths if each != path]
             command = common.command_line("client.py", args.mode or "file", *others, *options)
             parser.error(f"{path!r} is an address, not a file: did you mean {command}")

@@ -3323,8 +3323,9 @@ def pairing_code(text: str) -> str:
 
 
 def host_name(text: str) -> str:
-    """Return `text` as what a machine is called, for argparse."""
-    options = options_for_address(text)
+    """Return `text` as what a machine is called, for argparse, which also gives it the default."""
+    # Compiling a pattern takes a while, and most starts need none.
+    options = [] if text == DEFAULT_HOST else options_for_address(text)
     if options[1:] not in ([], [text]):
         raise argparse.ArgumentTypeError(
             f"{text!r} is more than a host: did you mean {' '.join(options)}"

@@ -67,6 +67,7 @@ import stat
 import struct
 import threading
 import time
+import weakref
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -780,16 +781,12 @@ class HiddenFile(PartialFile):
         except OSError:
             return None
         with contextlib.suppress(OSError):  # it has just got its name, or cannot be locked
-            if partial._is_own() and partial._keep_others_out(since) and partial._is_in_place():
+            is_own = is_own_file(os.fstat(partial.descriptor))
+            if is_own and partial._keep_others_out(since) and partial._is_in_place():
                 partial.size = os.fstat(partial.descriptor).st_size
                 return partial
         partial.close()
         return None
-
-    def _is_own(self) -> bool:
-        """Return whether it is a regular file of this user's."""
-        found = os.fstat(self.descriptor)
-        return stat.S_ISREG(found.st_mode) and is_own(found)
 
     def _keep_others_out(self, since: float) -> bool:
         self._is_leased = self._place.disk.leases.take(self._file, self._place.holder, since)
@@ -1013,6 +1010,8 @@ RESERVE_SHARE = 50
 SPACE_AGE_S = 0.25
 # Comparisons in which something differed, for an address: so many at once, then one a second.
 FREE_MISMATCHES = 50
+# Who has had no more of the processor, in turns, has not to wait until another has rested.
+NEWCOMER_S = 0.05
 MISMATCH_SPACING_S = 1.0
 
 K = TypeVar("K")
@@ -1090,36 +1089,99 @@ class RateLimiter:
         return min(self._at_once, left + (now_s - then_s) / self._spacing_s)
 
 
+class Share:
+    """What somebody has had of the processor, for `Turns`: a host, or as a part of it a client."""
+
+    def __init__(self, whole: Share | None = None) -> None:
+        self._whole = whole
+        self.spent_s = 0.0
+        self.had_s = 0.0  # at least what the others had had when it last came
+        self.latest_s = 0.0  # of the parts: what the one had had that had the last turn
+
+    def levels(self) -> list[Share]:
+        """Return the whole that this is a part of, if there is one, and this."""
+        return [*self._whole.levels(), self] if self._whole else [self]
+
+
 class Turns:
-    """Lets one thread at a time do what takes the processor, in the order in which they asked."""
+    """Lets one thread at a time do what takes the processor: first whoever had the least of it.
+
+    Hosts share it, and the clients of each host share what that has. Start-time fair queueing
+    (Goyal, Vin and Cheng, 1996): whoever comes, or comes back, counts as having had what the others
+    have had, so that nobody saves anything up, and nobody waits for ever.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._waiting: deque[threading.Lock] = deque()
+        self._changed = threading.Condition()  # told when somebody new waits
+        self._waiting: list[tuple[Share, threading.Lock]] = []  # in the order in which they asked
         self._is_taken = False
+        self._began_s = 0.0  # in processor's time of the thread whose turn it is
+        self._latest_s = 0.0
 
-    def __enter__(self) -> None:
-        with self._lock:
+    @contextlib.contextmanager
+    def turn(self, share: Share) -> Iterator[None]:
+        """Have a turn inside the ``with`` block, counted for `share`; blocks until then."""
+        self._begin(share)
+        try:
+            yield
+        finally:
+            self._end(share)
+
+    def _begin(self, share: Share) -> None:
+        self._wait(share)
+        self._began_s = time.thread_time()
+
+    def _wait(self, share: Share) -> None:
+        mine = threading.Lock()
+        with self._changed:
+            had_s = self._latest_s
+            for level in share.levels():
+                level.had_s = max(level.had_s, had_s)
+                had_s = level.latest_s
             if not self._is_taken:
                 self._is_taken = True
                 return
-            mine = threading.Lock()
             mine.acquire()
-            self._waiting.append(mine)
+            self._waiting.append((share, mine))
+            self._changed.notify()
         mine.acquire()
 
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
+    def _end(self, share: Share) -> None:
+        seconds = time.thread_time() - self._began_s
+        with self._changed:
+            for level in share.levels():
+                level.spent_s += seconds
+                level.had_s += seconds
+            if not self._waiting:
                 self._is_taken = False
+                return
+            chosen = min(
+                self._waiting, key=lambda each: [level.had_s for level in each[0].levels()]
+            )
+            self._waiting.remove(chosen)
+            levels = chosen[0].levels()
+            self._latest_s = levels[0].had_s
+            for above, below in itertools.pairwise(levels):
+                above.latest_s = below.had_s
+            chosen[1].release()
 
-    def pass_on(self) -> None:
-        """Let the others who wait have their turn first. Only inside the ``with`` block."""
+    def pass_on(self, share: Share) -> None:
+        """Let others have their turn first, if they wait. Only inside the ``with`` block."""
         if self._waiting:
-            self.__exit__()
-            self.__enter__()
+            self._end(share)
+            self._begin(share)
+
+    def rest(self, times: float) -> None:
+        """Do nothing for so many `times` as long as this turn has taken of the processor.
+
+        Ends early when somebody waits who has had hardly any. Only inside the ``with`` block.
+        """
+        seconds = times * (time.thread_time() - self._began_s)
+        with self._changed:
+            self._changed.wait_for(self._has_newcomer, seconds)
+
+    def _has_newcomer(self) -> bool:
+        return any(share.spent_s < NEWCOMER_S for share, _ in self._waiting)
 
 
 class Digests:
@@ -1145,14 +1207,10 @@ class Digests:
         if not all(length in known for length in lengths):
             known = self._read(descriptor, lengths, on_progress)
             after = os.fstat(descriptor)
-            if self._key(after) == self._key(before):
-                self.note(after, known)
+            is_settled = after.st_ctime_ns < time.time_ns() - CLOCK_TICK_NS
+            if is_settled and self._key(after) == self._key(before):
+                self._known.note(self._key(after), known)
         return {length: known[length].copy() for length in lengths}
-
-    def note(self, found: os.stat_result, digests: dict[int, hashlib._Hash]) -> None:
-        """Remember the digests of a file that is as it was `found`."""
-        if found.st_ctime_ns < time.time_ns() - CLOCK_TICK_NS:
-            self._known.note(self._key(found), digests)
 
     @staticmethod
     def _key(found: os.stat_result) -> tuple[int, ...]:
@@ -1162,13 +1220,15 @@ class Digests:
     def _read(
         self, descriptor: int, lengths: Sequence[int], on_progress: Callable[[int], object]
     ) -> dict[int, hashlib._Hash]:
+        share = Share()
+
         def take_turns(count: int) -> None:
-            self._turns.pass_on()
+            self._turns.pass_on(share)
             on_progress(count)
 
         digests, digest, done = {}, hashlib.sha256(), 0
         os.lseek(descriptor, 0, os.SEEK_SET)
-        with self._turns:
+        with self._turns.turn(share):
             for length in lengths:
                 calculate_checksum(descriptor, length - done, digest=digest, on_progress=take_turns)
                 digests[length], done = digest.copy(), length
@@ -1178,9 +1238,9 @@ class Digests:
 class Leftovers(NamedTuple):
     """The names of a folder's partial files by their stems, as they were at a time."""
 
-    mtime_ns: int = -1
-    seen_s: float = -1.0
-    names: dict[str, list[str]] = {}  # noqa: RUF012  (that of no folder, and never changed)
+    mtime_ns: int
+    seen_s: float
+    names: dict[str, list[str]]
 
     @classmethod
     def look_for(cls, folder: Folder) -> Leftovers:
@@ -1216,17 +1276,18 @@ def remove_old_leftover(name: str, dir_fd: int | None, newest: float) -> None:
         descriptor = os.open(name, FILE_FLAGS, dir_fd=dir_fd)
         try:
             found = os.fstat(descriptor)
-            is_old = stat.S_ISREG(found.st_mode) and found.st_mtime < newest
-            is_free = is_old and is_own(found) and lock_file(descriptor)
+            is_old = is_own_file(found) and found.st_mtime < newest
+            is_free = is_old and lock_file(descriptor)
         finally:
             os.close(descriptor)
         if is_free:
             os.unlink(name, dir_fd=dir_fd)
 
 
-def is_own(found: os.stat_result) -> bool:
-    """Return whether a file belongs to this process's user: another's could change meanwhile."""
-    return sys.platform == "win32" or found.st_uid == os.geteuid()
+def is_own_file(found: os.stat_result) -> bool:
+    """Return whether it is a regular file of this user's: another's could change meanwhile."""
+    is_own = sys.platform == "win32" or found.st_uid == os.geteuid()
+    return is_own and stat.S_ISREG(found.st_mode)
 
 
 class Space:
@@ -1310,7 +1371,8 @@ class Disk:
 
     def __init__(self, root: str) -> None:
         self.root = os.path.realpath(root)
-        self.umask = read_umask()
+        self.umask = os.umask(0o077)  # asking for it sets it, for all threads
+        os.umask(self.umask)
         self.rules: dict[int, NameRules] = {}  # by file system, where stricter than usual
         self.without_nameless: set[int] = set()  # file systems on which each file has a name
         self.unfinished: Recent[tuple[int, int], bool] = Recent()  # folders made here
@@ -1356,7 +1418,7 @@ class Disk:
         A folder is looked through again only for one that has connected since (its
         time.monotonic()), and where something in it has changed.
         """
-        known = self.leftovers.find(folder.identity, Leftovers())
+        known = self.leftovers.find(folder.identity, Leftovers(-1, -1.0, {}))
         if known.mtime_ns != folder.mtime_ns and known.seen_s < since:
             known = Leftovers.look_for(folder)
             self.leftovers.note(folder.identity, known)
@@ -1375,13 +1437,6 @@ class Disk:
             finally:
                 os.close(descriptor)
         return ""
-
-
-def read_umask() -> int:
-    """Return which permissions this process gives no file. Not beside other threads."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask
 
 
 # --- looking up -----------------------------------------------------------------------------
@@ -1480,13 +1535,6 @@ class Here(NamedTuple):
         )
 
 
-class Found(NamedTuple):
-    """What is here under a path, for each entry that has it."""
-
-    partials: list[HiddenFile]
-    sizes: list[tuple[str, int]]  # of finished files, by their names
-
-
 class LookUp:
     """Finds what is here already of the entries of one batch; nothing is written yet.
 
@@ -1498,7 +1546,7 @@ class LookUp:
         self._disk = batch.store.disk
         self._since = since  # the client has connected, a time.monotonic()
         self._began_s = time.monotonic()
-        self._found: dict[str, Found] = {}
+        self._found: dict[str, tuple[list[HiddenFile], list[tuple[str, int]]]] = {}  # by path
         self._alike: Counter[str] = Counter()
         self._open_left = MAX_OPEN_PARTIALS
         self._numbers_left = MAX_NUMBERS_LOOKED_UP
@@ -1512,19 +1560,16 @@ class LookUp:
         self._alike[entry.path] += 1
         if folder is None or entry.size is None or self._alike[entry.path] > MAX_ALIKE:
             return Wanted(entry)
+        name = name_of(entry)
         if entry.path not in self._found:
-            self._found[entry.path] = self._look(folder, name_of(entry))
+            # Partial files first: one that gets its name meanwhile is a finished one then.
+            left = list(self._reopen_partials(folder, name))
+            self._found[entry.path] = left, self._find_finished(folder, name)
         partials, sizes = self._found[entry.path]
         candidates = [name for name, size in sizes if size == entry.size][-MAX_CANDIDATES:]
         if partials or candidates:
             return LookedUp(entry, entry.size, folder, partials, candidates)
         return Wanted(entry)
-
-    def _look(self, folder: Folder, name: str) -> Found:
-        # Partial files first: one that gets its name meanwhile is a finished one then.
-        partials = list(self._reopen_partials(folder, name))
-        fitting = self._disk.with_fitting(folder, name, lambda name: self._finished(folder, name))
-        return Found(partials, fitting)
 
     def _reopen_partials(self, folder: Folder, name: str) -> Iterator[HiddenFile]:
         """Open what earlier runs have left of a file."""
@@ -1537,8 +1582,11 @@ class LookUp:
                 self._batch.partials.append(partial)
                 yield partial
 
-    def _finished(self, folder: Folder, name: str) -> list[tuple[str, int]]:
-        """Return the names and sizes of the finished files that are called `name`, or numbered."""
+    def _find_finished(self, folder: Folder, offered: str) -> list[tuple[str, int]]:
+        """Return the names and sizes of the finished files of a name, and of that with a number."""
+        return self._disk.with_fitting(folder, offered, lambda name: self._sizes(folder, name))
+
+    def _sizes(self, folder: Folder, name: str) -> list[tuple[str, int]]:
         sizes = []
         for number, each in self._disk.numbered(folder, name, MAX_CANDIDATES):
             try:
@@ -1674,6 +1722,11 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno
 STATUS_NAME_CHARS = 30
 
 
+def is_large(entry: Entry) -> bool:
+    """Return whether a file takes a while to arrive."""
+    return entry.size is None or entry.size > SEGMENT_BYTES
+
+
 def mode_of(entry: Entry) -> int:
     """Return which permissions an entry may have here: none that it does not have there."""
     if entry.mode is not None:
@@ -1702,11 +1755,6 @@ class UnderWay:
         self.promise = promise
         self._offset = partial.size
         self._started_s = time.monotonic()
-
-    @property
-    def is_large(self) -> bool:
-        """Whether it takes a while to arrive."""
-        return self.entry.size is None or self.entry.size >= SEGMENT_BYTES
 
     @property
     def bytes_left(self) -> int:
@@ -1874,7 +1922,16 @@ class Store:
         self.settled: Recent[tuple[str, int, int], bool] = Recent(MAX_SETTLED)
         self._receptions: set[Reception] = set()
         self._large: dict[Reception, UnderWay] = {}  # and small ones are gone before they are shown
+        self._hosts: weakref.WeakValueDictionary[str, Share] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
+
+    def share_of(self, host: str) -> Share:
+        """Return what one more client of `host` is to have of the processor."""
+        with self._lock:
+            whole = self._hosts.get(host)
+            if whole is None:
+                whole = self._hosts[host] = Share()
+            return Share(whole)
 
     @contextlib.contextmanager
     def attend(self, reception: Reception) -> Iterator[None]:
@@ -1890,7 +1947,7 @@ class Store:
     @contextlib.contextmanager
     def show(self, reception: Reception, under_way: UnderWay) -> Iterator[None]:
         """Show a file as arriving inside the ``with`` block, if it is large."""
-        if not under_way.is_large:
+        if not is_large(under_way.entry):
             yield
             return
         with self._lock:
@@ -2110,6 +2167,7 @@ class Reception:
         self.peer = connection.peer
         self.host = connection.peer.rpartition(":")[0]
         self.tag = hashlib.sha256(self.host.encode()).hexdigest()[:8]
+        self._share = store.share_of(self.host)
         self._comparison = Comparison(connection, store.disk)
         self._began_s = time.monotonic()
         self._count = 0  # of files that were saved
@@ -2149,13 +2207,13 @@ class Reception:
 
         It takes no more than a share of the time while a large file arrives from somebody.
         """
-        with self._store.disk.looking_up:
-            began_s = time.thread_time()
+        turns = self._store.disk.looking_up
+        with turns.turn(self._share):
             try:
                 yield
             finally:
                 if self._store.has_large_arrival():
-                    time.sleep(LOOKING_UP_SHARE * (time.thread_time() - began_s))
+                    turns.rest(LOOKING_UP_SHARE)
 
     def receive_batch(self, offer: Offer) -> None:
         """Answer an offer, take what is then sent, and say what became of each entry."""
@@ -2197,8 +2255,7 @@ class Reception:
         if entry.is_folder:
             self._results.append((index, self._finish_folder(batch, entry)))
             return
-        is_large = entry.size is None or entry.size > SEGMENT_BYTES
-        if is_large or not self._connection.buffered() or self._told.remaining() == 0:
+        if is_large(entry) or not self._connection.buffered() or self._told.remaining() == 0:
             self._tell_results()  # before what may take a while
         content = Content(self._connection, entry.size, wanted.offset)
         self._connection.peek(LENGTH.size)  # nothing is written before it arrives
@@ -2265,10 +2322,10 @@ class Reception:
 
     def _create(self, folder: Folder, entry: Entry) -> HiddenFile | NamelessFile:
         place = Place(name_of(entry), self, self._store.disk)
-        partial = None
-        if entry.size is not None and entry.size <= SEGMENT_BYTES:
-            partial = NamelessFile.create(folder, place, mode_of(entry))
-        return partial or HiddenFile.create(folder, place)
+        if is_large(entry):
+            return HiddenFile.create(folder, place)
+        nameless = NamelessFile.create(folder, place, mode_of(entry))
+        return nameless or HiddenFile.create(folder, place)
 
     # decided
 
@@ -2499,6 +2556,10 @@ def whole_frames_reader(file: BinaryIO, audio: AudioFormat) -> Callable[[int], b
 
 def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
     """Return what ``--input`` names, ready to start. Raises SocketPairError where there is none."""
+    if args.input is not None and "://" in args.input:
+        play = f"ffmpeg -loglevel error -i '{escape(args.input)}' -f s16le -ar 48000 -ac 1 -"
+        command = common.command_line("server.py", "audio", "--input", STDIN)
+        raise SocketPairError(f"--input takes no web address: {play} | {command}")
     if args.input is not None and names_sound_file(args.input):
         return open_sound_file(args.input, args.rate, args.channels)
     if args.input == STDIN:
@@ -2897,9 +2958,9 @@ def find_sound(path: str, rate: int | None, channels: int | None) -> SoundFile:
         plain = PlainWav(path)
         if plain.audio == AudioFormat(rate or plain.audio.rate, channels or plain.audio.channels):
             return plain
-        problem = f"it is {plain.audio.describe()}, and converted only with package av"
+        problem = f"it is {plain.audio.describe()}, and converted only with the package av"
     except NotPlainWav as error:
-        problem = f"it is {error}, and without package av only 16-bit WAV plays"
+        problem = f"it is {error}, and without the package av only 16-bit WAV plays"
     try:
         return DecodedFile(path, rate, channels)
     except ImportError:
@@ -3176,7 +3237,8 @@ class Broadcaster:
             av.codec.Codec("libopus", "w")
         except common.LOAD_ERRORS:  # ValueError: an FFmpeg that was built without
             advice = common.how_to_install("av")
-            raise Refused(f"this server has no Opus without package av: {advice} there") from None
+            problem = f"this server has no Opus without the package av; on its machine: {advice}"
+            raise Refused(problem) from None
 
     def add(self, connection: Connection, opus_kbit: int | None = None) -> Listener:
         """Return a new listener, which gets every block from now on. Raises Refused."""

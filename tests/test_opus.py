@@ -299,7 +299,7 @@ def test_a_server_without_av_says_so_to_that_listener_alone(
         listener = ("--port", port_of(sender), "--output", str(tmp_path / "heard.wav"))
         for _ in range(2):
             with Script("client.py", *listener, "--opus", environment=silent_machine) as refused:
-                ends_with_one_line(refused, "no Opus without package av", "install")
+                ends_with_one_line(refused, "no Opus without the package av", "install")
             as_pcm = (*listener, "--seconds", "1")
             with Script("client.py", *as_pcm, environment=silent_machine) as heard:
                 assert heard.end() == common.EXIT_OK
@@ -307,7 +307,7 @@ def test_a_server_without_av_says_so_to_that_listener_alone(
 
 def test_a_client_without_av_says_so(without_av: dict[str, str]) -> None:
     with Script("client.py", "--port", "1", "--opus", environment=without_av) as listener:
-        ends_with_one_line(listener, "--opus needs package av", "install")
+        ends_with_one_line(listener, "--opus needs the package av", "install")
 
 
 def test_sound_of_many_channels_cannot_be_had_as_opus(silent_machine: dict[str, str]) -> None:

@@ -118,6 +118,18 @@ def test_without_a_package_there_is_one_line(
     assert line.endswith("pip install spake2 cryptography")
 
 
+def test_a_code_is_not_asked_for_without_what_it_needs(
+    paired: Server, tmp_path: Path, source: Path
+) -> None:
+    (tmp_path / "spake2.py").write_text(NOT_INSTALLED)
+    env = {"PYTHONPATH": str(tmp_path)}
+    with paired.client(source, terminal=True, env=env) as client:
+        result = client.wait()
+    assert result.status == 1
+    assert "pairing codes need the packages" in result.stdout
+    assert "Pairing code: " not in result.stdout
+
+
 def test_without_a_code_the_packages_are_not_loaded(
     tmp_path: Path, inbox: Path, source: Path
 ) -> None:

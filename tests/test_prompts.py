@@ -292,6 +292,15 @@ def test_what_belongs_to_an_option_is_told(command: str, meant: str, tmp_path: P
     assert advice.replace(f"{ROOT}/", "").endswith(meant)
 
 
+def test_a_web_address_as_input_is_told_what_plays_it() -> None:
+    address = "https://radio.example/live.mp3"
+    result = run_script("server.py", "audio", f"--input={address}")
+    assert result.status == 1
+    (line,) = result.error_lines
+    assert f"ffmpeg -loglevel error -i '{address}' " in line
+    assert line.endswith("server.py audio --input -")
+
+
 @pytest.mark.parametrize("host", ["::1", "::", "fe80::1%lo", "nas", "nas.local", "2001:123::1"])
 def test_an_address_alone_is_a_host(host: str) -> None:
     assert common.host_name(host) == host

@@ -245,7 +245,7 @@ def test_without_av_a_line_says_what_would_help(
     environment = {**silent_machine, "PYTHONPATH": str(tmp_path)}
     arguments = ("--port", "1", "--output", str(tmp_path / f"talk{ending}"))
     with Script("client.py", *arguments, environment=environment) as listening:
-        ends_with_one_line(listening, "package av", "install")
+        ends_with_one_line(listening, "the package av", "install")
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

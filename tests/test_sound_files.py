@@ -261,7 +261,7 @@ def test_without_av_a_line_says_what_a_file_is_and_what_would_help(
 ) -> None:
     song = encode(source, source.with_name(name))
     with Script("server.py", "--port", "0", "--input", str(song), environment=without_av) as sender:
-        ends_with_one_line(sender, f"it is {kind}", "package av", "install")
+        ends_with_one_line(sender, f"it is {kind}", "the package av", "install")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_without_av_a_wav_of_another_encoding_is_a_line(
 ) -> None:
     song = encode(source, source.with_name("other.wav"), *arguments)
     with Script("server.py", "--port", "0", "--input", str(song), environment=without_av) as sender:
-        ends_with_one_line(sender, words, "package av", "install")
+        ends_with_one_line(sender, words, "the package av", "install")
 
 
 def test_without_av_a_format_that_is_not_the_files_is_a_line(
@@ -281,7 +281,7 @@ def test_without_av_a_format_that_is_not_the_files_is_a_line(
 ) -> None:
     arguments = ("--port", "0", "--input", str(source), "--rate", "48000")
     with Script("server.py", *arguments, environment=without_av) as sender:
-        ends_with_one_line(sender, "44100 Hz stereo", "package av", "install")
+        ends_with_one_line(sender, "44100 Hz stereo", "the package av", "install")
 
 
 @given(

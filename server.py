@@ -1607,7 +1607,7 @@ class Comparison:
     """Finds out, together with one client, what of the files here is the same as there."""
 
     def __init__(self, connection: Connection, disk: Disk) -> None:
-        self.is_reading = False  # which takes its time, while the client need not say anything
+        self.is_busy = False  # waiting or reading, while the client need not say anything
         self._connection = connection
         self._disk = disk
 
@@ -1628,14 +1628,14 @@ class Comparison:
 
     def _ask(self, batch: Batch, held: dict[int, LookedUp]) -> dict[int, Here]:
         """Return, for each entry, what is here and the same at the client."""
-        self._wait_for_turn(batch, Counter(each.entry.path for each in held.values()))
-        self._connection.send(Held([(index, each.held()) for index, each in held.items()]))
         keepalive = Keepalive(lambda: self._connection.send(Hashing()))
-        self.is_reading = True
+        self.is_busy = True
         try:
+            self._wait_for_turn(batch, Counter(each.entry.path for each in held.values()))
+            self._connection.send(Held([(index, each.held()) for index, each in held.items()]))
             here = [each.read(self._disk, keepalive) for each in held.values()]
         finally:
-            self.is_reading = False
+            self.is_busy = False
         same = {}
         for (index, each), its, checksums in zip(
             held.items(), here, self._receive_prefixes(len(held)), strict=True
@@ -2178,7 +2178,7 @@ class Reception:
 
     def silent_s(self) -> float:
         """See `Holder`."""
-        return 0.0 if self._comparison.is_reading else self._connection.silent_s()
+        return 0.0 if self._comparison.is_busy else self._connection.silent_s()
 
     def end(self) -> None:
         """See `Holder`."""

@@ -154,8 +154,10 @@ class VirtualSoundCard:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self.unplug()
-        self._folder.cleanup()
+        try:
+            self.unplug()
+        finally:
+            self._folder.cleanup()
 
     def plug_in(self) -> None:
         """Start the card; blocks until it can be used."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +24,10 @@ pcm."usb two" { type null hint { show on description "-" } }
 pcm.gone { type pulse device gone hint { show on description "-" } }
 pcm.b\xe4d { type null hint { show on description "-" } }
 """
+
+
+# What ALSA says each time that PortAudio looks for its devices, on any machine.
+ONE_LOOK = "Unknown PCM cards.pcm.rear"
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +141,13 @@ def test_no_other_card_is_taken_for_one_that_is_lost(card: VirtualSoundCard) -> 
     other = f'pcm."{name} of another" {{ type pulse hint {{ show on description "-" }} }}\n'
     configuration.write_text(ALSA_CONFIGURATION + first + other)
     try:
-        with start_server(card, "--input", name) as sender:
+        with start_server(card, "--input", name, "-v") as sender:
             card.unplug()
             configuration.write_text(ALSA_CONFIGURATION + other)
             sender.wait_for("the microphone room is gone")
             card.plug_in()
-            time.sleep(3 * common.CARD_RETRY_S)  # in which it could take the other one
+            looks = sender.text().count(ONE_LOOK)
+            sender.wait_for(ONE_LOOK, times=looks + 3)  # at which it could take the other one
             assert "is back" not in sender.text()
             configuration.write_text(ALSA_CONFIGURATION + first + other)
             sender.wait_for("the microphone room is back")
@@ -156,12 +160,21 @@ def test_a_card_is_back_once_when_sound_flows_again(card: VirtualSoundCard) -> N
         card.pactl("suspend-source", "mic", "1")
         card.pactl("suspend-sink", "micfeed", "1")
         sender.wait_for("is gone")
-        time.sleep(2 * common.CARD_TIMEOUT_S)  # in which the device is opened, and opened again
+        first = last_use_of_microphone(card)
+        wait_for(lambda: last_use_of_microphone(card) > first, "it is opened")
+        second = last_use_of_microphone(card)
+        wait_for(lambda: last_use_of_microphone(card) > second, "it is opened again")
         assert "is back" not in sender.text()
         card.pactl("suspend-sink", "micfeed", "0")
         card.pactl("suspend-source", "mic", "0")
         sender.wait_for("is back")
         assert sender.text().count("is gone") == sender.text().count("is back") == 1
+
+
+def last_use_of_microphone(card: VirtualSoundCard) -> int:
+    """Return a number that grows with each time that one is opened, 0 while none is open."""
+    uses = card.pactl("list", "short", "source-outputs").splitlines()
+    return max((int(line.split()[0]) for line in uses), default=0)
 
 
 def test_ctrl_c_ends_also_where_the_sound_system_hangs(card: VirtualSoundCard) -> None:

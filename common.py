@@ -1918,9 +1918,10 @@ LINE_WINDOW_S = 0.2
 LINE_START_BANDWIDTH_HZ = 0.5
 LINE_SETTLING = 0.4  # of the time since the start: bandwidth x time
 LINE_BANDWIDTH_HZ = 0.1
-LINE_SPEED_BANDWIDTH_HZ = (
-    0.06  # no card is so far from its name that it were to be learnt any faster
-)
+LINE_SPEED_BANDWIDTH_HZ = 0.06
+# No card is further from the rate that it names: a line that runs faster or slower has been told
+# wrong times, as by a sound system that a stall has confused.
+LINE_MAX_SPEED_ERROR = 500e-6
 # What is off by more is a step (an xrun, a suspended machine) if the next window agrees with it, or
 # so many do not.
 LINE_STEP_S = 0.003
@@ -1937,7 +1938,7 @@ class TimeLine:
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
-        self._period_s = 1 / rate
+        self._stretch = 0.0  # how much longer a sample frame takes than by the rate's name
         self._frame = 0
         self._time_s = -math.inf
         self._age_s = 0.0  # since it has stepped
@@ -1987,12 +1988,17 @@ class TimeLine:
         omega = 2 * math.pi * max(LINE_BANDWIDTH_HZ, bandwidth_hz)
         self._time_s += min(1.0, math.sqrt(2) * omega * span_s) * error_s
         slow_omega = min(omega, 2 * math.pi * LINE_SPEED_BANDWIDTH_HZ)
-        self._period_s += slow_omega**2 * span_s * error_s / self._rate
+        self._stretch += slow_omega**2 * span_s * error_s
+        self._stretch = max(-LINE_MAX_SPEED_ERROR, min(LINE_MAX_SPEED_ERROR, self._stretch))
+
+    @property
+    def _period_s(self) -> float:
+        return (1 + self._stretch) / self._rate
 
     @property
     def speed(self) -> float:
         """How fast sample frames pass, in parts of the usual rate."""
-        return 1 / (self._period_s * self._rate)
+        return 1 / (1 + self._stretch)
 
     def at(self, frame: float) -> float:
         """Return when `frame` passes by the line, as of the latest sighting."""

@@ -246,6 +246,8 @@ class StereoCard(VirtualSoundCard):
                 "channels=1", "channel_map=mono", f"master_channel_map=front-{side}", "remix=no",
             )  # fmt: skip
         self.pactl("load-module", "module-null-sink", "sink_name=others", f"rate={RATE}")
+        if self._process is not None:
+            outrank(self._process.pid)
 
     def on(self, sink: str) -> dict[str, str]:
         """Return the environment of a program that plays into `sink`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,30 @@ def test_two_players_are_together_but_for_their_delay(stereo: StereoCard, delay_
         left.wait_for("in step 150 ms after the microphone")
         right.wait_for("in step 150 ms after the microphone")
         wait_for(lambda: are_apart_by(heard, delay_ms), "two players in step", 120)
+
+
+def test_a_player_that_wants_opus_is_in_step_with_one_that_does_not(stereo: StereoCard) -> None:
+    with (
+        start_server(stereo, "--sync", "150") as server,
+        start_player(stereo, "left", port_of(server)),
+        start_player(stereo, "right", port_of(server), "--opus"),
+        Recording(SPEAKER_MONITOR, stereo.environment, channels=2) as heard,
+    ):
+        wait_for(lambda: are_apart_by(heard, 0), "two players in step", 120)
+
+
+def test_a_player_that_was_suspended_is_in_step_again(stereo: StereoCard) -> None:
+    with (
+        start_server(stereo, "--sync", "150") as server,
+        start_player(stereo, "left", port_of(server)),
+        start_player(stereo, "right", port_of(server)) as right,
+        Recording(SPEAKER_MONITOR, stereo.environment, channels=2) as heard,
+    ):
+        wait_for(lambda: are_apart_by(heard, 0), "two players in step", 120)
+        right.signal(signal.SIGSTOP)
+        wait_for(lambda: apart_ms(heard) is None, "silence of the player that is suspended", 60)
+        right.signal(signal.SIGCONT)
+        wait_for(lambda: are_apart_by(heard, 0), "two players in step again", 120)
 
 
 def test_players_are_together_again_after_the_server_was_started_anew(stereo: StereoCard) -> None:

@@ -59,3 +59,11 @@ def test_a_single_callback_that_is_held_up_moves_nothing() -> None:
         true_s = frame / RATE
         seen_s = line.see(frame, true_s + (0.2 if frame == 10 * RATE else 0))
         assert abs(seen_s - true_s) < 1e-6
+
+
+def test_wrong_times_for_some_seconds_do_not_teach_a_speed_that_no_card_has() -> None:
+    line = TimeLine(RATE)
+    for frame in range(0, 20 * RATE, 240):
+        wrong_s = 1.2e-3 * max(0.0, frame / RATE - 10)  # as a stalled sound system tells them
+        line.see(frame, frame / RATE + wrong_s)
+        assert abs(line.speed - 1) < 510e-6

@@ -1229,7 +1229,6 @@ def start_file_client(  # noqa: PLR0913 - the command line's options
         raise
     finally:
         progress.close()
-        sender.close()
     return EXIT_FAILED if report.failed else EXIT_OK
 
 
@@ -1268,13 +1267,6 @@ class Sender:
         self._report = report
         self._progress = progress
         self._retry_s = retry_s
-        self._upload: Upload | None = None
-
-    def close(self) -> None:
-        """Hang up. Idempotent."""
-        if self._upload:
-            self._upload.close()
-            self._upload = None
 
     def send(self, named: Sequence[Source | NamedFolder]) -> None:
         """Send all that is named; blocks until each file in it is decided.
@@ -1290,15 +1282,16 @@ class Sender:
         )
         waits = self._waits()
         while True:
-            upload = self._upload = Upload(connection, backlog, self._report, self._progress)
-            try:
-                upload.run()
-                return
-            except ConnectionLost as error:
-                if upload.has_moved():
-                    waits = self._waits()
-                self.close()
-                connection = self._reconnect(waits, error)
+            upload = Upload(connection, backlog, self._report, self._progress)
+            with contextlib.closing(upload):
+                try:
+                    upload.run()
+                    return
+                except ConnectionLost as error:
+                    lost = error
+                    if upload.has_moved():
+                        waits = self._waits()
+            connection = self._reconnect(waits, lost)
 
     def _waits(self) -> Iterator[float]:
         """Yield how long to wait before each next try, as long as the server is waited for."""
@@ -1375,6 +1368,99 @@ class Pace:
             self.step_bytes = max(MIN_PACE_BYTES, self.step_bytes // 2)
         elif took_s < PACE_S / 4:
             self.step_bytes = min(common.SEGMENT_BYTES, self.step_bytes * 2)
+
+
+class Content:
+    """What a file, or standard input, holds from where the server needs it, read step by step.
+
+    Where that takes long, the server is told meanwhile that this client lives. Use it in a
+    ``with`` block. Raises OSError, and OfferAgain or FileChanged where it is not what was offered.
+    """
+
+    def __init__(self, connection: Connection, transfer: UnderWay) -> None:
+        self._connection = connection
+        self._source = transfer.source
+        self._is_stdin = transfer.source.path == STDIN
+        self._file = open_source(transfer)
+
+    def __enter__(self) -> Content:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read_into(self, view: memoryview) -> int:
+        """Fill `view`, as far as that takes no longer than ``PACE_S``.
+
+        Return the bytes read: none at the end. Blocks until there are some.
+        """
+        have, deadline = 0, Deadline(PACE_S)
+        while have < len(view):
+            if self._is_stdin and not self._wait_for_stdin(deadline if have else None):
+                break
+            size = self._file.readinto(view[have:])  # type: ignore[attr-defined]
+            have += size or 0
+            if not (size and deadline.remaining()):
+                break
+        return have
+
+    def _wait_for_stdin(self, deadline: Deadline | None) -> bool:
+        """Block until standard input has something, or until `deadline`; return whether it has."""
+        if not deadline:
+            self._connection.flush()  # what has been read so far
+        if sys.platform == "win32":
+            return True  # select() there knows sockets only: a pipe silent for a minute is cut off
+        while True:
+            seconds = deadline.remaining() if deadline else STILL_HERE_INTERVAL_S
+            if select.select([0], [], [], seconds)[0]:
+                return True
+            if deadline:
+                return False
+            self._still_here()
+
+    def _still_here(self) -> None:
+        self._connection.write(LENGTH.pack(STILL_HERE))
+
+    def compare(self, checksum: str) -> Sent:
+        """Return how the content was sent, of which all that was offered has this SHA-256.
+
+        Blocks while it is read once more, where something has happened to the file. Raises
+        FileChanged, and OfferAgain where it is not as large as the system says.
+        """
+        then = self._source.found
+        if then is None:
+            return Sent(checksum)
+        now, position = os.fstat(self._file.fileno()), self._file.tell()
+        if now.st_size == then.st_size and (position < now.st_size or self._file.read(1)):
+            raise offer_again(self._source, None)
+        if is_same(then, now):
+            return Sent(checksum)
+        has_grown = now.st_size > then.st_size
+        if position < then.st_size or not (has_grown or is_as_offered(then, now)):
+            raise FileChanged
+        self._file.seek(0)
+        keepalive = Keepalive(self._still_here)
+        descriptor = self._file.fileno()
+        if calculate_checksum(descriptor, then.st_size, on_progress=keepalive) != checksum:
+            raise FileChanged
+        return Sent(checksum, ", as it was: it has grown since" if has_grown else "")
+
+
+def open_source(transfer: UnderWay) -> BinaryIO:
+    """Open a file at its offset, or standard input, without buffer.
+
+    Raises OSError, OfferAgain and FileChanged.
+    """
+    if transfer.source.path == STDIN:
+        return open(0, "rb", buffering=0, closefd=False)
+    file = open_file(transfer.source)
+    try:
+        file.seek(transfer.offset)
+        check_offer(transfer.source, file)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 class Upload:
@@ -1564,96 +1650,30 @@ class Upload:
 
         Raises OSError, OfferAgain, and SocketPairError where it changed or is not wanted any more.
         """
-        source, digest = transfer.source, transfer.digest or hashlib.sha256()
-        left = sys.maxsize if source.entry.size is None else source.entry.size - transfer.offset
-        with self._open(transfer) as file:
-            check_offer(source, file)
-            with blocks_for(source.entry.size, digest.update) as blocks:
-                while left:
-                    with self._pace:
-                        block = blocks.take()[: min(left, self._pace.step_bytes)]
-                        size = self._fill(block, file, source)
-                        if not size:
-                            break
-                        if batch.is_decided(transfer.number):
-                            raise SocketPairError("the server has failed it")
-                        blocks.give(block[:size])  # is hashed while it is sent
-                        self._connection.send_segment(block[:size])
-                        self._count(size)
-                    left -= size
-            if source.found is None:
-                return Sent(digest.hexdigest())
-            return self._check_sent(source, source.found, file, digest)
+        size, digest = transfer.source.entry.size, transfer.digest or hashlib.sha256()
+        left = sys.maxsize if size is None else size - transfer.offset
+        with Content(self._connection, transfer) as content:
+            self._stdin_is_begun |= transfer.source.path == STDIN
+            with blocks_for(size, digest.update) as blocks:
+                while left and (sent := self._send_step(content, blocks, left)):
+                    if batch.is_decided(transfer.number):
+                        raise SocketPairError("the server has failed it")
+                    left -= sent
+            return content.compare(digest.hexdigest())
+
+    def _send_step(self, content: Content, blocks: common.Blocks, most: int) -> int:
+        """Send the next of a file, `most` bytes at most; return how many: none at its end."""
+        with self._pace:
+            block = blocks.take()[: min(most, self._pace.step_bytes)]
+            if size := content.read_into(block):
+                blocks.give(block[:size])  # is hashed while it is sent
+                self._connection.send_segment(block[:size])
+                self._count(size)
+            return size
 
     def _count(self, size: int) -> None:
         self._file_bytes += size
         self._progress.move(size)
-
-    def _open(self, transfer: UnderWay) -> BinaryIO:
-        """Open a file at its offset, or standard input, without buffer. Raises OSError."""
-        if transfer.source.path == STDIN:
-            self._stdin_is_begun = True
-            return open(0, "rb", buffering=0, closefd=False)
-        file = open_file(transfer.source)
-        file.seek(transfer.offset)
-        return file
-
-    def _fill(self, view: memoryview, file: BinaryIO, source: Source) -> int:
-        """Fill `view` from `file`, as far as that takes no longer than ``PACE_S``.
-
-        Return the bytes read: none at the end.
-        """
-        have, deadline = 0, Deadline(PACE_S)
-        while have < len(view):
-            if source.path == STDIN and not self._wait_for_stdin(deadline if have else None):
-                break
-            size = file.readinto(view[have:])  # type: ignore[attr-defined]
-            have += size or 0
-            if not (size and deadline.remaining()):
-                break
-        return have
-
-    def _wait_for_stdin(self, deadline: Deadline | None) -> bool:
-        """Block until standard input has something, or until `deadline`; return whether it has.
-
-        Sends what has been read so far, and tells the server meanwhile that this client lives.
-        """
-        if not deadline:
-            self._connection.flush()
-        if sys.platform == "win32":
-            return True  # select() there knows sockets only: a pipe silent for a minute is cut off
-        while True:
-            seconds = deadline.remaining() if deadline else STILL_HERE_INTERVAL_S
-            if select.select([0], [], [], seconds)[0]:
-                return True
-            if deadline:
-                return False
-            self._still_here()
-
-    def _still_here(self) -> None:
-        self._connection.write(LENGTH.pack(STILL_HERE))
-
-    def _check_sent(
-        self, source: Source, found: os.stat_result, file: BinaryIO, digest: hashlib._Hash
-    ) -> Sent:
-        """Return how a file has been sent that was `found` so, if what was sent is still in it.
-
-        Raises FileChanged, and OfferAgain where it is not as large as the system says.
-        """
-        now, checksum = os.fstat(file.fileno()), digest.hexdigest()
-        position = file.tell()
-        if now.st_size == found.st_size and (position < now.st_size or file.read(1)):
-            raise offer_again(source, None)
-        if is_same(found, now):
-            return Sent(checksum)
-        has_grown = now.st_size > found.st_size
-        if position < found.st_size or not (has_grown or is_as_offered(found, now)):
-            raise FileChanged
-        file.seek(0)
-        keepalive = Keepalive(self._still_here)
-        if calculate_checksum(file.fileno(), found.st_size, on_progress=keepalive) != checksum:
-            raise FileChanged
-        return Sent(checksum, ", as it was: it has grown since" if has_grown else "")
 
     # decided
 

@@ -17,8 +17,9 @@ blocks               ``Blocks``; ``BlockPipeline``, where a second thread consum
                      next is filled; ``blocks_for`` chooses
 checksum             ``calculate_checksum``: SHA-256 of a file or of its beginning;
                      ``Keepalive``: the sign of life of whoever does that for long
-sound card           ``SoundCard``: one device in use, through ``SoundSystem`` (PortAudio), or
-                     through ``JackSystem`` (PortAudio in a process that JACK may end)
+sound card           in five rooms: the *devices*, and what opens them: ``SoundSystem``, which is
+                     *PortAudio*, or ``JackSystem``, PortAudio in a process that *JACK* may end;
+                     one *in use*: ``SoundCard``; the *last words* of a C library
 console              ``Console``: lines and the status line; ``LevelMeter``
 command line         arguments of both scripts, and ``run``, which turns every end
                      of a program into its exit status
@@ -2201,7 +2202,7 @@ class Keepalive:
             self._send()
 
 
-# --- sound card -----------------------------------------------------------------------------
+# --- sound card: devices --------------------------------------------------------------------
 
 # PortAudio makes its buffers out of these, for a latency of 8.7 ms that PyAudio does not let be
 # chosen: of 2.5 ms it captures two at once, of 3 ms each by itself, which comes 3 ms earlier in the
@@ -2209,21 +2210,6 @@ class Keepalive:
 # by milliseconds on a busy machine.
 CAPTURE_BLOCK_MS = 3.0
 PLAYBACK_BLOCK_MS = 5.0
-PYAUDIO_VERSION = (0, 2, 12)  # before that, its callbacks fail with Python 3.10 and newer
-CARD_CHECK_S = 0.25
-CARD_TIMEOUT_S = 4.0
-CARD_RETRY_S = 1.0
-# A sound system that hangs is left to the end of the process.
-CARD_CLOSE_S = 1.0
-USUAL_RATES = (8_000, 16_000, 22_050, 32_000, 44_100, 48_000, 88_200, 96_000, 192_000)
-# What keeps PortAudio from JACK's library, and from PipeWire's that stands in for it.
-WITHOUT_JACK = {"JACK_DEFAULT_SERVER": "none", "PIPEWIRE_NOJACK": "1"}
-JACK_START_S = 10.0
-LAST_WORDS_BYTES = 4096
-LAST_WORDS_LINES = 3
-LAST_WORDS_WAIT_S = 0.1  # in which they are gathered
-ABORT_LIMIT_S = 5
-JACK_HEADER = struct.Struct("!Id")  # the frames of a block, and how many seconds it is away
 
 
 class AudioUnavailable(SocketPairError):
@@ -2354,6 +2340,12 @@ class System(Protocol):
 
     def close(self) -> None:
         """Release all devices. Idempotent."""
+
+
+# --- sound card: PortAudio ------------------------------------------------------------------
+
+PYAUDIO_VERSION = (0, 2, 12)  # before that, its callbacks fail with Python 3.10 and newer
+USUAL_RATES = (8_000, 16_000, 22_050, 32_000, 44_100, 48_000, 88_200, 96_000, 192_000)
 
 
 @contextlib.contextmanager
@@ -2526,6 +2518,14 @@ class SoundSystem:
             return bool(self._portaudio.is_format_supported(rate, **asked))
         except (OSError, ValueError):
             return False
+
+
+# --- sound card: JACK -----------------------------------------------------------------------
+
+# What keeps PortAudio from JACK's library, and from PipeWire's that stands in for it.
+WITHOUT_JACK = {"JACK_DEFAULT_SERVER": "none", "PIPEWIRE_NOJACK": "1"}
+JACK_START_S = 10.0
+JACK_HEADER = struct.Struct("!Id")  # the frames of a block, and how many seconds it is away
 
 
 @functools.cache
@@ -2705,6 +2705,15 @@ def end_with_peer(descriptor: int) -> None:
     poller.register(descriptor, 0)  # which leaves the hang-up
     poller.poll()
     os._exit(EXIT_OK)
+
+
+# --- sound card: in use ---------------------------------------------------------------------
+
+CARD_CHECK_S = 0.25
+CARD_TIMEOUT_S = 4.0
+CARD_RETRY_S = 1.0
+# A sound system that hangs is left to the end of the process.
+CARD_CLOSE_S = 1.0
 
 
 class Opening(NamedTuple):
@@ -3018,6 +3027,14 @@ def list_devices(direction: Direction) -> int:
         raise table
     say(table)
     return EXIT_OK
+
+
+# --- sound card: last words -----------------------------------------------------------------
+
+LAST_WORDS_BYTES = 4096
+LAST_WORDS_LINES = 3
+LAST_WORDS_WAIT_S = 0.1  # in which they are gathered
+ABORT_LIMIT_S = 5
 
 
 class LastWords:

@@ -2197,6 +2197,55 @@ def to_samples(sound: Floats, channels: int) -> bytes:
     return samples
 
 
+class Overlay:
+    """Fades `old` sound out over the sound that comes next."""
+
+    def __init__(self, old: Floats) -> None:
+        self._old = old.copy()
+        self._level = np.arange(len(old), 0, -1, dtype=np.float32)[:, None] / (len(old) + 1)
+
+    def laid_over(self, sound: Floats) -> Floats:
+        """Return `sound`, the next there is, with what is left of the old one in it."""
+        faded = min(len(sound), len(self._old))
+        if not faded:
+            return sound
+        old, level = self._old[:faded], self._level[:faded]
+        self._old, self._level = self._old[faded:], self._level[faded:]
+        sound = sound.copy()
+        sound[:faded] += (old - sound[:faded]) * level
+        return sound
+
+
+class Target:
+    """How far behind the earliest arrivals to play: it goes to what is needed, mostly unheard."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.gliding = 0.0  # how fast it moves, in seconds a second
+        self._is_lowering = False
+        self._lowered_s = 0.0
+
+    def is_far_above(self, needed_s: float) -> bool:
+        """Return whether so much less is needed that it goes down in jumps; not to its very end."""
+        surplus_s = self.seconds - needed_s
+        self._is_lowering = surplus_s > (LOWERED_S if self._is_lowering else UNUSED_S)
+        return self._is_lowering
+
+    def next_jump_s(self, needed_s: float, now_s: float) -> float:
+        """Return how far to jump down at `now_s`: nothing just after another jump."""
+        if now_s - self._lowered_s <= LOWERING_INTERVAL_S:
+            return 0.0
+        self._lowered_s = now_s
+        return min(self.seconds - needed_s, LOWERING_S)
+
+    def glide(self, needed_s: float, elapsed_s: float) -> None:
+        """Move towards `needed_s` as slowly as a speed may change; the sound has to follow."""
+        more_s = needed_s - self.seconds
+        most = math.copysign(math.sqrt(GLIDE_GROWTH * abs(more_s)), more_s)
+        self.gliding += clamp(clamp(most, MAX_GLIDE) - self.gliding, GLIDE_GROWTH * elapsed_s)
+        self.seconds += self.gliding * elapsed_s
+
+
 class Playout:
     """Plays evenly, soon, and at the server's speed what arrives unevenly.
 
@@ -2234,23 +2283,19 @@ class Playout:
         self.arrivals = Arrivals()
         self._reads = EarliestLine(READS_WINDOW_S)
         self.fixed_target_s = fixed_target_s
-        self.target_s = 0.0
+        self.target = Target()
         self.speed = 1.0
         self._next = 0  # the frame that the resampler gets next
         self._asked_frames = 0.0  # as far as all reads reach
         self._playing = False
         self._unplayed = 0  # where to go on
         self._draining = False
-        self._start_s: float | None = None
+        self._start_s = math.inf  # when it is known how much to keep
         self._read_s = 0.0
         self._steered_s = 0.0
         self._error_s = 0.0
-        self._is_lowering = False
-        self._lowered_s = 0.0
-        self._gliding = 0.0  # by how much the target moves, in seconds a second
         self._concealment = Concealment(self._tape.between(0, 0), audio.rate)
-        self._overlay = self._tape.between(0, 0)  # what fades out over the frames that are next
-        self._overlay_level = self._overlay
+        self._overlay = Overlay(self._tape.between(0, 0))
         self._resampler.read(1)  # it takes some frames for itself
         self._next = 0
 
@@ -2280,7 +2325,7 @@ class Playout:
         self._reads = EarliestLine(READS_WINDOW_S)
         self.loop.restart()
         self._stop()
-        self._start_s = None
+        self._start_s = math.inf
 
     # writing
 
@@ -2361,22 +2406,7 @@ class Playout:
         if not self._playing:
             sound = self._concealment.take(frames)
         self._next += len(sound)
-        return self._laid_over(sound)
-
-    def _laid_over(self, sound: Floats) -> Floats:
-        """Return `sound` with what fades out over it."""
-        faded = min(len(sound), len(self._overlay))
-        if faded:
-            old, level = self._overlay[:faded], self._overlay_level[:faded]
-            self._overlay, self._overlay_level = self._overlay[faded:], self._overlay_level[faded:]
-            sound = sound.copy()
-            sound[:faded] += (old - sound[:faded]) * level
-        return sound
-
-    def _lay_over(self, old: Floats) -> None:
-        """Let `old` fade out over what comes next."""
-        level = np.arange(len(old), 0, -1, dtype=np.float32)[:, None] / (len(old) + 1)
-        self._overlay, self._overlay_level = old.copy(), level
+        return self._overlay.laid_over(sound)
 
     def _drop_out(self) -> None:
         if not self._draining:
@@ -2406,18 +2436,18 @@ class Playout:
 
     def _is_time_to_start(self, now_s: float) -> bool:
         """Return whether it is known how much to keep; that is the target then."""
-        if self._start_s is None:
-            self._start_s = now_s + WATCHING_S
+        self._start_s = min(self._start_s, now_s + WATCHING_S)
         if now_s < self._start_s:
             return False
-        self.target_s = self._wanted_target_s()
+        self.target.seconds = self._needed_s()
         return True
 
     def _find_error_s(self) -> float:
         """Return by how much sound is played too late."""
-        return self.lead_s - self.target_s
+        return self.lead_s - self.target.seconds
 
-    def _wanted_target_s(self) -> float:
+    def _needed_s(self) -> float:
+        """Return what the target should be."""
         if self.fixed_target_s is not None:
             return self.arrivals.target_for(self.fixed_target_s)
         return self.arrivals.needed_s
@@ -2425,7 +2455,7 @@ class Playout:
     def _play_from(self, place: int, now_s: float) -> None:
         if now_s - self._steered_s > FORGETTING_S:
             self.loop.restart()
-        self._lay_over(self._concealment.take(int(FADE_S * self.audio.rate)))
+        self._overlay = Overlay(self._concealment.take(int(FADE_S * self.audio.rate)))
         self._go_to(place)
         self._error_s = 0.0
         self._playing = True
@@ -2451,7 +2481,7 @@ class Playout:
         elif abs(error_s) > JUMP_S or abs(error_s - self._error_s) > STEP_S:
             error_s = self._jump_to_target(error_s)
         self._error_s = error_s
-        self._play_at(self.loop.advance(error_s, elapsed_s) - self._gliding)
+        self._play_at(self.loop.advance(error_s, elapsed_s) - self.target.gliding)
 
     def _play_at(self, speed: float) -> None:
         self.speed = speed
@@ -2467,35 +2497,21 @@ class Playout:
             left_s -= self._jump(error_s)
         if abs(left_s) > ALIGNING_S:
             return left_s
-        self.target_s += left_s
+        self.target.seconds += left_s
         return 0.0
 
     def _adapt(self, now_s: float, elapsed_s: float) -> None:
         """Move the target to what is needed: at once where sound comes too late, else unheard."""
-        more_s = self._wanted_target_s() - self.target_s
+        target, needed_s = self.target, self._needed_s()
         if self.fixed_target_s is not None:
-            self.target_s += more_s
-        elif self.arrivals.latest_s > self.target_s:
-            self.target_s -= self._jump(-more_s)
-        elif -more_s > (LOWERED_S if self._is_lowering else UNUSED_S):
-            self._lower(-more_s, now_s)
+            target.seconds = needed_s
+        elif self.arrivals.latest_s > target.seconds:
+            target.seconds -= self._jump(target.seconds - needed_s)
+        elif target.is_far_above(needed_s):
+            if jump_s := target.next_jump_s(needed_s, now_s):
+                target.seconds -= self._jump(jump_s)
         else:
-            self._is_lowering = False
-            self._glide(more_s, elapsed_s)
-
-    def _lower(self, surplus_s: float, now_s: float) -> None:
-        """Leave out some of what is not needed, unless that was done just now."""
-        if now_s - self._lowered_s > LOWERING_INTERVAL_S:
-            self.target_s -= self._jump(min(surplus_s, LOWERING_S))
-            self._lowered_s = now_s
-            self._is_lowering = True
-
-    def _glide(self, more_s: float, elapsed_s: float) -> None:
-        """Let the target move towards `more_s` from here, and the sound with it."""
-        most = math.copysign(math.sqrt(GLIDE_GROWTH * abs(more_s)), more_s)
-        growth = clamp(clamp(most, MAX_GLIDE) - self._gliding, GLIDE_GROWTH * elapsed_s)
-        self._gliding += growth
-        self.target_s += self._gliding * elapsed_s
+            target.glide(needed_s, elapsed_s)
 
     def _jump(self, seconds: float) -> float:
         """Leave out about `seconds` of sound, or repeat them if negative; return how many."""
@@ -2505,7 +2521,7 @@ class Playout:
         place = self._next + round(seconds * self.audio.rate)
         place = self._aligned(min(place, self._tape.end - len(old)), old)
         moved_frames = place - self._next
-        self._lay_over(old)
+        self._overlay = Overlay(old)
         self._go_to(place)
         return moved_frames / self.audio.rate
 

@@ -129,7 +129,7 @@ class Simulation:
             Moment(
                 now_s,
                 self.playout.lead_s,
-                self.playout.target_s,
+                self.playout.target.seconds,
                 self.playout.arrivals.edge_s,
                 self.playout.speed,
                 self.playout.statistics.dropouts,

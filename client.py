@@ -2320,6 +2320,10 @@ class Playout:
         """Play what is left, however little: no more will come."""
         self._draining = True
 
+    def note_underrun(self) -> None:
+        """Count a dropout of the sound card: it ran dry before it asked for the next frames."""
+        self.statistics.dropouts += self._playing
+
     def restart(self) -> None:
         """Resume with a sound card that was away, or stood still for long."""
         self._reads = EarliestLine(READS_WINDOW_S)
@@ -2991,15 +2995,17 @@ class SpeakerOutput:
         self._exchanged = threading.Condition()  # guards the playout, and tells of what was written
         card.open(self._playout.card, self._exchange, self._return)
 
-    def _exchange(self, _samples: bytes | None, frames: int, ahead_s: float) -> bytes:
-        """Return the next `frames`; PortAudio's thread calls this.
+    def _exchange(self, _samples: bytes | None, passage: common.Passage) -> bytes:
+        """Return the next frames; PortAudio's thread calls this.
 
         Where they are not there, it waits a moment: what holds up all of the machine has the
         sound card ask for several blocks at once, often just before the sound comes that was
         held up as well.
         """
-        now_s = time.monotonic()
+        now_s, (frames, ahead_s, is_after_gap) = time.monotonic(), passage
         with self._exchanged:
+            if is_after_gap:
+                self._playout.note_underrun()
             self._exchanged.wait_for(lambda: not self._playout.lacks(frames), PATIENCE_S)
             return self._playout.read(frames, now_s, ahead_s)
 

@@ -2258,9 +2258,21 @@ SPEAKER = Direction(
 )
 DIRECTIONS = {direction.kind: direction for direction in (MICROPHONE, SPEAKER)}
 
-# Called with what was captured, or None; the number of frames; and in how many seconds the first
-# frame is heard, or how many ago it was captured. Returns what to play, or None.
-Exchange = Callable[[bytes | None, int, float], bytes | None]
+
+class Passage(NamedTuple):
+    """How a block goes through a sound card.
+
+    The first of its `frames` is heard in `away_s` seconds, or was captured so long ago. With
+    `is_after_gap` the card had run dry before it (underrun), or had lost sound (overrun).
+    """
+
+    frames: int
+    away_s: float
+    is_after_gap: bool
+
+
+# Called with what was captured, or None. Returns what to play, or None.
+Exchange = Callable[[bytes | None, Passage], bytes | None]
 
 
 class Device(NamedTuple):
@@ -2413,6 +2425,7 @@ class SoundSystem:
         pyaudio = import_pyaudio()
         self._continue: int = pyaudio.paContinue
         self._sample_format: int = pyaudio.paInt16
+        self._gap_flags: int = pyaudio.paOutputUnderflow | pyaudio.paInputOverflow
         self._start: Callable[[], Any] = pyaudio.PyAudio
         with portaudio_errors():
             self._portaudio = self._start()
@@ -2471,9 +2484,11 @@ class SoundSystem:
             raise AudioUnavailable(f"there is no {direction.noun} {device.shown!r} now")
 
         def callback(
-            samples: bytes | None, frames: int, times: Mapping[str, float], _status: int
+            samples: bytes | None, frames: int, times: Mapping[str, float], status: int
         ) -> tuple[bytes | None, int]:
-            return exchange(samples, frames, direction.seconds_away(times)), self._continue
+            is_after_gap = bool(status & self._gap_flags)
+            passage = Passage(frames, direction.seconds_away(times), is_after_gap)
+            return exchange(samples, passage), self._continue
 
         try:
             stream = self._portaudio.open(
@@ -2525,7 +2540,7 @@ class SoundSystem:
 # What keeps PortAudio from JACK's library, and from PipeWire's that stands in for it.
 WITHOUT_JACK = {"JACK_DEFAULT_SERVER": "none", "PIPEWIRE_NOJACK": "1"}
 JACK_START_S = 10.0
-JACK_HEADER = struct.Struct("!Id")  # the frames of a block, and how many seconds it is away
+JACK_HEADER = struct.Struct("!Id?")  # of a block: its Passage
 
 
 @functools.cache
@@ -2594,8 +2609,8 @@ class JackStream:
         with contextlib.suppress(EOFError, OSError):
             while True:
                 block = self._process.link.recv_bytes()
-                frames, away_s = JACK_HEADER.unpack_from(block)
-                played = self._exchange(block[JACK_HEADER.size :] or None, frames, away_s)
+                passage = Passage(*JACK_HEADER.unpack_from(block))
+                played = self._exchange(block[JACK_HEADER.size :] or None, passage)
                 if played is not None:
                     self._process.link.send_bytes(played)
 
@@ -2682,10 +2697,10 @@ def exchange_until_lost(
     """Exchange blocks with the other process until the stream dies; return the exit status."""
     answered = threading.Event()
 
-    def exchange(samples: bytes | None, frames: int, away_s: float) -> bytes | None:
+    def exchange(samples: bytes | None, passage: Passage) -> bytes | None:
         answered.wait()
         try:
-            link.send_bytes(JACK_HEADER.pack(frames, away_s) + (samples or b""))
+            link.send_bytes(JACK_HEADER.pack(*passage) + (samples or b""))
             return link.recv_bytes() if direction is SPEAKER else None
         except (EOFError, OSError):  # the other process has ended
             os._exit(EXIT_OK)
@@ -2766,13 +2781,13 @@ class Flow:
         self.has_begun = False
         self.last_s = self._checked_s = self._stood_s = time.monotonic()
 
-    def exchange(self, samples: bytes | None, frames: int, away_s: float) -> bytes | None:
+    def exchange(self, samples: bytes | None, passage: Passage) -> bytes | None:
         """Pass a block on."""
         self.last_s = time.monotonic()
         if not self.has_begun:
             self._begin(self.last_s)
             self.has_begun = True
-        return self._exchange(samples, frames, away_s)
+        return self._exchange(samples, passage)
 
     def has_stopped(self) -> bool:
         """Return whether no sound has flowed for too long, while this process ran."""

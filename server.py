@@ -2460,10 +2460,10 @@ class Microphone:
     def start(self) -> None:
         """Nothing to do: it captures already."""
 
-    def _hand_over(self, samples: bytes | None, frames: int, ago_s: float) -> None:
-        """Take a block, whose first frame was captured `ago_s` before; PortAudio's thread calls."""
+    def _hand_over(self, samples: bytes | None, passage: common.Passage) -> None:
+        """Take a block; PortAudio's thread calls this."""
         captured = samples or b""
-        self.captured.put(captured, ago_s - frames / self.captured.audio.rate)
+        self.captured.put(captured, passage.away_s - passage.frames / self.captured.audio.rate)
         if self._silence.is_to_be_told(captured):
             # The log may block, as PortAudio's thread must not.
             threading.Thread(target=self._tell_of_silence, name="silence", daemon=True).start()

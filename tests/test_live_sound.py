@@ -43,7 +43,7 @@ def test_other_formats_keep_their_pitch(card: VirtualSoundCard, arguments: tuple
         assert hears_tone(card)
 
 
-def test_the_delay_is_bounded_and_a_stall_leaves_none(
+def test_the_delay_is_bounded_and_a_stall_is_a_dropout_and_leaves_none(
     card: VirtualSoundCard, tmp_path: Path
 ) -> None:
     with start_server(card) as sender, start_client(card, port_of(sender)) as player:
@@ -55,6 +55,9 @@ def test_the_delay_is_bounded_and_a_stall_leaves_none(
         player.signal(signal.SIGCONT)
         assert hears_tone(card)
         assert measure_delay_s(card) < 0.4
+        player.signal(signal.SIGINT)
+        assert player.end() == common.EXIT_OK
+        assert re.search(r" [1-9]\d* dropouts?\b", player.lines[-1]), "it ran dry"
 
 
 def test_a_server_whose_clock_is_fast_is_followed(card: VirtualSoundCard) -> None:

@@ -2356,6 +2356,7 @@ class System(Protocol):
 
 # --- sound card: PortAudio ------------------------------------------------------------------
 
+GAP_FLAGS = 0x02 | 0x04  # of a callback: paInputOverflow, paOutputUnderflow
 PYAUDIO_VERSION = (0, 2, 12)  # before that, its callbacks fail with Python 3.10 and newer
 USUAL_RATES = (8_000, 16_000, 22_050, 32_000, 44_100, 48_000, 88_200, 96_000, 192_000)
 
@@ -2425,7 +2426,6 @@ class SoundSystem:
         pyaudio = import_pyaudio()
         self._continue: int = pyaudio.paContinue
         self._sample_format: int = pyaudio.paInt16
-        self._gap_flags: int = pyaudio.paOutputUnderflow | pyaudio.paInputOverflow
         self._start: Callable[[], Any] = pyaudio.PyAudio
         with portaudio_errors():
             self._portaudio = self._start()
@@ -2486,7 +2486,7 @@ class SoundSystem:
         def callback(
             samples: bytes | None, frames: int, times: Mapping[str, float], status: int
         ) -> tuple[bytes | None, int]:
-            is_after_gap = bool(status & self._gap_flags)
+            is_after_gap = bool(status & GAP_FLAGS)
             passage = Passage(frames, direction.seconds_away(times), is_after_gap)
             return exchange(samples, passage), self._continue
 

@@ -90,7 +90,6 @@ from common import (
     Hashing,
     Held,
     Hello,
-    Keepalive,
     LevelMeter,
     NotPaired,
     Offer,
@@ -634,7 +633,7 @@ def look_up_named(
         try:
             named.append(Source(STDIN, Entry(name or "")) if path == STDIN else look_up(path))
         except (OSError, ValueError) as error:
-            on_problem(path or "an empty name", path, describe_missing(path, error))
+            on_problem(path or "''", path, describe_missing(path, error))
         except NotAFile as error:
             on_problem(path, path, str(error))
     return named
@@ -678,6 +677,8 @@ def describe_missing(path: str, error: OSError | ValueError) -> str:
         return "not a possible name"
     if not isinstance(error, FileNotFoundError):
         return describe_error(error)
+    if not path:
+        return "an empty path: it names no file"
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -1180,7 +1181,6 @@ class ResultReader:
 DEFAULT_RETRY_S = 60.0
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 LAST_WORDS_S = 1.0
-STILL_HERE_INTERVAL_S = common.PROGRESS_TIMEOUT_S / 4
 # What is read and sent at once: as much as takes no longer than this.
 PACE_S = 0.5
 MIN_PACE_BYTES = 16 * 1024
@@ -1370,17 +1370,55 @@ class Pace:
             self.step_bytes = min(common.SEGMENT_BYTES, self.step_bytes * 2)
 
 
+class SignsOfLife:
+    """Tells the server every second that this client lives, while a disk keeps it waiting.
+
+    Use it in a ``with`` block around what may wait so, and writes nothing to the connection. The
+    thread that sends the signs ends with `stop`, or with the connection.
+    """
+
+    def __init__(self) -> None:
+        self._send: Callable[[], object] = bool
+        self._due_s = math.inf
+        self._lock = threading.Lock()  # held while a sign is sent
+        self._is_over = threading.Event()
+        threading.Thread(target=self._run, name="signs of life", daemon=True).start()
+
+    def by(self, send: Callable[[], object]) -> SignsOfLife:
+        """Return itself, to have the signs of the next ``with`` block sent by `send`."""
+        self._send = send
+        return self
+
+    def __enter__(self) -> None:
+        self._due_s = time.monotonic() + common.KEEPALIVE_INTERVAL_S
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._due_s = math.inf
+
+    def stop(self) -> None:
+        """Send none any more. Idempotent."""
+        self._is_over.set()
+
+    def _run(self) -> None:
+        with contextlib.suppress(ConnectionLost):  # whoever writes next finds that out
+            while not self._is_over.wait(common.KEEPALIVE_INTERVAL_S / 2):
+                with self._lock:
+                    if time.monotonic() >= self._due_s:
+                        self._send()
+                        self._due_s = time.monotonic() + common.KEEPALIVE_INTERVAL_S
+
+
 class Content:
     """What a file, or standard input, holds from where the server needs it, read step by step.
 
-    Where that takes long, the server is told meanwhile that this client lives. Use it in a
-    ``with`` block. Raises OSError, and OfferAgain or FileChanged where it is not what was offered.
+    Use it in a ``with`` block. Raises OSError, and OfferAgain or FileChanged where it is not what
+    was offered.
     """
 
-    def __init__(self, connection: Connection, transfer: UnderWay) -> None:
-        self._connection = connection
+    def __init__(self, transfer: UnderWay) -> None:
         self._source = transfer.source
-        self._is_stdin = transfer.source.path == STDIN
+        self.is_stdin = transfer.source.path == STDIN
         self._file = open_source(transfer)
 
     def __enter__(self) -> Content:
@@ -1396,30 +1434,13 @@ class Content:
         """
         have, deadline = 0, Deadline(PACE_S)
         while have < len(view):
-            if self._is_stdin and not self._wait_for_stdin(deadline if have else None):
+            if self.is_stdin and have and not has_stdin(deadline.remaining()):
                 break
             size = self._file.readinto(view[have:])  # type: ignore[attr-defined]
             have += size or 0
             if not (size and deadline.remaining()):
                 break
         return have
-
-    def _wait_for_stdin(self, deadline: Deadline | None) -> bool:
-        """Block until standard input has something, or until `deadline`; return whether it has."""
-        if not deadline:
-            self._connection.flush()  # what has been read so far
-        if sys.platform == "win32":
-            return True  # select() there knows sockets only: a pipe silent for a minute is cut off
-        while True:
-            seconds = deadline.remaining() if deadline else STILL_HERE_INTERVAL_S
-            if select.select([0], [], [], seconds)[0]:
-                return True
-            if deadline:
-                return False
-            self._still_here()
-
-    def _still_here(self) -> None:
-        self._connection.write(LENGTH.pack(STILL_HERE))
 
     def compare(self, checksum: str) -> Sent:
         """Return how the content was sent, of which all that was offered has this SHA-256.
@@ -1439,11 +1460,15 @@ class Content:
         if position < then.st_size or not (has_grown or is_as_offered(then, now)):
             raise FileChanged
         self._file.seek(0)
-        keepalive = Keepalive(self._still_here)
-        descriptor = self._file.fileno()
-        if calculate_checksum(descriptor, then.st_size, on_progress=keepalive) != checksum:
+        if calculate_checksum(self._file.fileno(), then.st_size) != checksum:
             raise FileChanged
         return Sent(checksum, ", as it was: it has grown since" if has_grown else "")
+
+
+def has_stdin(seconds: float) -> bool:
+    """Block until standard input has something, or has ended; return False after `seconds`."""
+    # On Windows select() knows sockets only.
+    return sys.platform == "win32" or bool(select.select([0], [], [], seconds)[0])
 
 
 def open_source(transfer: UnderWay) -> BinaryIO:
@@ -1479,6 +1504,7 @@ class Upload:
         self._progress = progress
         self._offered: list[Batch] = []
         self._pace = Pace()
+        self._signs = SignsOfLife()
         self._stdin_is_begun = False
         self._file_bytes = 0  # handed over to the connection
         connection.prefer_bbr()
@@ -1486,12 +1512,19 @@ class Upload:
 
     def close(self) -> None:
         """Hang up; what is not decided goes back to where it was taken from. Idempotent."""
+        self._signs.stop()
         left = [batch.sources[index] for batch in self._offered for index in batch.undecided()]
         if left:
             self._connection.abort()
         self._connection.close()
         self._give_back(left)
         self._offered = []
+
+    def _send_hashing(self) -> None:
+        self._connection.send(Hashing())
+
+    def _send_still_here(self) -> None:
+        self._connection.write(LENGTH.pack(STILL_HERE))
 
     def _give_back(self, sources: Iterable[Source]) -> None:
         for source in sources:
@@ -1525,7 +1558,8 @@ class Upload:
 
     def _offer(self) -> Batch:
         """Offer the next batch, if there is one, and send what is queued."""
-        batch = Batch(self._backlog.take())
+        with self._signs.by(self._send_hashing):
+            batch = Batch(self._backlog.take())
         if batch.sources:
             self._offered.append(batch)
             entries = [source.entry for source in batch.sources]
@@ -1554,12 +1588,6 @@ class Upload:
 
     def _compare(self, batch: Batch, held: Held) -> dict[int, Digests]:
         """Answer with the SHA-256 of what the server holds of its files; return them by index."""
-        keepalive = Keepalive(lambda: self._connection.send(Hashing()))
-
-        def advance(size: int) -> None:
-            self._progress.move(size)
-            keepalive(size)
-
         found: dict[int, Digests] = {}
         for index, lengths in held.entries:
             if index >= len(batch.sources):
@@ -1568,7 +1596,8 @@ class Upload:
                 raise ProtocolError("received a held of what has no size")
             source = batch.sources[index]
             self._progress.start(source, 0, "comparing ")
-            found[index] = hash_prefixes(source, lengths, advance)
+            with self._signs.by(self._send_hashing):
+                found[index] = hash_prefixes(source, lengths, self._progress.move)
         self._connection.send(
             Prefixes(
                 [
@@ -1631,13 +1660,10 @@ class Upload:
         source, size = transfer.source, transfer.source.entry.size
         if source.found is None or size is None or size > SMALL_FILE_BYTES or transfer.offset:
             return False
-        descriptor = open_for_reading(source.path)
-        try:
-            content = os.read(descriptor, size + 1)
-            if len(content) != size or not is_same(source.found, os.fstat(descriptor)):
-                return False
-        finally:
-            os.close(descriptor)
+        with self._signs.by(self._send_still_here):
+            content = read_small(source.path, source.found)
+        if content is None:
+            return False
         digest = hashlib.sha256(content)
         batch.end(transfer.number, Sent(digest.hexdigest()))
         segment = LENGTH.pack(size) + content if size else b""
@@ -1652,24 +1678,37 @@ class Upload:
         """
         size, digest = transfer.source.entry.size, transfer.digest or hashlib.sha256()
         left = sys.maxsize if size is None else size - transfer.offset
-        with Content(self._connection, transfer) as content:
+        with self._signs.by(self._send_still_here):
+            content = Content(transfer)
+        with content:
             self._stdin_is_begun |= transfer.source.path == STDIN
             with blocks_for(size, digest.update) as blocks:
                 while left and (sent := self._send_step(content, blocks, left)):
                     if batch.is_decided(transfer.number):
                         raise SocketPairError("the server has failed it")
                     left -= sent
-            return content.compare(digest.hexdigest())
+            with self._signs.by(self._send_still_here):
+                return content.compare(digest.hexdigest())
 
     def _send_step(self, content: Content, blocks: common.Blocks, most: int) -> int:
         """Send the next of a file, `most` bytes at most; return how many: none at its end."""
         with self._pace:
             block = blocks.take()[: min(most, self._pace.step_bytes)]
-            if size := content.read_into(block):
+            if content.is_stdin:
+                self._wait_for_stdin()
+            with self._signs.by(self._send_still_here):
+                size = content.read_into(block)
+            if size:
                 blocks.give(block[:size])  # is hashed while it is sent
                 self._connection.send_segment(block[:size])
                 self._count(size)
             return size
+
+    def _wait_for_stdin(self) -> None:
+        """Send what has been read so far, and block until standard input has more, or has ended."""
+        self._connection.flush()
+        while not has_stdin(common.KEEPALIVE_INTERVAL_S):
+            self._send_still_here()
 
     def _count(self, size: int) -> None:
         self._file_bytes += size
@@ -1718,6 +1757,17 @@ def hash_prefixes(
     except OSError:
         digests.clear()
     return digests
+
+
+def read_small(path: str, then: os.stat_result) -> bytes | None:
+    """Return what a small file holds, None if anything has happened to it. Raises OSError."""
+    descriptor = open_for_reading(path)
+    try:
+        content = os.read(descriptor, then.st_size + 1)
+        is_whole = len(content) == then.st_size
+        return content if is_whole and is_same(then, os.fstat(descriptor)) else None
+    finally:
+        os.close(descriptor)
 
 
 def open_file(source: Source) -> BinaryIO:
@@ -3468,15 +3518,19 @@ WRITERS: Mapping[str, Callable[[Create, AudioFormat], Writer]] = {
 }
 
 
+def ending_of(path: str) -> str:
+    """Return the ending of a file's name, which tells its kind, in lower case."""
+    return os.path.splitext(path)[1].lower()
+
+
 def find_writer(path: str) -> Callable[[Create, AudioFormat], Writer]:
-    """Return what writes files with the ending of `path`; raises SocketPairError."""
-    ending = os.path.splitext(path)[1].lower()
+    """Return what writes files with the ending of `path`, one of ``WRITERS``.
+
+    Raises SocketPairError where there can be no such file, or its package is missing.
+    """
+    ending = ending_of(path)
     if os.path.isdir(os.path.expanduser(path)):
         raise SocketPairError(f"cannot record into {escape(path)}: it is a folder")
-    if ending not in WRITERS:
-        raise SocketPairError(
-            f"cannot record into {escape(path)}: only {', '.join(WRITERS)} are written"
-        )
     if ending != ".wav":
         check_av(ending)
     return WRITERS[ending]
@@ -3563,11 +3617,9 @@ def find_destinations(
 
     Raises SocketPairError where one cannot be had.
     """
-    if record == STDOUT:
-        raise SocketPairError("--record takes a file: use --output - for standard output")
     if output == STDOUT:
         yield Pipe()
-    elif output is not None and output.lower().endswith((*WRITERS, *OTHER_ENDINGS)):
+    elif output is not None and output.lower().endswith(tuple(WRITERS)):
         yield RecordingFiles(output, console)
     else:
         yield from find_speaker(lambda: find_card(output), console, is_needed=record is None)
@@ -3954,12 +4006,15 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
     sound = parser.add_argument_group("audio mode")
     sound.add_argument(
         "--output",
-        type=common.device_name,
+        type=destination_name,
         metavar="SPEAKER",
         help="a loudspeaker's name or number, a file (.wav .flac .opus), or - for raw 16-bit PCM",
     )
     sound.add_argument(
-        "--record", metavar="FILE", help="write it to a file as well: .wav, .flac or .opus"
+        "--record",
+        type=recording_name,
+        metavar="FILE",
+        help="write it to a file as well: .wav, .flac or .opus",
     )
     sound.add_argument(
         "--latency",
@@ -3992,6 +4047,23 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop after S seconds",
     )
     sound.add_argument("--list-devices", action="store_true", help="show the loudspeakers and exit")
+
+
+def destination_name(text: str) -> str:
+    """Return `text` as what ``--output`` names, for argparse."""
+    name = common.device_name(text)
+    return recording_name(name) if name.lower().endswith(OTHER_ENDINGS) else name
+
+
+def recording_name(text: str) -> str:
+    """Return `text` as what a recording is called, for argparse."""
+    if text == STDOUT:
+        raise argparse.ArgumentTypeError("it takes a file: use --output - for standard output")
+    if ending_of(text) not in WRITERS:
+        is_folder = os.path.isdir(os.path.expanduser(text))
+        reason = "it is a folder" if is_folder else f"only {', '.join(WRITERS)} are written"
+        raise argparse.ArgumentTypeError(f"cannot record into {text!r}: {reason}")
+    return text
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

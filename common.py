@@ -599,12 +599,11 @@ def load_identity(context: ssl.SSLContext, seed: bytes, certificate: bytes) -> N
 #     server  Start     for each entry: the offset to send from, or its outcome
 #     client            for each entry to send, in order: segments (a length and so many bytes),
 #                       then END_OF_FILE and the 32-byte SHA-256 of the whole, or GIVEN_UP;
-#                       STILL_HERE at times, when a pipe has nothing to send, or while a file
-#                       that was touched meanwhile is read once more
+#                       STILL_HERE every second in which a disk or a pipe gives it nothing
 #     server  Results   the outcomes of entries, told as soon as there is nothing else to do
 #
-# Held and Prefixes are left out where nothing is held. Whoever hashes for long sends Hashing every
-# second meanwhile.
+# Held and Prefixes are left out where nothing is held. Whoever hashes for long, or takes long to
+# find what to offer next, sends Hashing every second meanwhile.
 #
 # Sound: each frame of the server's holds an AudioBlock, the last one a StreamEnd. A client that
 # wants Opus is sent OpusBlocks; an AudioBlock is a sign of life there, and empty. A client that

@@ -2194,12 +2194,15 @@ class Reception:
 
     def receive_offer(self) -> Offer | None:
         """Return the next batch; None when the client has hung up instead: it is done."""
-        try:
-            self._connection.wait_for_frame()
-        except PeerClosed:
-            return None
-        with self._in_turn():
-            return self._connection.receive(Offer)
+        while True:
+            try:
+                self._connection.wait_for_frame()
+            except PeerClosed:
+                return None
+            with self._in_turn():
+                message = self._connection.receive(Offer, Hashing)
+            if isinstance(message, Offer):
+                return message
 
     @contextlib.contextmanager
     def _in_turn(self) -> Iterator[None]:
@@ -2697,12 +2700,17 @@ def find_wav_samples(file: BinaryIO) -> WavSamples:
 
 
 def parse_wav_format(fields: bytes) -> AudioFormat:
-    """Return what a ``fmt`` chunk says; raises NotPlainWav where that is not 16-bit PCM."""
+    """Return what a ``fmt`` chunk says.
+
+    Raises NotPlainWav where that is not 16-bit PCM, Unplayable where it cannot be sound at all.
+    """
     if len(fields) < WAV_FORMAT.size:
         raise NotPlainWav("WAV with a broken header")
     encoding, channels, rate, _, frame_bytes, bits = WAV_FORMAT.unpack_from(fields)
     if encoding == WAV_EXTENSIBLE and len(fields) == WAV_FORMAT_BYTES:
         encoding = int.from_bytes(fields[24:26], "little")
+    if not channels or not rate:
+        raise Unplayable(f"its header says that it has {channels} channels at {rate} Hz")
     audio = AudioFormat(rate, channels)
     if encoding != WAV_PCM:
         raise NotPlainWav(f"WAV with {WAV_ENCODINGS.get(encoding, 'compressed')} samples")

@@ -30,7 +30,7 @@ from sound import (
     write_wav,
 )
 from sound_card import RATE
-from support import small_disk
+from support import run_script, small_disk
 from waiting import wait_for
 
 STEREO = AudioFormat(44_100, 2)
@@ -210,7 +210,6 @@ def test_where_there_are_no_hard_links_a_recording_is_made_all_the_same(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("talk.mp3", "only .wav, .flac, .opus are written"),
         ("folder.wav", "it is a folder"),
         ("nowhere/talk.wav", "no such folder"),
     ],
@@ -226,15 +225,24 @@ def test_what_cannot_be_recorded_into_is_a_line(
         ends_with_one_line(listening, name, words)
 
 
-@pytest.mark.parametrize("name", ["", "talk", "talk.txt"])
-def test_a_folder_or_an_ending_that_is_not_written_is_refused_for_record(
-    silent_machine: dict[str, str], tmp_path: Path, name: str
+@pytest.mark.parametrize(
+    ("option", "name", "words"),
+    [
+        ("--output", "talk.mp3", "only .wav, .flac, .opus are written"),
+        ("--record", "talk.xyz", "only .wav, .flac, .opus are written"),
+        ("--record", "", "only .wav, .flac, .opus are written"),
+        ("--record", ".", "it is a folder"),
+        ("--record", "-", "use --output - for standard output"),
+    ],
+)
+def test_what_no_recording_can_be_is_a_wrong_argument(
+    tmp_path: Path, option: str, name: str, words: str
 ) -> None:
-    arguments = ["--port", "1", "--output", str(tmp_path / "x.wav")]
-    arguments += ["--record", str(tmp_path / name)]
-    with Script("client.py", *arguments, environment=silent_machine) as listening:
-        ends_with_one_line(listening, "cannot record into")
-    assert not list(tmp_path.parent.glob(f"{tmp_path.name} (*"))
+    result = run_script("client.py", "audio", option, name, cwd=tmp_path)
+    assert result.status == common.EXIT_USAGE
+    assert len(result.error_lines) == 1
+    assert f"argument {option}: " in result.error_lines[0]
+    assert words in result.error_lines[0]
 
 
 @pytest.mark.parametrize("ending", [".flac", ".opus"])

@@ -15,7 +15,6 @@ from sound import (
     MONO,
     OTHER_HZ,
     Script,
-    ends_with_one_line,
     is_heard,
     make_tone,
     numbered_frames,
@@ -114,8 +113,6 @@ def test_raw_samples_are_not_written_to_a_terminal(card: VirtualSoundCard) -> No
     ) as player:
         assert player.end() == common.EXIT_FAILED
         assert "terminal" in player.text()
-    with start_client(card, "1", "--record", "-") as player:
-        ends_with_one_line(player, "--output -")
 
 
 def test_what_comes_last_is_played_before_the_client_ends(card: VirtualSoundCard) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import common
-from peers import socket_pair
+from conversation import honest_server
+from peers import FakeServer, socket_pair
 from support import (
     UP,
     Proxy,
@@ -22,6 +23,7 @@ from support import (
     linux,
     make_file,
     partial_size,
+    run_script,
     wait_for,
 )
 
@@ -29,10 +31,10 @@ with_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="delays 
 KIB = 1024
 
 
-def slowed(call: str, delay_ms: int, *paths: Path) -> tuple[str, ...]:
+def slowed(call: str, delay_ms: int, *paths: Path, which: str = "1+") -> tuple[str, ...]:
     """Return what runs a program whose system calls about `paths` take so long."""
     about = [word for path in paths for word in ("-P", str(path))]
-    delay = f"inject={call}:delay_exit={delay_ms * 1000}"
+    delay = f"inject={call}:delay_exit={delay_ms * 1000}:when={which}"
     return ("strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", *about, "-e", delay)
 
 
@@ -50,6 +52,28 @@ def test_files_that_are_slow_to_open_or_look_up_are_sent_meanwhile(
         assert not (server.folder / "tree" / "11").exists()
         assert client.wait().status == 0
     assert contents(server.folder / "tree") == contents(tree)
+
+
+@with_strace
+@pytest.mark.parametrize(
+    ("call", "is_held"),
+    [("newfstatat", False), ("openat", True), ("openat", False)],
+    ids=["looked up", "compared", "sent"],
+)
+def test_one_call_of_a_disk_that_takes_too_long_costs_no_connection(
+    inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, is_held: bool
+) -> None:
+    """Longer than the server waits for a client that says nothing."""
+    source = make_file(tmp_path / "tree" / "file", 100 * KIB)
+    inbox.mkdir()
+    if is_held:
+        make_file(inbox / "tree" / "file", 100 * KIB)
+    monkeypatch.setattr(common, "PROGRESS_TIMEOUT_S", 3.0)  # of the server, in this process
+    with FakeServer(honest_server(inbox)) as fake:
+        arguments = ("file", "--port", str(fake.port), "--retry", "0", str(source.parent))
+        result = run_script("client.py", *arguments, wrapper=slowed(call, 8_000, source, which="1"))
+    assert result.status == 0, result
+    assert contents(inbox / "tree") == {"file": source.read_bytes()}
 
 
 def limited(bytes_per_s: float) -> Callable[[int, int, bytes], bytes]:

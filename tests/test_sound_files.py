@@ -196,6 +196,19 @@ def test_more_channels_than_can_be_sent_are_a_line(
         ends_with_one_line(sender, "many.wav", "40 channels cannot be mixed")
 
 
+@pytest.mark.parametrize(("rate", "channels"), [(48_000, 0), (0, 1)])
+def test_a_wav_file_without_channels_or_rate_is_told_as_that(
+    tmp_path: Path, rate: int, channels: int
+) -> None:
+    path = tmp_path / "none.wav"
+    write_wav(path, bytes(8_000), AudioFormat(48_000, 1))
+    header = bytearray(path.read_bytes())
+    header[22:28] = struct.pack("<HI", channels, rate)
+    path.write_bytes(header)
+    with pytest.raises(server.Unplayable, match=f"it has {channels} channels at {rate} Hz"):
+        server.find_sound(str(path), None, None)
+
+
 def cut(path: Path) -> None:
     """Leave off a file's last quarter, and half a frame."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4 + 1])

@@ -4004,6 +4004,19 @@ def add_file_arguments(parser: argparse.ArgumentParser) -> None:
 def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of audio mode."""
     sound = parser.add_argument_group("audio mode")
+    add_destination_arguments(sound)
+    add_playing_arguments(sound)
+    sound.add_argument(
+        "--seconds",
+        type=common.number(float, 0.001, FOREVER_S),
+        metavar="S",
+        help="stop after S seconds",
+    )
+    sound.add_argument("--list-devices", action="store_true", help="show the loudspeakers and exit")
+
+
+def add_destination_arguments(sound: argparse._ArgumentGroup) -> None:
+    """Add those about where the sound goes."""
     sound.add_argument(
         "--output",
         type=destination_name,
@@ -4016,6 +4029,10 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write it to a file as well: .wav, .flac or .opus",
     )
+
+
+def add_playing_arguments(sound: argparse._ArgumentGroup) -> None:
+    """Add those about how the sound is sent and played."""
     sound.add_argument(
         "--latency",
         type=common.number(float, 0, MAX_LATENCY_MS),
@@ -4040,13 +4057,6 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the server has all play in step (--sync): play so much later, or earlier if "
         "negative (%(default)g)",
     )
-    sound.add_argument(
-        "--seconds",
-        type=common.number(float, 0.001, FOREVER_S),
-        metavar="S",
-        help="stop after S seconds",
-    )
-    sound.add_argument("--list-devices", action="store_true", help="show the loudspeakers and exit")
 
 
 def destination_name(text: str) -> str:

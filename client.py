@@ -2818,8 +2818,8 @@ class InStep:
         return self.is_ready and not self._leaving.is_off
 
     def forget_card(self) -> None:
-        """Begin anew to see when sample frames leave the loudspeaker."""
-        self._leaving.interrupt()
+        """Begin a new line of what leaves the loudspeaker."""
+        self._leaving = common.TimeLine(self._card_rate)
 
     def note_block(self, frames: int, end_frame: int, captured_s: float, now_s: float) -> None:
         """Note that `frames` of sound came at `now_s`, of which the last is before `end_frame`.
@@ -2887,11 +2887,6 @@ class SyncedPlayout(Playout):
         if samples:
             frames = self.audio.frames_of(samples)
             self.step.note_block(frames, self._tape.end, captured_s, now_s)
-
-    def note_underrun(self) -> None:
-        """Count a dropout; when the next frames leave the loudspeaker is to be seen anew."""
-        super().note_underrun()
-        self.step.forget_card()
 
     def restart(self) -> None:
         """Resume with a sound card that was away, or stood still for long."""

@@ -1926,9 +1926,6 @@ LINE_MAX_SPEED_ERROR = 500e-6
 # so many do not.
 LINE_STEP_S = 0.003
 LINE_STEP_WINDOWS = 5
-# A card that begins, or begins again, takes its first blocks at once, and does not know yet when it
-# will play them.
-LINE_FIRST_SIGHTINGS = 8
 
 
 class TimeLine:
@@ -1944,7 +1941,6 @@ class TimeLine:
         self._stretch = 0.0  # how much longer a sample frame takes than by the rate's name
         self._frame = 0
         self._time_s = -math.inf
-        self._first_sightings = LINE_FIRST_SIGHTINGS
         self._age_s = 0.0  # since it has stepped
         self._window_s = 0.0
         self._errors_s: list[float] = []  # in this window
@@ -1962,8 +1958,7 @@ class TimeLine:
         `frame` must not be lower than any before. Steps where sightings are off for long.
         """
         frames = frame - self._frame
-        if self._first_sightings:
-            self._first_sightings -= 1
+        if self._time_s == -math.inf:
             self._time_s = time_s
         else:
             self._time_s += frames * self._period_s
@@ -1973,12 +1968,6 @@ class TimeLine:
         if self._window_s >= LINE_WINDOW_S:
             self._end_window()
         return self._time_s
-
-    def interrupt(self) -> None:
-        """Begin anew with the next sighting, at the speed that is known: all has stood still."""
-        self._first_sightings = LINE_FIRST_SIGHTINGS
-        self._age_s = self._window_s = 0.0
-        self._errors_s, self._off_windows = [], 0
 
     def _end_window(self) -> None:
         error_s, span_s = sorted(self._errors_s)[len(self._errors_s) // 2], self._window_s

@@ -37,7 +37,7 @@ def test_late_callbacks_move_the_line_by_less_than_250_us(
     for frame in range(0, 60 * RATE, block):
         true_s = 1000 + frame * period_s
         seen_s = line.see(frame, true_s + late(chance))
-        assert abs(seen_s - true_s) < (2e-3 if frame > RATE else 7e-3)
+        assert abs(seen_s - true_s) < 2e-3
         if frame > 30 * RATE:  # half of the callbacks are later than this
             assert abs(seen_s - true_s - 300e-6 * math.log(2)) < 250e-6
 
@@ -67,19 +67,3 @@ def test_wrong_times_for_some_seconds_do_not_teach_a_speed_that_no_card_has() ->
         wrong_s = 1.2e-3 * max(0.0, frame / RATE - 10)  # as a stalled sound system tells them
         line.see(frame, frame / RATE + wrong_s)
         assert abs(line.speed - 1) < 510e-6
-
-
-def test_after_an_interruption_the_line_is_right_at_once_and_the_speed_stays() -> None:
-    line, speed = TimeLine(RATE), 1 + 200e-6
-    for frame in range(0, 60 * RATE, 240):
-        line.see(frame, frame / (RATE * speed))
-    line.interrupt()
-    learnt = line.speed
-    for frame in range(60 * RATE, 62 * RATE, 240):
-        true_s = frame / (RATE * speed) + 0.02
-        # The card takes three blocks at once, and tells a wrong delay meanwhile.
-        wrong_s = -0.015 if frame < 60 * RATE + 3 * 240 else 0.0
-        seen_s = line.see(frame, true_s + wrong_s)
-        if not wrong_s:
-            assert abs(seen_s - true_s) < 100e-6
-    assert abs(line.speed - learnt) < 5e-6

@@ -2939,6 +2939,12 @@ class SyncedPlayout(Playout):
 STDOUT = "-"
 DRAIN_LIMIT_S = 2.0
 CARD_BUFFER_S = 0.15
+# PulseAudio takes 5 ms at once: with blocks of 4 ms its requests wander to and fro by milliseconds
+# on a busy machine. What 10 ms make of a card's buffer, some 30, lasts while programs compete.
+BLOCK_MS, LONGEST_BLOCK_MS = 5.0, 10.0
+# Where it is known for how long sound waits, half of that is the card's at most: four blocks, of
+# which three are in its buffer.
+BLOCKS_OF_WAIT = 8
 
 
 class ReaderGone(SocketPairError):
@@ -3021,7 +3027,8 @@ class Speaker:
             step = InStep(sync, audio, card_format.rate, self._delay_s)
             return SyncedPlayout(audio, card_format, step)
 
-        return SpeakerOutput(self._card, make_playout, sync, self._console)
+        wait_s = self._latency_s if sync is None else sync.after_s + self._delay_s
+        return SpeakerOutput(self._card, wait_s, make_playout, sync, self._console)
 
     def close(self) -> None:
         """Close the card."""
@@ -3034,6 +3041,7 @@ class SpeakerOutput:
     def __init__(
         self,
         card: SoundCard,
+        wait_s: float | None,
         make_playout: Callable[[Sync | None], Playout],
         sync: Sync | None,
         console: Console,
@@ -3043,7 +3051,9 @@ class SpeakerOutput:
         self._playout = make_playout(sync)
         self._advice = StepAdvice(console)
         self._exchanged = threading.Condition()  # guards the playout, and tells of what was written
-        card.open(self._playout.card, self._exchange, self._return)
+        block_ms, longest_ms = find_blocks_ms(wait_s)
+        passing = common.Passing(self._playout.card, block_ms, longest_ms, self._exchange)
+        card.open(passing, self._return)
 
     def _exchange(self, _samples: bytes | None, passage: common.Passage) -> bytes:
         """Return the next frames; PortAudio's thread calls this.
@@ -3086,7 +3096,7 @@ class SpeakerOutput:
         self._playout.drain()
         deadline = Deadline(DRAIN_LIMIT_S)
         while self._playout.fill_frames and deadline.remaining():
-            time.sleep(common.PLAYBACK_BLOCK_MS / 1000)
+            time.sleep(BLOCK_MS / 1000)
         time.sleep(CARD_BUFFER_S)
 
     def close(self) -> None:
@@ -3106,6 +3116,17 @@ class SpeakerOutput:
 
     def _count_dropouts(self) -> str:
         return count(self._playout.statistics.dropouts, "dropout")
+
+
+def find_blocks_ms(wait_s: float | None) -> tuple[float, float]:
+    """Return how much sound a card gets at once, at first and at most.
+
+    `wait_s` is for how long sound waits until it is played, None where that is to be short.
+    """
+    if wait_s is None:
+        return BLOCK_MS, LONGEST_BLOCK_MS
+    block_ms = min(max(wait_s * 1000 / BLOCKS_OF_WAIT, BLOCK_MS), LONGEST_BLOCK_MS)
+    return block_ms, block_ms
 
 
 class StepAdvice:

@@ -2203,13 +2203,6 @@ class Keepalive:
 
 # --- sound card: devices --------------------------------------------------------------------
 
-# PortAudio makes its buffers out of these, for a latency of 8.7 ms that PyAudio does not let be
-# chosen: of 2.5 ms it captures two at once, of 3 ms each by itself, which comes 3 ms earlier in the
-# mean. PulseAudio takes 5 ms at once: with playback blocks of 4 ms its requests wander to and fro
-# by milliseconds on a busy machine.
-CAPTURE_BLOCK_MS = 3.0
-PLAYBACK_BLOCK_MS = 5.0
-
 
 class AudioUnavailable(SocketPairError):
     """No sound card, or none that does what is asked; its words say what would help."""
@@ -2219,7 +2212,6 @@ class Direction(NamedTuple):
     """Which way sound goes through a sound card, and the words for it."""
 
     kind: str
-    block_ms: float
     noun: str
     option: str
     channels_field: str
@@ -2239,7 +2231,6 @@ class Direction(NamedTuple):
 
 MICROPHONE = Direction(
     kind="input",
-    block_ms=CAPTURE_BLOCK_MS,
     noun="microphone",
     option="--input",
     channels_field="maxInputChannels",
@@ -2248,7 +2239,6 @@ MICROPHONE = Direction(
 )
 SPEAKER = Direction(
     kind="output",
-    block_ms=PLAYBACK_BLOCK_MS,
     noun="loudspeaker",
     option="--output",
     channels_field="maxOutputChannels",
@@ -2328,6 +2318,24 @@ def describe_choice(devices: Sequence[Device]) -> str:
     return ", ".join(f"{device.number} {device.shown}" for device in devices)
 
 
+class Passing(NamedTuple):
+    """Sound that is to pass a card: of this format, `block_ms` at once through `exchange`.
+
+    PortAudio makes a card's buffer of some three such blocks, and PyAudio lets nothing else be
+    chosen. A card that runs dry again and again gets `longest_block_ms` at once.
+    """
+
+    audio: AudioFormat
+    block_ms: float
+    longest_block_ms: float
+    exchange: Exchange
+
+    @property
+    def block_frames(self) -> int:
+        """The sample frames of a block."""
+        return self.audio.frames_in(self.block_ms)
+
+
 class Stream(Protocol):
     """Sound flowing through an open device."""
 
@@ -2344,9 +2352,7 @@ class System(Protocol):
     def restart(self) -> None:
         """Forget all devices and streams, and see which devices there are now."""
 
-    def open(
-        self, direction: Direction, device: Device, audio: AudioFormat, exchange: Exchange
-    ) -> Stream:
+    def open(self, direction: Direction, device: Device, passing: Passing) -> Stream:
         """Have sound flow through the device of that name; raises AudioUnavailable."""
 
     def close(self) -> None:
@@ -2470,10 +2476,8 @@ class SoundSystem:
             return [d for d in devices if d.number == number] or devices
         return devices
 
-    def open(
-        self, direction: Direction, device: Device, audio: AudioFormat, exchange: Exchange
-    ) -> Stream:
-        """Have PortAudio's own thread call `exchange` for every block.
+    def open(self, direction: Direction, device: Device, passing: Passing) -> Stream:
+        """Have PortAudio's own thread call `passing.exchange` for every block.
 
         Raises AudioUnavailable where there is no device of that name and sound system now, or it
         does not do it, saying what it can.
@@ -2487,14 +2491,15 @@ class SoundSystem:
         ) -> tuple[bytes | None, int]:
             is_after_gap = bool(status & GAP_FLAGS)
             passage = Passage(frames, direction.seconds_away(times), is_after_gap)
-            return exchange(samples, passage), self._continue
+            return passing.exchange(samples, passage), self._continue
 
+        audio = passing.audio
         try:
             stream = self._portaudio.open(
                 rate=audio.rate,
                 channels=audio.channels,
                 format=self._sample_format,
-                frames_per_buffer=audio.frames_in(direction.block_ms),
+                frames_per_buffer=passing.block_frames,
                 stream_callback=callback,
                 **{direction.kind: True, f"{direction.kind}_device_index": now.number},
             )
@@ -2647,17 +2652,16 @@ class JackSystem:
         new.sort(key=lambda device: device.host_api == "ALSA")  # whose JACK part is a bridge
         return [device._replace(number=first + place) for place, device in enumerate(new)]
 
-    def open(
-        self, direction: Direction, device: Device, audio: AudioFormat, exchange: Exchange
-    ) -> Stream:
+    def open(self, direction: Direction, device: Device, passing: Passing) -> Stream:
         """Open the device in a process of its own; raises AudioUnavailable with its words."""
-        process = JackProcess({"kind": direction.kind, "device": device, "audio": audio})
+        how = {"audio": passing.audio, "block_ms": passing.block_ms}
+        process = JackProcess({"kind": direction.kind, "device": device, **how})
         try:
             process.receive_answer()
         except BaseException:
             process.close()
             raise
-        return JackStream(process, exchange)
+        return JackStream(process, passing.exchange)
 
     def close(self) -> None:
         """Nothing to do: streams are closed one by one."""
@@ -2705,7 +2709,8 @@ def exchange_until_lost(
             os._exit(EXIT_OK)
 
     device, audio = Device(*request["device"]), AudioFormat(*request["audio"])
-    stream = system.open(direction, device, audio, exchange)
+    block_ms = request["block_ms"]
+    stream = system.open(direction, device, Passing(audio, block_ms, block_ms, exchange))
     answer(link, {"devices": [device]})
     answered.set()
     while stream.is_active():
@@ -2728,17 +2733,23 @@ CARD_TIMEOUT_S = 4.0
 CARD_RETRY_S = 1.0
 # A sound system that hangs is left to the end of the process.
 CARD_CLOSE_S = 1.0
+# A card that has so many gaps within so long has too small a buffer for its machine.
+GAPS, GAPS_S = 4, 30.0
 
 
 class Opening(NamedTuple):
-    """A request to a sound card's thread: let sound of this format flow through `exchange`.
+    """A request to a sound card's thread: let sound flow.
 
     `on_return` is called before the first block after the device was away, with for how long.
     """
 
-    audio: AudioFormat
-    exchange: Exchange
+    passing: Passing
     on_return: Callable[[float], object]
+
+    def with_longer_blocks(self) -> Opening:
+        """Return a request for a larger buffer of the card."""
+        passing = self.passing
+        return self._replace(passing=passing._replace(block_ms=passing.longest_block_ms))
 
 
 class Closing:
@@ -2777,6 +2788,7 @@ class Flow:
     def __init__(self, exchange: Exchange, begin: Callable[[float], object]) -> None:
         self._exchange = exchange
         self._begin = begin
+        self._gaps_s: deque[float] = deque(maxlen=GAPS)
         self.has_begun = False
         self.last_s = self._checked_s = self._stood_s = time.monotonic()
 
@@ -2786,7 +2798,14 @@ class Flow:
         if not self.has_begun:
             self._begin(self.last_s)
             self.has_begun = True
+        if passage.is_after_gap:
+            self._gaps_s.append(self.last_s)
         return self._exchange(samples, passage)
+
+    def has_many_gaps(self) -> bool:
+        """Return whether the card has just run dry again and again."""
+        gaps_s = list(self._gaps_s)
+        return len(gaps_s) == GAPS and gaps_s[-1] - gaps_s[0] < GAPS_S
 
     def has_stopped(self) -> bool:
         """Return whether no sound has flowed for too long, while this process ran."""
@@ -2798,14 +2817,24 @@ class Flow:
 
 
 class OpenCard(NamedTuple):
-    """A stream and its sound."""
+    """A stream and its sound, as it was requested."""
 
+    opening: Opening
     stream: Stream
     flow: Flow
 
     def is_lost(self) -> bool:
         """Return whether the device has gone, or gives no sound."""
         return self.flow.has_stopped() or not self.stream.is_active()
+
+    def wants_longer_blocks(self) -> bool:
+        """Return whether it runs dry again and again, and can be given a larger buffer."""
+        passing = self.opening.passing
+        return self.flow.has_many_gaps() and passing.block_ms < passing.longest_block_ms
+
+    def is_to_be_opened_anew(self) -> bool:
+        """Return whether it cannot stay as it is."""
+        return self.is_lost() or self.wants_longer_blocks()
 
     def is_decided(self) -> bool:
         """Return whether sound has begun to flow, or will not."""
@@ -2848,23 +2877,52 @@ class CardKeeper:
             self._mail.answer(error)
             return self._mail.requests.get()
         self._mail.answer(self._device)
-        while (request := self._wait(card.is_lost)) is None:
-            what = f"the {self._direction.noun} {self._device.shown}"
-            option = self._direction.option
-            self._complain(f"{what} is gone: waiting for it ({option} would take another)")
-            card.stream.close()
-            returned = self._wait_for_return(opening, card.flow.last_s)
-            if not isinstance(returned, OpenCard):
-                return returned
-            self._complain(f"{what} is back")
-            card = returned
+        while (request := self._wait(card.is_to_be_opened_anew)) is None:
+            following = self._lengthen(card) or self._bring_back(card)
+            if not isinstance(following, OpenCard):
+                return following
+            card = following
         card.stream.close()
         return request
 
+    def _lengthen(self, card: OpenCard) -> OpenCard | None:
+        """Open with longer blocks a card that wants them; return None where that is impossible."""
+        if card.is_lost() or not card.wants_longer_blocks():
+            return None
+        card.stream.close()
+        opening = card.opening.with_longer_blocks()
+        with contextlib.suppress(AudioUnavailable):
+            longer = self._open_again(opening, card.flow.last_s)
+            self._complain(
+                f"{self._what} ran dry {GAPS} times in {GAPS_S:.0f} s: it gets "
+                f"{opening.passing.block_ms:g} ms at once from now on"
+            )
+            return longer
+        return None
+
+    def _bring_back(self, card: OpenCard) -> OpenCard | Opening | Closing:
+        """Wait for a card that has gone; return it, or the next request."""
+        # Told first: a sound system that hangs does not let the stream be closed.
+        option = self._direction.option
+        self._complain(f"{self._what} is gone: waiting for it ({option} would take another)")
+        card.stream.close()
+        returned = self._wait_for_return(card.opening, card.flow.last_s)
+        if isinstance(returned, OpenCard):
+            self._complain(f"{self._what} is back")
+        return returned
+
+    @property
+    def _what(self) -> str:
+        return f"the {self._direction.noun} {self._device.shown}"
+
+    def _open_again(self, opening: Opening, lost_s: float) -> OpenCard:
+        return self._open(opening, lambda now_s: opening.on_return(now_s - lost_s))
+
     def _open(self, opening: Opening, begin: Callable[[float], object]) -> OpenCard:
-        flow = Flow(opening.exchange, begin)
-        stream = self._system.open(self._direction, self._device, opening.audio, flow.exchange)
-        return OpenCard(stream, flow)
+        flow = Flow(opening.passing.exchange, begin)
+        passing = opening.passing._replace(exchange=flow.exchange)
+        stream = self._system.open(self._direction, self._device, passing)
+        return OpenCard(opening, stream, flow)
 
     def _wait(self, until: Callable[[], bool]) -> Opening | Closing | None:
         """Return a request once there is one, or None once `until` holds.
@@ -2881,7 +2939,7 @@ class CardKeeper:
         while True:
             with contextlib.suppress(AudioUnavailable):
                 self._system.restart()
-                card = self._open(opening, lambda now_s: opening.on_return(now_s - lost_s))
+                card = self._open_again(opening, lost_s)
                 request = self._wait(card.is_decided)
                 if request is None and card.flow.has_begun:
                     return card
@@ -2930,17 +2988,16 @@ class SoundCard:
 
     def open(
         self,
-        audio: AudioFormat,
-        exchange: Exchange,
+        passing: Passing,
         on_return: Callable[[float], object] = lambda lost_s: None,
     ) -> None:
-        """Let sound flow: a thread of PortAudio's calls `exchange` from now on.
+        """Let sound flow: a thread of PortAudio's calls `passing.exchange` from now on.
 
         So it does `on_return`, before the first block after the device was away, with for how
         many seconds it was. A card that is open is closed first; after a failure, another format
         can be tried.
         """
-        self._mail.requests.put(Opening(audio, exchange, on_return))
+        self._mail.requests.put(Opening(passing, on_return))
         self._mail.take_answer()
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import client
 import common
 from sound import (
     are_lost_and_found,
@@ -58,6 +59,34 @@ def test_the_delay_is_bounded_and_a_stall_is_a_dropout_and_leaves_none(
         player.signal(signal.SIGINT)
         assert player.end() == common.EXIT_OK
         assert re.search(r" [1-9]\d* dropouts?\b", player.lines[-1]), "it ran dry"
+
+
+def test_a_loudspeaker_that_keeps_running_dry_gets_more_sound_at_once(
+    card: VirtualSoundCard, tmp_path: Path
+) -> None:
+    with start_server(card) as sender, start_client(card, port_of(sender)) as player:
+        player.wait_for("Listening")
+        assert hears_tone(card)
+
+        def has_helped() -> bool:
+            player.signal(signal.SIGSTOP)
+            let_pass(card, sender, 1, tmp_path)
+            player.signal(signal.SIGCONT)
+            return "it gets 10 ms at once from now on" in player.text()
+
+        wait_for(has_helped, "the loudspeaker has run dry again and again")
+        assert hears_tone(card)
+        assert "is gone" not in player.text()
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "blocks_ms"),
+    [(None, (5, 10)), (0.0, (5, 5)), (0.06, (7.5, 7.5)), (0.08, (10, 10)), (1.0, (10, 10))],
+)
+def test_sound_that_waits_anyway_waits_in_the_cards_own_buffer(
+    wait_s: float | None, blocks_ms: tuple[float, float]
+) -> None:
+    assert client.find_blocks_ms(wait_s) == pytest.approx(blocks_ms)
 
 
 def test_a_server_whose_clock_is_fast_is_followed(card: VirtualSoundCard) -> None:

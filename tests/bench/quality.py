@@ -1,16 +1,18 @@
 """Measure what can be heard of clocks and networks: distortion, dropouts, delay.
 
     python tests/bench/quality.py tone                 a pure tone, beside other programs
+    python tests/bench/quality.py hour                 an hour of it, for dropouts
     python tests/bench/quality.py wifi                 a poor Wi-Fi, beside snapcast; takes long
     python tests/bench/quality.py simulation           clocks, and the Wi-Fi, in virtual time
     python tests/bench/quality.py simulation --plot wifi.png
 
 ``tone`` plays 997 Hz to the microphone, by a player with its own, large, buffer and by one with
 20 ms, and fits a sine to each quarter of a second of what the loudspeaker says from 15 s on: signal
-to noise and distortion (SINAD). ``wifi`` sends the tone, with chirps, through a relay that delays
-what it reads as DESIGN.md's poor Wi-Fi does, and counts the silences. Both need an idle machine:
-compare the rows of one run. ``simulation`` does not, as nothing in it is a clock: it runs the
-client's own ``Playout``.
+to noise and distortion (SINAD). ``hour`` counts the silences in what the loudspeaker says of the
+tone, and shows what the client says in the end. ``wifi`` sends the tone, with chirps, through a
+relay that delays what it reads as DESIGN.md's poor Wi-Fi does, and counts the silences. All three
+need an idle machine: compare the rows of one run. ``simulation`` does not, as nothing in it is a
+clock: it runs the client's own ``Playout``.
 
 Needs PulseAudio (see tests/sound_card.py), numpy and samplerate; snapcast and trx for their rows;
 matplotlib for ``--plot``.
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import shutil
 import subprocess
 import sys
@@ -56,6 +59,7 @@ WIFI_S = 180.0
 # What is quieter than the tone by so much, for so long, is a silence.
 SILENT_SHARE = 0.1
 SILENCE_WINDOW_S = 0.0025
+HOUR_S = 3600
 STEREO = AudioFormat(48_000, 2)
 
 Signal = NDArray[np.float64]
@@ -71,7 +75,9 @@ def play_tone(card: VirtualSoundCard, seconds: float, *options: str) -> subproce
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(RATE)
-        file.writeframes(tone(MONO, 0, int(seconds * RATE)))
+        second = tone(MONO, 0, RATE)  # it has whole periods
+        for _ in range(math.ceil(seconds)):
+            file.writeframes(second)
     command = ["paplay", "-d", MICROPHONE_FEED, *options, str(path)]
     return subprocess.Popen(command, env=card.environment)
 
@@ -107,6 +113,26 @@ def run_tone(arguments: argparse.Namespace) -> None:
         for player, options in (("its own", ()), ("20 ms", ("--latency-msec=20",))):
             values_db = measure_tone(way, arguments.seconds, *options)
             print(f"{way.name:<28}{player:<12}{describe_sinad(values_db)}", flush=True)
+
+
+# --- an hour --------------------------------------------------------------------------------
+
+
+def run_hour(_arguments: argparse.Namespace) -> None:
+    """Print how many silences the loudspeaker's sound had, and the client's own words."""
+    way = next(way for way in latency.WAYS if way.name == "ours")
+    with VirtualSoundCard() as card:
+        log = card.folder / "way.log"
+        with latency.running(way, card, log), ExitStack() as stack:
+            player = play_tone(card, HOUR_S + 60, "--latency-msec=200")
+            stack.callback(stop_process, player)
+            time.sleep(SKIPPED_S)
+            said = stack.enter_context(card.record(SPEAKER_MONITOR))
+            time.sleep(HOUR_S)
+        silences, silent_ms = find_silences(said.samples())
+        seconds = len(said.samples()) / 2 / RATE
+        print(f"{seconds:.0f} s: {silences} silences, {silent_ms:.0f} ms; what was said:")
+        print(log.read_text(errors="replace").strip())
 
 
 # --- a poor Wi-Fi ---------------------------------------------------------------------------
@@ -296,7 +322,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["tone", "wifi", "simulation"])
+    parser.add_argument("what", choices=["tone", "hour", "wifi", "simulation"])
     parser.add_argument("--seconds", type=float, default=60, help="of each tone (default 60)")
     parser.add_argument("--seeds", type=int, default=4, help="of the Wi-Fi (default 4)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows of the tone's table")
@@ -310,7 +336,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table asked for; return 0."""
     arguments = parse_arguments(argv)
-    {"tone": run_tone, "wifi": run_wifi, "simulation": run_simulation}[arguments.what](arguments)
+    runs = {"tone": run_tone, "hour": run_hour, "wifi": run_wifi, "simulation": run_simulation}
+    runs[arguments.what](arguments)
     return 0
 
 

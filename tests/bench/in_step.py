@@ -8,11 +8,11 @@ what the microphone heard for the delay.
     python tests/bench/in_step.py --only "ours, 80 ms" --seconds 600
     python tests/bench/in_step.py --only "ours, 200 ms, poor Wi-Fi" --players 20 --wav clap.wav
 
-Rows: ours in step, ours without --sync, ours with one player behind a poor Wi-Fi (each read held
-up by 3 ms in the mean, and every 3 to 12 s all for 40 to 150 ms), snapcast with several buffers.
-`joined` tells how long after its first sound the last player was within 0.5 ms of the first for
-good. With --players, more of them play beside into a third sink. --wav writes both players, with
-a clap each second in place of the noise.
+Rows: ours in step, as PCM and as Opus, ours without --sync, ours with one player behind a poor
+Wi-Fi (each read held up by 3 ms in the mean, and every 3 to 12 s all for 40 to 150 ms), snapcast
+with several buffers. `joined` tells how long after its first sound the last player was within
+0.5 ms of the first for good. With --players, more of them play beside into a third sink. --wav
+writes both players, with a clap each second in place of the noise.
 
 Needs PulseAudio (see tests/sound_card.py) and numpy; snapserver and snapclient for their rows.
 """
@@ -85,6 +85,7 @@ class Way:
     snapcast_ms: int | None = None
     sync_ms: int | None = None
     poor: bool = False
+    options: Sequence[str] = ()  # of the client
 
     def server(self, card: VirtualSoundCard, port: int) -> list[list[str]]:
         """Return the commands that feed the players."""
@@ -104,13 +105,15 @@ class Way:
     def player(self, port: int, number: int) -> list[str]:
         """Return the command of a player."""
         if self.snapcast_ms is None:
-            return [sys.executable, str(ROOT / "client.py"), "audio", "--port", str(port)]
+            client = [sys.executable, str(ROOT / "client.py"), "audio", "--port", str(port)]
+            return [*client, *self.options]
         client = ["snapclient", "-h", "127.0.0.1", "-p", str(port), "--player", "pulse"]
         return [*client, "-i", str(number), "--hostID", f"player{number}"]
 
 
 WAYS = [
     Way("ours, 80 ms", ["pulseaudio"], sync_ms=80),
+    Way("ours, 80 ms, Opus", ["pulseaudio"], sync_ms=80, options=["--opus"]),
     Way("ours, without --sync", ["pulseaudio"]),
     Way("snapcast, 1000 ms", ["snapserver", "snapclient"], snapcast_ms=1000),
     Way("snapcast, 400 ms", ["snapserver", "snapclient"], snapcast_ms=400),

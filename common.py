@@ -2347,7 +2347,12 @@ class Stream(Protocol):
 
 
 class System(Protocol):
-    """What opens devices: PortAudio in this process, or in one of its own."""
+    """What opens devices: PortAudio in this process, or in one of its own.
+
+    `sizes_buffers` tells whether longer blocks make a card's buffer larger.
+    """
+
+    sizes_buffers: bool
 
     def restart(self) -> None:
         """Forget all devices and streams, and see which devices there are now."""
@@ -2426,6 +2431,8 @@ class SoundSystem:
     use it in a ``with`` block; its streams end with it. Every call may block for as long as a
     sound system hangs.
     """
+
+    sizes_buffers = True
 
     def __init__(self) -> None:
         pyaudio = import_pyaudio()
@@ -2630,6 +2637,8 @@ class JackStream:
 class JackSystem:
     """The devices that PortAudio has only where it uses JACK, in addition to those `known`."""
 
+    sizes_buffers = False
+
     def __init__(self, known: Sequence[Device]) -> None:
         self._known = known
 
@@ -2828,13 +2837,9 @@ class OpenCard(NamedTuple):
         return self.flow.has_stopped() or not self.stream.is_active()
 
     def wants_longer_blocks(self) -> bool:
-        """Return whether it runs dry again and again, and can be given a larger buffer."""
+        """Return whether it runs dry again and again, and its blocks may be longer."""
         passing = self.opening.passing
         return self.flow.has_many_gaps() and passing.block_ms < passing.longest_block_ms
-
-    def is_to_be_opened_anew(self) -> bool:
-        """Return whether it cannot stay as it is."""
-        return self.is_lost() or self.wants_longer_blocks()
 
     def is_decided(self) -> bool:
         """Return whether sound has begun to flow, or will not."""
@@ -2877,7 +2882,7 @@ class CardKeeper:
             self._mail.answer(error)
             return self._mail.requests.get()
         self._mail.answer(self._device)
-        while (request := self._wait(card.is_to_be_opened_anew)) is None:
+        while (request := self._wait(functools.partial(self._is_to_be_opened_anew, card))) is None:
             following = self._lengthen(card) or self._bring_back(card)
             if not isinstance(following, OpenCard):
                 return following
@@ -2885,9 +2890,12 @@ class CardKeeper:
         card.stream.close()
         return request
 
+    def _is_to_be_opened_anew(self, card: OpenCard) -> bool:
+        return card.is_lost() or (self._system.sizes_buffers and card.wants_longer_blocks())
+
     def _lengthen(self, card: OpenCard) -> OpenCard | None:
-        """Open with longer blocks a card that wants them; return None where that is impossible."""
-        if card.is_lost() or not card.wants_longer_blocks():
+        """Open a card that runs dry with longer blocks; return None for one that has gone."""
+        if card.is_lost():
             return None
         card.stream.close()
         opening = card.opening.with_longer_blocks()

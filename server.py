@@ -8,13 +8,13 @@ In the order of the file; to follow a run, begin at `main`, at its end:
 ====================  =============================================================
 names                 ``split_path``; ``NameRules``: the nearest name that a system can hold
 folders               ``Folder``, kept open; ``Folders``: nothing outside the root
-partial files         ``HiddenFile``, ``NamelessFile``: until complete and given a name; ``Leases``
+partial files         ``PartialFile``: until complete and given a name; ``Leases``: who has which
 what clients share    ``Disk``: what is known of it; ``Space``, ``Digests``, ``Turns`` and
                       ``RateLimiter`` bound what each of them may cost
 looking up            ``LookUp``: what is here already; ``Comparison``: and the same at the client
-one file              ``UnderWay``, while its bytes arrive; ``Content``: the bytes
+one file              ``UnderWay``, until it has its name; ``Content``: its bytes
 file conversation     ``handle_file_client`` and ``Reception``: from offer to results; ``Batch``:
-                      what the entries of an offer share; ``Naming``: names for complete files
+                      what the entries of an offer share
 sound: inputs         ``Microphone``, ``PacedInput``: sound card, file, pipe; ``CaptureQueue``
 sound: files          ``PlainWav``, and ``DecodedFile`` by FFmpeg; ``SoundLoop``: over and over
 sound: encodings      ``PcmEncoding``, ``OpusEncoding``: what goes out, encoded once for many
@@ -610,8 +610,6 @@ class Folders:
 # What link() says on file systems and systems without hard links, or with too few.
 NO_HARD_LINKS = {errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK}
 NO_HARD_LINKS |= {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
-# What flock() says on file systems without locks.
-NO_LOCKS = {errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 # What open() says where a file cannot be without a name.
 NO_NAMELESS = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.ENOSYS}
 NAMELESS = getattr(os, "O_TMPFILE", 0) if os.path.isdir("/proc/self/fd") else 0
@@ -628,7 +626,7 @@ NUMBERS = itertools.count()
 
 
 def lock_file(descriptor: int) -> bool:
-    """Lock an open file against other servers; return False if one has it. Raises OSError.
+    """Lock an open file against other servers; return False if one has it.
 
     The system releases the lock when the file is closed or the process dies. Where there are no
     locks, it counts as locked.
@@ -640,11 +638,8 @@ def lock_file(descriptor: int) -> bool:
             os.lseek(descriptor, 0, os.SEEK_SET)
         else:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
     except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
+        return not isinstance(error, BlockingIOError | PermissionError)
     return True
 
 
@@ -710,57 +705,29 @@ class Place(NamedTuple):
 class PartialFile:
     """A file under way, open until it is complete and gets its name. Not for two threads at once.
 
-    It ends with `HiddenFile.move_to` or `NamelessFile.move_to`, which may be tried several times,
-    with `HiddenFile.replace`, `keep` or `discard`.
-    """
+    By its hidden `name` the next run finds it, and others are kept out of it while it is open. A
+    small one has none as long as that can be: a kill leaves nothing of it. It ends with `move_to`
+    or `replace`, which may be tried several times, with `keep` or `discard`.
 
-    def __init__(self, folder: Folder, descriptor: int, place: Place) -> None:
-        self.folder = folder
-        self.descriptor = descriptor
-        self.size = 0
-        self.digest = hashlib.sha256()  # of all that it holds
-        self._place = place
-
-    def write(self, view: memoryview) -> None:
-        """Append `view`; blocks until the system has taken it. Raises OSError."""
-        left = view
-        while left:
-            left = left[os.write(self.descriptor, left) :]
-        self.digest.update(view)
-        self.size += len(view)
-
-    def shrink(self, count: int) -> None:
-        """Give back the room of up to `count` bytes at its end, which end what may be written."""
-        with contextlib.suppress(OSError):
-            os.ftruncate(self.descriptor, self.size - min(count, self.size))
-
-    def close(self) -> None:
-        """Close it, and leave it as it is. Idempotent."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
-
-
-class HiddenFile(PartialFile):
-    """A partial file with a hidden name beside its place, where the next run finds it.
-
-    Others are kept out of it while it is open.
+    All methods but those raise OSError.
     """
 
     _moving = threading.Lock()
 
     def __init__(self, folder: Folder, descriptor: int, name: str, place: Place) -> None:
-        super().__init__(folder, descriptor, place)
+        self.folder = folder
+        self.descriptor = descriptor
         self.name = name
-        found = os.fstat(descriptor)
-        self._file = (found.st_dev, found.st_ino)
-        self._is_leased = False
+        self.size = 0
+        self.digest = hashlib.sha256()  # of all that it holds
+        self._place = place
+        self._lease: tuple[int, int] | None = None
 
     # opening
 
     @classmethod
-    def create(cls, folder: Folder, place: Place) -> HiddenFile:
-        """Make an empty one. Raises OSError."""
+    def create(cls, folder: Folder, place: Place) -> PartialFile:
+        """Make an empty one with a hidden name."""
         while True:
             name = place.new_hidden_name()
             descriptor = folder.open_file(name, FILE_FLAGS | os.O_CREAT | os.O_EXCL)
@@ -770,7 +737,21 @@ class HiddenFile(PartialFile):
             partial.close()
 
     @classmethod
-    def reopen(cls, folder: Folder, name: str, place: Place, since: float) -> HiddenFile | None:
+    def create_nameless(cls, folder: Folder, place: Place, mode: int) -> PartialFile:
+        """Make an empty one with these permissions, without a name if that can be."""
+        if NAMELESS and folder.device not in place.disk.without_nameless:
+            flags = NAMELESS | os.O_RDWR | CLOSE_ON_EXEC
+            try:
+                return cls(folder, os.open(".", flags, mode, dir_fd=folder.descriptor), "", place)
+            except OSError as error:
+                if error.errno not in NO_NAMELESS:
+                    raise
+            if folder.is_there():
+                place.disk.without_nameless.add(folder.device)
+        return cls.create(folder, place)
+
+    @classmethod
+    def reopen(cls, folder: Folder, name: str, place: Place, since: float) -> PartialFile | None:
         """Open the one with the hidden `name`, left by an earlier run; None if it is of no use.
 
         Blocks while another connection uses it, as `Leases.take` does.
@@ -779,7 +760,7 @@ class HiddenFile(PartialFile):
             partial = cls(folder, folder.open_file(name), name, place)
         except OSError:
             return None
-        with contextlib.suppress(OSError):  # it has just got its name, or cannot be locked
+        with contextlib.suppress(OSError):  # it has just got its name
             is_own = is_own_file(os.fstat(partial.descriptor))
             if is_own and partial._keep_others_out(since) and partial._is_in_place():
                 partial.size = os.fstat(partial.descriptor).st_size
@@ -788,11 +769,14 @@ class HiddenFile(PartialFile):
         return None
 
     def _keep_others_out(self, since: float) -> bool:
-        self._is_leased = self._place.disk.leases.take(self._file, self._place.holder, since)
-        return self._is_leased and lock_file(self.descriptor)
+        found = os.fstat(self.descriptor)
+        file = (found.st_dev, found.st_ino)
+        if self._place.disk.leases.take(file, self._place.holder, since):
+            self._lease = file
+        return self._lease is not None and lock_file(self.descriptor)
 
     def _is_in_place(self) -> bool:
-        """Return whether it still has its hidden name, and no other. Raises OSError.
+        """Return whether it still has its hidden name, and no other.
 
         It may have got its name before it was locked; and a server killed while it did that
         leaves both: writing here would change the finished file.
@@ -806,11 +790,25 @@ class HiddenFile(PartialFile):
 
     # what it holds
 
+    def write(self, view: memoryview) -> None:
+        """Append `view`; blocks until the system has taken it."""
+        left = view
+        while left:
+            left = left[os.write(self.descriptor, left) :]
+        self.digest.update(view)
+        self.size += len(view)
+
     def cut(self, size: int, digest: hashlib._Hash) -> None:
-        """Keep only its first `size` bytes, whose SHA-256 is `digest`. Raises OSError."""
+        """Keep only its first `size` bytes, whose SHA-256 is `digest`."""
         os.ftruncate(self.descriptor, size)
         os.lseek(self.descriptor, size, os.SEEK_SET)
         self.size, self.digest = size, digest
+
+    def make_room(self) -> None:
+        """Give back, from its end, as much as is kept free on its disk; no `write` after that."""
+        with contextlib.suppress(OSError):
+            reserve = reserve_of(self.folder.disk_usage()[0])
+            os.ftruncate(self.descriptor, self.size - min(reserve, self.size))
 
     def is_of(self, holder: Holder) -> bool:
         """Return whether it was made for a client with the address of `holder`."""
@@ -818,28 +816,23 @@ class HiddenFile(PartialFile):
         return token.startswith(holder.tag)
 
     def is_untouched(self) -> bool:
-        """Return whether no other program has made it longer or shorter. Raises OSError."""
-        return os.fstat(self.descriptor).st_size == self.size
+        """Return whether no other program has made it longer or shorter: by its name one could."""
+        return not self.name or os.fstat(self.descriptor).st_size == self.size
 
     def set_metadata(self, mtime_ns: int | None, mode: int) -> None:
-        """Give it its modification time and permissions.
-
-        A file system that cannot hold them is no reason to refuse the content.
-        """
+        """Give it its modification time and permissions, as far as the file system holds them."""
         if sys.platform == "win32":
             set_times(self.folder.at(self.name), mtime_ns)
             return
-        with contextlib.suppress(OSError):
-            os.fchmod(self.descriptor, mode & ~self._place.disk.umask)
+        if self.name:  # without, it was made with them
+            with contextlib.suppress(OSError):
+                os.fchmod(self.descriptor, mode & ~self._place.disk.umask)
         set_times(self.descriptor, mtime_ns)
 
     # ending
 
     def move_to(self, name: str) -> bool:
-        """Give it `name` in its folder in one step, unless something has that: False then.
-
-        Raises OSError.
-        """
+        """Give it `name` in its folder in one step; return False if something has that."""
         try:
             if sys.platform == "win32":  # where an open file has to stay, and nothing is replaced
                 self.close()
@@ -860,12 +853,13 @@ class HiddenFile(PartialFile):
         """Give the open file, whatever stands under its hidden name by now, another name."""
         here = self.folder.descriptor
         if NAMELESS:
-            link_open_file(self.descriptor, self.folder, name)
+            os.link(f"/proc/self/fd/{self.descriptor}", name, dst_dir_fd=here)
         else:
             os.link(self.name, name, src_dir_fd=here, dst_dir_fd=here, follow_symlinks=False)
 
     def _move_without_links(self, name: str) -> bool:
         """Do what `move_to` does on FAT and the like, safe among this server's own threads."""
+        self._hide()
         with self._moving:
             if self.folder.has(name):
                 return False
@@ -874,10 +868,8 @@ class HiddenFile(PartialFile):
         return True
 
     def replace(self, name: str) -> bool:
-        """Give it `name` in its folder in one step, in the place of a file; False for a folder.
-
-        Raises OSError.
-        """
+        """Give it `name` in its folder in one step, in the place of a file; False for a folder."""
+        self._hide()
         if sys.platform == "win32":
             self.close()
         try:
@@ -889,6 +881,51 @@ class HiddenFile(PartialFile):
         self.close()
         return True
 
+    def _hide(self) -> None:
+        """Give it a hidden name, if it has none, and keep others out of it."""
+        if self.name:
+            return
+        name = self._place.new_hidden_name()
+        self._keep_others_out(time.monotonic())
+        try:
+            self._link(name)
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
+                raise
+            self._place.disk.without_nameless.add(self.folder.device)
+            self._copy()
+        else:
+            self.name = name
+
+    def _copy(self) -> None:
+        """Become a copy that has a hidden name: this system gives the open file none."""
+        made = os.fstat(self.descriptor)
+        copy = PartialFile.create(self.folder, self._place)
+        try:
+            os.lseek(self.descriptor, 0, os.SEEK_SET)
+            while data := os.read(self.descriptor, SEGMENT_BYTES):
+                copy.write(memoryview(data))
+            copy.set_metadata(made.st_mtime_ns, stat.S_IMODE(made.st_mode))
+        except OSError:
+            copy.discard()
+            raise
+        self.close()
+        self.descriptor, self.name, self._lease = copy.descriptor, copy.name, copy._lease
+
+    def keep(self) -> int:
+        """Leave what came of it for the next run, if it is worth it; return how many bytes."""
+        if self.descriptor < 0:
+            return 0
+        with contextlib.closing(self), contextlib.suppress(OSError):
+            if self.size < (1 if self.name else KEPT_BYTES):
+                self.discard()
+                return 0
+            if not self.name:
+                self._hide()
+                os.chmod(self.descriptor, 0o600)  # for its owner alone, as long as it is partial
+            return self.size
+        return 0
+
     def discard(self) -> None:
         """Remove it."""
         if sys.platform == "win32":  # where an open file cannot be removed
@@ -897,101 +934,18 @@ class HiddenFile(PartialFile):
         self.close()
 
     def _remove(self) -> None:
-        with contextlib.suppress(OSError):  # where names can only be added, it stays
-            self.folder.remove(self.name)
-
-    def keep(self) -> int:
-        """Leave what came of it for the next run; return how many bytes."""
-        if self.descriptor < 0:
-            return 0
-        if not self.size:
-            self.discard()
-        self.close()
-        return self.size
+        if self.name:
+            with contextlib.suppress(OSError):  # where names can only be added, it stays
+                self.folder.remove(self.name)
 
     def close(self) -> None:
         """Close and release it, and leave it as it is. Idempotent."""
-        super().close()
-        if self._is_leased:
-            self._place.disk.leases.release(self._file)
-            self._is_leased = False
-
-
-class NamelessFile(PartialFile):
-    """A small partial file that has no name until it is complete: a kill leaves nothing of it."""
-
-    @classmethod
-    def create(cls, folder: Folder, place: Place, mode: int) -> NamelessFile | None:
-        """Make an empty one; None where there is no such thing. Raises OSError."""
-        if not NAMELESS or folder.device in place.disk.without_nameless:
-            return None
-        flags = NAMELESS | os.O_RDWR | CLOSE_ON_EXEC
-        try:
-            return cls(folder, os.open(".", flags, mode, dir_fd=folder.descriptor), place)
-        except OSError as error:
-            if error.errno not in NO_NAMELESS:
-                raise
-        if folder.is_there():
-            place.disk.without_nameless.add(folder.device)
-        return None
-
-    def is_untouched(self) -> bool:
-        """Return that no other program has written to what has no name."""
-        return True
-
-    def set_metadata(self, mtime_ns: int | None, _mode: int) -> None:
-        """Give it its modification time; it was made with its permissions."""
-        set_times(self.descriptor, mtime_ns)
-
-    def move_to(self, name: str) -> bool:
-        """Do as `HiddenFile.move_to`. Raises also an OSError of ``NO_HARD_LINKS``."""
-        try:
-            link_open_file(self.descriptor, self.folder, name)
-        except FileExistsError:
-            return False
-        self.close()
-        return True
-
-    def hide(self) -> HiddenFile:
-        """Return it as one with a hidden name, that only its owner may read. Raises OSError."""
-        name = self._place.new_hidden_name()
-        try:
-            link_open_file(self.descriptor, self.folder, name)
-        except OSError as error:
-            if error.errno not in NO_HARD_LINKS:
-                raise
-            return self._copy()
-        hidden = HiddenFile(self.folder, self.descriptor, name, self._place)
-        hidden.size, hidden.digest = self.size, self.digest
-        self.descriptor = -1  # that is the other's now
-        if sys.platform != "win32":
-            os.fchmod(hidden.descriptor, 0o600)
-        return hidden
-
-    def _copy(self) -> HiddenFile:
-        """Return a copy that has a hidden name: this system gives the open file none."""
-        self._place.disk.without_nameless.add(self.folder.device)
-        hidden = HiddenFile.create(self.folder, self._place)
-        os.lseek(self.descriptor, 0, os.SEEK_SET)
-        while data := os.read(self.descriptor, SEGMENT_BYTES):
-            hidden.write(memoryview(data))
-        self.close()
-        return hidden
-
-    def discard(self) -> None:
-        """Have it gone."""
-        self.close()
-
-    def keep(self) -> int:
-        """Leave what came of it for the next run, if it is worth it; return how many bytes."""
-        with contextlib.closing(self), contextlib.suppress(OSError):
-            return self.hide().keep() if self.size >= KEPT_BYTES else 0
-        return 0
-
-
-def link_open_file(descriptor: int, folder: Folder, name: str) -> None:
-    """Give an open file a name in its folder. Raises OSError; on Linux alone."""
-    os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=folder.descriptor)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+        if self._lease:
+            self._place.disk.leases.release(self._lease)
+            self._lease = None
 
 
 # --- what clients share ---------------------------------------------------------------------
@@ -1349,16 +1303,6 @@ class Promise:
             self._left -= count
             self._space.release(self._folder, count)
 
-    def check_left(self) -> None:
-        """Raise OSError once the disk is too full for what was promised nothing."""
-        self._space.check_left(self._folder)
-
-    def reserve(self) -> int:
-        """Return how many bytes are kept free on this disk."""
-        with contextlib.suppress(OSError):
-            return reserve_of(self._folder.disk_usage()[0])
-        return 0
-
 
 def reserve_of(total: int) -> int:
     """Return how many bytes are kept free on a file system of `total` bytes."""
@@ -1467,7 +1411,7 @@ class Wanted(NamedTuple):
     """An entry of which the client is to send all that is not here."""
 
     entry: Entry
-    beginning: HiddenFile | None = None  # what is here of it
+    beginning: PartialFile | None = None  # what is here of it
     promise: Promise | None = None  # of space for the rest
 
     @property
@@ -1482,7 +1426,7 @@ class LookedUp(NamedTuple):
     entry: Entry
     size: int
     folder: Folder
-    partials: Sequence[HiddenFile]
+    partials: Sequence[PartialFile]
     candidates: Sequence[str]  # names of finished files of its size
 
     def held(self) -> list[int]:
@@ -1515,7 +1459,7 @@ def checkpoints(size: int) -> list[int]:
 class Beginning(NamedTuple):
     """So many first bytes of a partial file, and their SHA-256."""
 
-    partial: HiddenFile
+    partial: PartialFile
     length: int
     digest: hashlib._Hash
 
@@ -1545,7 +1489,7 @@ class LookUp:
         self._disk = batch.store.disk
         self._since = since  # the client has connected, a time.monotonic()
         self._began_s = time.monotonic()
-        self._found: dict[str, tuple[list[HiddenFile], list[tuple[str, int]]]] = {}  # by path
+        self._found: dict[str, tuple[list[PartialFile], list[tuple[str, int]]]] = {}  # by path
         self._alike: Counter[str] = Counter()
         self._open_left = MAX_OPEN_PARTIALS
         self._numbers_left = MAX_NUMBERS_LOOKED_UP
@@ -1570,13 +1514,13 @@ class LookUp:
             return LookedUp(entry, entry.size, folder, partials, candidates)
         return Wanted(entry)
 
-    def _reopen_partials(self, folder: Folder, name: str) -> Iterator[HiddenFile]:
+    def _reopen_partials(self, folder: Folder, name: str) -> Iterator[PartialFile]:
         """Open what earlier runs have left of a file."""
         place = Place(name, self._batch.holder, self._disk)
         for hidden in self._disk.find_leftovers(folder, name, self._since):
             if not self._open_left:
                 return
-            if partial := HiddenFile.reopen(folder, hidden, place, self._began_s):
+            if partial := PartialFile.reopen(folder, hidden, place, self._began_s):
                 self._open_left -= 1
                 self._batch.partials.append(partial)
                 yield partial
@@ -1667,7 +1611,7 @@ def choose_beginnings(same: dict[int, Here]) -> dict[int, Beginning]:
     A partial file is for one entry alone.
     """
     chosen: dict[int, Beginning] = {}
-    taken: set[HiddenFile] = set()
+    taken: set[PartialFile] = set()
     matches = [
         (each, index) for index, here in same.items() if not here.names for each in here.beginnings
     ]
@@ -1719,6 +1663,9 @@ def decide(
 PIECE_S = 1.0
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 STATUS_NAME_CHARS = 30
+# The speed of less, that took no longer, means nothing.
+MIN_MEASURED_BYTES = 1024 * 1024
+MIN_MEASURED_S = 1.0
 
 
 def is_large(entry: Entry) -> bool:
@@ -1746,12 +1693,16 @@ class Tampered(Refused):
 
 
 class UnderWay:
-    """A file whose bytes are arriving."""
+    """A file whose bytes are arriving, until it has its name."""
 
-    def __init__(self, entry: Entry, partial: HiddenFile | NamelessFile, promise: Promise) -> None:
+    def __init__(
+        self, batch: Batch, entry: Entry, partial: PartialFile, promise: Promise | None
+    ) -> None:
         self.entry = entry
         self.partial = partial
-        self.promise = promise
+        self._batch = batch
+        self._disk = batch.store.disk
+        self._promise = promise or Promise(self._disk.space, partial.folder, 0)
         self._offset = partial.size
         self._started_s = time.monotonic()
 
@@ -1763,44 +1714,67 @@ class UnderWay:
     def write(self, view: memoryview) -> None:
         """Write and hash its next bytes; blocks until done. Raises OSError."""
         if self.entry.size is None:
-            self.promise.check_left()
+            self._disk.space.check_left(self.partial.folder)
         self.partial.write(view)
-        self.promise.release(len(view))
+        self._promise.release(len(view))
 
-    def check(self, checksum: bytes) -> None:
-        """Raise Refused unless it is what the client has offered, with that SHA-256."""
+    # the end
+
+    def settle(self, checksum: bytes) -> Outcome:
+        """Give it its name, if it is what the client has offered, with that SHA-256.
+
+        Raises Refused and OSError.
+        """
         if self.entry.size not in (None, self.partial.size) or (
             checksum != self.partial.digest.digest()
         ):
             raise Refused("its SHA-256 does not match: it changed while it was sent")
         if not self.partial.is_untouched():
             raise Tampered
-
-    def set_metadata(self) -> None:
-        """Give it the modification time and the permissions that it has at the client."""
         self.partial.set_metadata(self.entry.mtime_ns, mode_of(self.entry))
-
-    def move_to(self, name: str) -> bool:
-        """Give it `name` in its folder in one step, unless something has that: False then.
-
-        Raises OSError.
-        """
         try:
-            return self.partial.move_to(name)
-        except OSError as error:
-            if error.errno not in NO_HARD_LINKS:
-                raise
-        return self._hide().move_to(name)
+            return self._disk.with_fitting(
+                self.partial.folder, name_of(self.entry), self._take_name
+            )
+        except FileNotFoundError:
+            raise Refused(FOLDER_GONE) from None
 
-    def replace(self, name: str) -> bool:
-        """Give it `name` in the place of a file; False for a folder. Raises OSError."""
-        return self._hide().replace(name)
+    def _take_name(self, name: str) -> Outcome:
+        """Give it `name`, or that with a number, unless the same is there already."""
+        if self.partial.move_to(name) or self._replace(name):
+            return self._settled("saved", name)
+        folder = self.partial.folder
+        # With --overwrite no look-up has read them.
+        back = MAX_CANDIDATES if self._batch.store.overwrite else 0
+        for number, each in self._disk.numbered(folder, name, back):
+            if number and self.partial.move_to(each):
+                self._disk.numbers.note((folder.identity, name), number + 1)
+                break
+            if self._is_same(each):
+                self.partial.discard()
+                return self._settled("already", each)
+        return self._settled("saved", each)
 
-    def _hide(self) -> HiddenFile:
-        if isinstance(self.partial, NamelessFile):
-            self.partial = self.partial.hide()
-            self.set_metadata()
-        return self.partial
+    def _settled(self, kind: str, name: str) -> Outcome:
+        self._batch.note_settled(self.partial.folder, name)
+        return Outcome(kind, name)
+
+    def _replace(self, name: str) -> bool:
+        """Replace a file, but not one that this run has sent, or found here, under a like name."""
+        batch = self._batch
+        if not batch.store.overwrite or batch.is_settled(self.partial.folder, name):
+            return False
+        return self.partial.replace(name)
+
+    def _is_same(self, name: str) -> bool:
+        """Return whether a finished file has the same content."""
+        if self._batch.reserve_guesses(1) is None:
+            return False
+        folder, size = self.partial.folder, self.partial.size
+        found = self._disk.read_finished(folder, name, size, lambda _: None)
+        is_same = found == self.partial.digest.hexdigest()
+        self._batch.differed |= bool(found) and not is_same
+        return is_same
 
     def leave(self, error: BaseException) -> str:
         """Keep what has come, after `error`, if another run can use it; return words about that."""
@@ -1808,10 +1782,14 @@ class UnderWay:
         if self.entry.size is None or isinstance(error, Tampered) or number == errno.EFBIG:
             self.partial.discard()
         elif number in DISK_FULL:
-            self.partial.shrink(self.promise.reserve())
+            self.partial.make_room()
         kept = self.partial.keep()
         shown = f"{format_bytes(kept)} of {escape(self.entry.path)}"
         return f"; {shown} are kept for the next run" if kept else ""
+
+    def close(self) -> None:
+        """Release the space that was set aside for what has not come."""
+        self._promise.release()
 
     # in words
 
@@ -1832,13 +1810,13 @@ class UnderWay:
         return f"{format_bytes(self.bytes_left)}{self._of_whole(self.entry.size or 0)}"
 
     def describe_sent(self) -> str:
-        """Return how much of it has come, how fast, and what it is."""
+        """Return how much of it has come, how fast unless that means nothing, and what it is."""
         size, seconds = self.partial.size, self._seconds()
-        count = size - self._offset
-        return (
-            f"{format_bytes(count)}{self._of_whole(size)} in {seconds:.2f} s "
-            f"({format_bytes(count / seconds)}/s), SHA-256 {self.partial.digest.hexdigest()[:8]}"
-        )
+        count, speed = size - self._offset, ""
+        if seconds >= (MIN_MEASURED_S if count < MIN_MEASURED_BYTES else 0.01):
+            speed = f" in {seconds:.2f} s ({format_bytes(count / seconds)}/s)"
+        digest = self.partial.digest.hexdigest()[:8]
+        return f"{format_bytes(count)}{self._of_whole(size)}{speed}, SHA-256 {digest}"
 
     def _of_whole(self, size: int) -> str:
         return f" (the rest of {format_bytes(size)})" if self._offset else ""
@@ -1920,7 +1898,6 @@ class Store:
         # By run, device and inode: the files that a client has been told it has here.
         self.settled: Recent[tuple[str, int, int], bool] = Recent(MAX_SETTLED)
         self._receptions: set[Reception] = set()
-        self._large: dict[Reception, UnderWay] = {}  # and small ones are gone before they are shown
         self._hosts: weakref.WeakValueDictionary[str, Share] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
@@ -1943,29 +1920,15 @@ class Store:
             with self._lock:
                 self._receptions.discard(reception)
 
-    @contextlib.contextmanager
-    def show(self, reception: Reception, under_way: UnderWay) -> Iterator[None]:
-        """Show a file as arriving inside the ``with`` block, if it is large."""
-        if not is_large(under_way.entry):
-            yield
-            return
-        with self._lock:
-            self._large[reception] = under_way
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._large[reception]
-
     def has_large_arrival(self) -> bool:
         """Return whether a large file is arriving just now."""
-        return bool(self._large)
+        with self._lock:
+            return any(each.large for each in self._receptions)
 
     def describe_arrivals(self) -> str:
         """Return what is arriving just now, in a line."""
         with self._lock:
-            arrivals = [each.describe(self._large.get(each)) for each in self._receptions]
-        return "; ".join(filter(None, arrivals))
+            return "; ".join(filter(None, [each.describe() for each in self._receptions]))
 
     def spell(self, folder: Folder, name: str) -> str:
         """Return a path in a line of the log."""
@@ -2015,7 +1978,7 @@ class Batch:
         self.store = store
         self.holder: Holder = reception
         self.folders = Folders(store.disk)
-        self.partials: list[HiddenFile] = []  # left by earlier runs
+        self.partials: list[PartialFile] = []  # left by earlier runs
         self.differed = False
         self._peer = reception.peer
         self._host = reception.host
@@ -2096,62 +2059,6 @@ class Batch:
                 log.info("%s and %d more %s", self._peer, lines - LINES_A_BATCH, kind)
 
 
-class Naming:
-    """Gives the complete files of a batch their names."""
-
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
-        self._store = batch.store
-        self._disk = batch.store.disk
-
-    def settle(self, under_way: UnderWay, checksum: bytes) -> Outcome:
-        """Give a file that is the client's its name. Raises Refused and OSError."""
-        under_way.check(checksum)
-        under_way.set_metadata()
-        try:
-            return self._disk.with_fitting(
-                under_way.partial.folder,
-                name_of(under_way.entry),
-                lambda name: self._take_name(under_way, name),
-            )
-        except FileNotFoundError:
-            raise Refused(FOLDER_GONE) from None
-
-    def _take_name(self, under_way: UnderWay, name: str) -> Outcome:
-        """Give a file `name`, or that with a number, unless the same is there already."""
-        folder = under_way.partial.folder
-        if under_way.move_to(name) or self._replace(under_way, name):
-            return self._settled("saved", folder, name)
-        back = MAX_CANDIDATES if self._store.overwrite else 0  # where no look-up has read them
-        for number, each in self._disk.numbered(folder, name, back):
-            if number and under_way.move_to(each):
-                self._disk.numbers.note((folder.identity, name), number + 1)
-                break
-            if self._is_same(under_way.partial, each):
-                under_way.partial.discard()
-                return self._settled("already", folder, each)
-        return self._settled("saved", folder, each)
-
-    def _settled(self, kind: str, folder: Folder, name: str) -> Outcome:
-        self._batch.note_settled(folder, name)
-        return Outcome(kind, name)
-
-    def _replace(self, under_way: UnderWay, name: str) -> bool:
-        """Replace a file, but not one that this run has sent, or found here, under a like name."""
-        if not self._store.overwrite or self._batch.is_settled(under_way.partial.folder, name):
-            return False
-        return under_way.replace(name)
-
-    def _is_same(self, partial: PartialFile, name: str) -> bool:
-        """Return whether a finished file has the content that `partial` has."""
-        if self._batch.reserve_guesses(1) is None:
-            return False
-        found = self._disk.read_finished(partial.folder, name, partial.size, lambda _: None)
-        is_same = found == partial.digest.hexdigest()
-        self._batch.differed |= bool(found) and not is_same
-        return is_same
-
-
 class Reception:
     """The conversation with one client that sends files.
 
@@ -2161,6 +2068,7 @@ class Reception:
 
     def __init__(self, connection: Connection, store: Store) -> None:
         self.kept = ""  # of the file that was under way, for the end of a log line
+        self.large: UnderWay | None = None  # arriving; a small one is gone before it is shown
         self._connection = connection
         self._store = store
         self.peer = connection.peer
@@ -2183,9 +2091,9 @@ class Reception:
         """See `Holder`."""
         self._connection.wake()
 
-    def describe(self, large: UnderWay | None) -> str:
-        """Return what is arriving, a `large` file or many, and from where. For any thread."""
-        if large:
+    def describe(self) -> str:
+        """Return what is arriving, a large file or many, and from where. For any thread."""
+        if large := self.large:
             return f"{large.describe_progress()} from {self.host}"
         return f"{count(self._count, 'file')} from {self.host}" if self._count else ""
 
@@ -2290,16 +2198,17 @@ class Reception:
         Raises OSError for what fails on this side, Refused where it is not to be kept, GivenUp.
         """
         under_way = self._begin(batch, wanted)
+        self.large = under_way if is_large(wanted.entry) else None
         try:
-            with self._store.show(self, under_way):
-                with blocks_for(wanted.entry.size, under_way.write) as blocks:
-                    checksum = content.read(blocks)
-                outcome = Naming(batch).settle(under_way, checksum)
+            with blocks_for(wanted.entry.size, under_way.write) as blocks:
+                checksum = content.read(blocks)
+            outcome = under_way.settle(checksum)
         except BaseException as error:
             self.kept = under_way.leave(error)
             raise
         finally:
-            under_way.promise.release()
+            self.large = None
+            under_way.close()
         self._count += 1
         if log.isEnabledFor(logging.INFO):
             self._log_decided(batch, under_way, outcome)
@@ -2315,19 +2224,17 @@ class Reception:
         except FileNotFoundError:  # removed since it was looked up
             batch.folders.forget(path)
             partial = self._create(batch.folders.make(path, mode), entry)
-        promise = wanted.promise or Promise(self._store.disk.space, partial.folder, 0)
-        under_way = UnderWay(entry, partial, promise)
+        under_way = UnderWay(batch, entry, partial, wanted.promise)
         if under_way.bytes_left >= LARGE_BYTES:
             shown = self._store.spell(partial.folder, name_of(entry))
             log.info(f"{self.peer} begins to send {under_way.describe_rest()}: {shown}")
         return under_way
 
-    def _create(self, folder: Folder, entry: Entry) -> HiddenFile | NamelessFile:
+    def _create(self, folder: Folder, entry: Entry) -> PartialFile:
         place = Place(name_of(entry), self, self._store.disk)
         if is_large(entry):
-            return HiddenFile.create(folder, place)
-        nameless = NamelessFile.create(folder, place, mode_of(entry))
-        return nameless or HiddenFile.create(folder, place)
+            return PartialFile.create(folder, place)
+        return PartialFile.create_nameless(folder, place, mode_of(entry))
 
     # decided
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from common import PARTIAL_SUFFIX
-from server import Disk, Folder, Folders, HiddenFile, Place, Refused
+from server import Disk, Folder, Folders, PartialFile, Place, Refused
+from support import linux
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="links need a right on Windows")
 
@@ -158,7 +159,7 @@ def test_what_takes_a_folders_place_gets_nothing(root: Path) -> None:
     (root / "sub").rename(root / "sub.old")
     (root / "sub").symlink_to(outside)
     place = place_of(root, "x")
-    partial = HiddenFile.create(folder, place)
+    partial = PartialFile.create(folder, place)
     partial.write(memoryview(b"content"))
     partial.set_metadata(10**18, 0o644)
     assert partial.move_to("x")
@@ -173,7 +174,7 @@ def test_what_takes_a_partial_files_place_stays_untouched(root: Path) -> None:
     precious = root.parent / "outside" / "precious"
     precious.write_bytes(b"precious")
     before = precious.stat()
-    partial = HiddenFile.create(open_root(root), place_of(root, "x"))
+    partial = PartialFile.create(open_root(root), place_of(root, "x"))
     partial.write(memoryview(b"content"))
     (root / partial.name).unlink()
     (root / partial.name).symlink_to(precious)
@@ -193,7 +194,7 @@ def test_what_takes_a_partial_files_place_stays_untouched(root: Path) -> None:
 def test_a_partial_file_is_hidden_and_found_again(root: Path, name: str) -> None:
     place = place_of(root, name)
     folder = open_root(root)
-    partial = HiddenFile.create(folder, place)
+    partial = PartialFile.create(folder, place)
     partial.write(memoryview(b"content"))
     assert partial.keep() == 7
     (found,) = os.listdir(root)
@@ -201,15 +202,15 @@ def test_a_partial_file_is_hidden_and_found_again(root: Path, name: str) -> None
     assert found.endswith(PARTIAL_SUFFIX)
     assert place.disk.find_leftovers(folder, place.name, 0.0) == [found]
     assert (root / found).stat().st_mode & 0o077 == 0, "nobody else may read it"
-    reopened = HiddenFile.reopen(folder, found, place, 0.0)
+    reopened = PartialFile.reopen(folder, found, place, 0.0)
     assert reopened is not None
     assert reopened.size == 7
     reopened.discard()
     assert os.listdir(root) == []
 
 
-def reopen(root: Path, name: str) -> HiddenFile | None:
-    return HiddenFile.reopen(open_root(root), name, place_of(root, "x"), 0.0)
+def reopen(root: Path, name: str) -> PartialFile | None:
+    return PartialFile.reopen(open_root(root), name, place_of(root, "x"), 0.0)
 
 
 @posix
@@ -255,14 +256,14 @@ def test_a_partial_file_of_another_user_is_not_continued(root: Path) -> None:
 def test_a_partial_file_in_use_is_not_opened_again(root: Path) -> None:
     place = place_of(root, "x")
     folder = open_root(root)
-    partial = HiddenFile.create(folder, place)
+    partial = PartialFile.create(folder, place)
     again = Place(place.name, Client(), place.disk)
-    assert HiddenFile.reopen(folder, partial.name, again, 0.0) is None
+    assert PartialFile.reopen(folder, partial.name, again, 0.0) is None
     elsewhere = place_of(root, "x")  # another server
-    assert HiddenFile.reopen(folder, partial.name, elsewhere, 0.0) is None
+    assert PartialFile.reopen(folder, partial.name, elsewhere, 0.0) is None
     partial.write(memoryview(b"x"))
     partial.keep()
-    reopened = HiddenFile.reopen(folder, partial.name, again, 0.0)
+    reopened = PartialFile.reopen(folder, partial.name, again, 0.0)
     assert reopened is not None
     reopened.discard()
     assert os.listdir(root) == []
@@ -270,9 +271,33 @@ def test_a_partial_file_in_use_is_not_opened_again(root: Path) -> None:
 
 def test_a_silent_client_is_ended_for_the_next_one(root: Path) -> None:
     place = place_of(root, "x", Client(silent=10.0))
-    partial = HiddenFile.create(open_root(root), place)
+    partial = PartialFile.create(open_root(root), place)
     again = Place(place.name, Client(), place.disk)
-    assert HiddenFile.reopen(open_root(root), partial.name, again, 0.0) is None
+    assert PartialFile.reopen(open_root(root), partial.name, again, 0.0) is None
     assert isinstance(place.holder, Client)
     assert place.holder.has_ended
     partial.close()
+
+
+@linux
+def test_what_is_about_to_replace_a_file_is_in_use(root: Path) -> None:
+    """A small file gets a hidden name just before, which another connection can find."""
+    (root / "x").write_bytes(b"old")
+    place = place_of(root, "x")
+    folder = open_root(root)
+    small = PartialFile.create_nameless(folder, place, 0o644)
+    small.write(memoryview(b"new"))
+    found = []
+
+    class Watched(Folder):
+        def replace(self, name: str, target: str) -> None:
+            again = Place(place.name, Client(), place.disk)
+            found.append(PartialFile.reopen(folder, name, again, 0.0))
+            super().replace(name, target)
+
+    small.folder = Watched.open(str(root))
+    assert small.replace("x")
+    assert found == [None]
+    assert os.listdir(root) == ["x"]
+    assert (root / "x").read_bytes() == b"new"
+    assert (root / "x").stat().st_mode & 0o777 == 0o644 & ~place.disk.umask

@@ -27,16 +27,23 @@ from support import (
 
 
 def test_the_server_logs_a_line_for_each_file(server: Server, tmp_path: Path) -> None:
-    source = make_file(tmp_path / "file.bin", 2_000_000)
+    source = make_file(tmp_path / "file.bin", 20_000_000)
     server.send(source)
     pattern = (
-        r"\d\d:\d\d:\d\d 127\.0\.0\.1:\d+ sent 2\.0 MB in \d+\.\d\d s "
+        r"\d\d:\d\d:\d\d 127\.0\.0\.1:\d+ sent 20\.0 MB in \d+\.\d\d s "
         r"\([\d.]+ [kMG]B/s\), SHA-256 (\w{8}), saved as (.*)\n"
     )
     found = server.wait_for_output(pattern)
     assert found[1] == sha256(source)[:8]
     assert found[2] == str(server.folder / "file.bin")
     assert server.stderr() == ""
+
+
+def test_a_file_too_small_to_measure_has_no_speed_in_the_log(
+    server: Server, tmp_path: Path
+) -> None:
+    server.send(make_file(tmp_path / "file.bin", 111))
+    server.wait_for_output(r" sent 111 bytes, SHA-256 \w{8}, saved as .*file\.bin\n")
 
 
 @posix
@@ -59,7 +66,7 @@ def test_lines_for_the_journal_have_no_time_of_their_own(inbox: Path, tmp_path: 
         theirs.close()
         lines = b"".join(iter(lambda: ours.recv(65536), b"")).decode().splitlines()
     assert lines[0].startswith("Receiving into")
-    assert re.fullmatch(r"127\.0\.0\.1:\d+ sent 1\.0 kB in .*, saved as .*/file\.bin", lines[-1])
+    assert re.fullmatch(r"127\.0\.0\.1:\d+ sent 1\.0 kB, .*, saved as .*/file\.bin", lines[-1])
 
 
 def test_a_quiet_client_says_only_what_went_wrong(server: Server, tmp_path: Path) -> None:

@@ -70,6 +70,17 @@ def outrank(pid: int) -> None:
             os.sched_setscheduler(int(thread), policy, higher)
 
 
+@contextlib.contextmanager
+def without_priority() -> Iterator[None]:
+    """Give up this thread's real-time priority for the ``with`` block, as what computes must."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 class Recording:
     """What a monitor hears, 16-bit at ``RATE``, with the time at which each frame came.
 

@@ -47,6 +47,7 @@ from sound_card import (  # noqa: E402
     StereoCard,
     VirtualSoundCard,
     stop_process,
+    without_priority,
 )
 
 WINDOW_S = 0.25
@@ -243,15 +244,21 @@ def measure(way: Way, arguments: argparse.Namespace) -> Result:
             right_port = stack.enter_context(Proxy(port, hook=PoorWifi())).port
         stack.enter_context(running([(way.player(right_port, 1), card.on("right"))], log))
         time.sleep(SETTLE_S + arguments.seconds)
-        sides = to_signal(said.samples(), 2)
         if arguments.wav:
             write_wav(arguments.wav, said.samples())
         if arguments.verbose:
             print(log.read_text(errors="replace"), file=sys.stderr)
-        apart, silent_s = compare(sides, len(sides) / RATE - arguments.seconds)
-        moments_s = np.linspace(len(sides) / RATE - arguments.seconds, len(sides) / RATE - 1, 9)
-        delay = delay_ms(heard, said, moments_s.tolist())
-        return Result(apart, silent_s, delay, joined_after_s(sides))
+    with without_priority():
+        return find_result(heard, said, arguments.seconds)
+
+
+def find_result(heard: Recording, said: Recording, seconds: float) -> Result:
+    """Return how far apart the players were in the last `seconds`."""
+    sides = to_signal(said.samples(), 2)
+    apart, silent_s = compare(sides, len(sides) / RATE - seconds)
+    moments_s = np.linspace(len(sides) / RATE - seconds, len(sides) / RATE - 1, 9)
+    delay = delay_ms(heard, said, moments_s.tolist())
+    return Result(apart, silent_s, delay, joined_after_s(sides))
 
 
 def write_wav(path: str, samples: bytes) -> None:

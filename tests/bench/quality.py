@@ -51,6 +51,7 @@ from sound_card import (  # noqa: E402
     SPEAKER_MONITOR,
     VirtualSoundCard,
     stop_process,
+    without_priority,
 )
 
 SKIPPED_S = 15.0
@@ -92,7 +93,8 @@ def measure_tone(way: latency.Way, seconds: float, *options: str) -> list[float]
                 time.sleep(seconds)
         finally:
             stop_process(player)
-    return sinad_db(said.samples()[int(SKIPPED_S * RATE) * 2 :], MONO)
+    with without_priority():
+        return sinad_db(said.samples()[int(SKIPPED_S * RATE) * 2 :], MONO)
 
 
 def describe_sinad(values_db: list[float]) -> str:
@@ -210,7 +212,8 @@ def measure_wifi(
     commands: Callable[[int], Callable[[VirtualSoundCard], list[list[str]]]], port: int, seed: int
 ) -> Heard:
     """Return what came of ``WIFI_S`` on a poor Wi-Fi, from 2 s after the first sound on."""
-    signal = make_signal(WIFI_S, seed)
+    with without_priority():
+        signal = make_signal(WIFI_S, seed)
     with ExitStack() as stack:
         card = stack.enter_context(VirtualSoundCard())
         relay_port = stack.enter_context(relayed(port, seed))
@@ -221,9 +224,9 @@ def measure_wifi(
         heard = stack.enter_context(card.record(MICROPHONE_MONITOR))
         said = stack.enter_context(card.record(SPEAKER_MONITOR))
         time.sleep(WIFI_S - 10)
-    samples = said.samples()
-    dropouts, silent_ms = find_silences(samples[2 * RATE * 2 :])
-    return Heard(dropouts, silent_ms, latency.match(heard, said).delays_ms)
+    with without_priority():
+        dropouts, silent_ms = find_silences(said.samples()[2 * RATE * 2 :])
+        return Heard(dropouts, silent_ms, latency.match(heard, said).delays_ms)
 
 
 def run_wifi(arguments: argparse.Namespace) -> None:

@@ -137,7 +137,7 @@ if TYPE_CHECKING:
 FIND_S = 2.0
 # Of all that anyone may announce; so many are asked at once, and have so long to answer.
 MAX_ANNOUNCED = 5_000
-ASKED_AT_ONCE = 250
+ASKED_AT_ONCE = 200
 ASK_S = 1.0
 MAX_SHOWN = 50
 MAX_SHOWN_CHARS = 40
@@ -169,33 +169,24 @@ def find_servers(mode: str | None) -> list[FoundServer]:
     Those that answer come first, then by name. Blocks for ``FIND_S``, and for their answers.
     Raises SocketPairError if there is no way to ask.
     """
-    modes = [mode] if mode else common.MODES
     services, own = browse(), common.own_interfaces()
-    found = {
-        (server.host, server.port, *server.announced): server
-        for service in services
-        if (server := look_at_announcement(service, own)) and server.announced.mode in modes
-    }
-    answers = ask_servers(list(dict.fromkeys((each.host, each.port) for each in found.values())))
-    servers = [
-        each._replace(answer=answers.get((each.host, each.port), "")) for each in found.values()
-    ]
-    return sorted(servers, key=lambda each: (not each.answer, each.announced.name, *each[1:3]))
+    announced = {look_at_announcement(service, own) for service in services}
+    found = [each for each in announced if each and mode in (None, each.announced.mode)]
+    answers = ask_servers(list({(each.host, each.port) for each in found}))
+    asked = [each._replace(answer=answers.get((each.host, each.port), "")) for each in found]
+    return sorted(asked, key=lambda each: (not each.answer, each.announced.name, each))
 
 
 def look_at_announcement(
     service: ServiceInfo, own: Sequence[IPv4Interface | IPv6Interface]
 ) -> FoundServer | None:
-    """Return the server that is announced, if it can be one on a network of `own`.
-
-    Those are this machine's addresses.
-    """
+    """Return the server that is announced, if it can be one on a network of `own` addresses."""
     try:
         announced = common.Announced.from_txt(service.properties)
         host = nearest(service.parsed_scoped_addresses(), own)
     except (ValueError, AttributeError):  # it holds what no server sends
         return None
-    if not (announced.name and host and service.port):
+    if not (announced.name and announced.mode in common.MODES and host and service.port):
         return None
     return FoundServer(announced, host, service.port)
 
@@ -236,80 +227,30 @@ def browse() -> list[ServiceInfo]:
 
 def ask_servers(addresses: list[tuple[str, int]]) -> dict[tuple[str, int], str]:
     """Return the kinds of the answers of those servers that answer; blocks for a second or more."""
-    import random  # noqa: PLC0415  (it takes a while, as all that only finding needs)
+    # It takes a while to import these, and only finding needs them.
+    import random  # noqa: PLC0415
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
 
-    random.shuffle(addresses)  # so that no order of false ones keeps others from being asked
-    answers: dict[tuple[str, int], str] = {}
-    for start in range(0, min(len(addresses), MAX_ANNOUNCED), ASKED_AT_ONCE):
-        with contextlib.ExitStack() as stack:
-            asked = [Asked(address, stack) for address in addresses[start : start + ASKED_AT_ONCE]]
-            wait_for_answers([each for each in asked if each.is_connecting])
-        answers.update({each.address: each.kind for each in asked if each.kind})
-    return answers
-
-
-class Asked:
-    """A server that is being asked whether it is one; `kind` is that of its answer."""
-
-    def __init__(self, address: tuple[str, int], stack: contextlib.ExitStack) -> None:
-        self.address = address
-        self.kind = ""
-        self.is_connecting = False
-        self._received = b""
-        with contextlib.suppress(OSError):
-            family, kind, _, _, target = socket.getaddrinfo(
-                *address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
-            )[0]
-            self.socket = stack.enter_context(socket.socket(family, kind))
-            self.socket.setblocking(False)
-            self.is_connecting = True
-            with contextlib.suppress(BlockingIOError):
-                self.socket.connect(target)
-
-    def ask(self) -> None:
-        """Send the question; raises OSError where there is nobody."""
-        self.is_connecting = False
-        self.socket.send(common.encode_message(Hello(common.PROTOCOL, common.FINDING)))
-
-    def take(self) -> bool:
-        """Take some of the answer; return whether it is over. Raises OSError and ProtocolError."""
-        data = self.socket.recv(common.MAX_HELLO_BYTES)
-        self._received += data
-        size = int.from_bytes(self._received[: LENGTH.size], "big")
-        if data and len(self._received) < LENGTH.size + min(size, common.MAX_HELLO_BYTES):
-            return False
-        answer = common.decode_message(self._received[LENGTH.size :], [])
-        self.kind = answer.kind if isinstance(answer, common.Error) else ""
-        return True
+    # In an order in which no false ones keep others from being asked.
+    asked = random.sample(addresses, min(len(addresses), MAX_ANNOUNCED))
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
+        answers = zip(asked, threads.map(ask_server, asked), strict=True)
+        return {address: kind for address, kind in answers if kind}
 
 
-def wait_for_answers(asked: list[Asked]) -> None:
-    """Ask all, and take their answers; blocks for ``ASK_S`` at most."""
-    import selectors  # noqa: PLC0415  (see ask_servers)
-
+def ask_server(address: tuple[str, int]) -> str:
+    """Return the kind of what a server answers, empty for none; blocks for ``ASK_S`` at most."""
     deadline = Deadline(ASK_S)
-    with selectors.DefaultSelector() as selector:
-        for each in asked:
-            selector.register(each.socket, selectors.EVENT_WRITE, each)
-        while selector.get_map() and deadline.remaining():
-            for key, _ in selector.select(deadline.remaining()):
-                if talk(key.data):
-                    selector.unregister(key.fileobj)
-                else:
-                    selector.modify(key.fileobj, selectors.EVENT_READ, key.data)
-
-
-def talk(asked: Asked) -> bool:
-    """Ask a server, or take its answer, whichever is due; return whether that is over."""
     try:
-        if asked.is_connecting:
-            asked.ask()
-            return False
-        return asked.take()
-    except BlockingIOError:
-        return False
+        sock = socket.create_connection(address, timeout=ASK_S)
+        with Connection(sock, "") as connection, connection.limit(deadline.remaining()):
+            connection.send(Hello(common.PROTOCOL, common.FINDING))
+            connection.receive(Welcome, max_bytes=common.MAX_HELLO_BYTES)
+    except PeerRefused as error:
+        return error.kind
     except (OSError, SocketPairError):
-        return True
+        pass
+    return ""
 
 
 def nearest(addresses: Iterable[str], own: Sequence[IPv4Interface | IPv6Interface]) -> str | None:
@@ -379,10 +320,6 @@ REFUSED_PAIRING = {
 FILE_HELLO = Hello(common.PROTOCOL, "file")
 
 
-class NoServer(ConnectionLost):
-    """Nobody answers at the server's address."""
-
-
 class WrongCode(SocketPairError):
     """The server has another pairing code than this client."""
 
@@ -400,39 +337,6 @@ class Address:
         self.open = open
 
 
-def connect(
-    address: Address,
-    hello: Hello,
-    *,
-    timeout_s: float = HANDSHAKE_TIMEOUT_S,
-    ask: Callable[[str], str] | None = None,
-) -> tuple[Connection, Welcome]:
-    """Return a connection past its handshake, and the server's welcome.
-
-    Asks for the pairing code, with `ask` or `ask_for_code`, where the server wants one that
-    `address` lacks, and there is a terminal to ask at; again, if the answer was wrong.
-    Otherwise blocks for `timeout_s` for connecting and for 10 s for the handshake at most.
-
-    Raises NoServer, ConnectionLost, ProtocolError where it is no Socket Pair server, WrongCode,
-    PeerRefused, and SocketPairError where no code is wanted.
-    """
-    try:
-        return connect_once(address, hello, timeout_s)
-    except CodeWanted as error:
-        if address.open:
-            raise PeerRefused(f"{error}, in place of --open", error.kind) from None
-        if not sys.stdin.isatty():
-            raise
-    common.require_pairing_packages()
-    problem = ""
-    while True:
-        address.code = (ask or ask_for_code)(problem)
-        try:
-            return connect_once(address, hello, timeout_s)
-        except WrongCode as error:
-            problem = str(error)
-
-
 def ask_for_code(problem: str) -> str:
     """Ask for the pairing code until it can be one, after telling the `problem` with the last."""
     while True:
@@ -444,29 +348,59 @@ def ask_for_code(problem: str) -> str:
             problem = str(error)
 
 
+def connect(
+    address: Address,
+    hello: Hello,
+    *,
+    timeout_s: float = HANDSHAKE_TIMEOUT_S,
+    ask: Callable[[str], str] = ask_for_code,
+) -> tuple[Connection, Welcome]:
+    """Return a connection past its handshake, and the server's welcome.
+
+    Asks for the pairing code where the server wants one that `address` lacks, and there is a
+    terminal to ask at; again, if the answer was wrong.
+    Otherwise blocks for `timeout_s` for connecting and for 10 s for the handshake at most.
+
+    Raises ConnectionLost, ProtocolError where it is no Socket Pair server, WrongCode, PeerRefused,
+    and SocketPairError where it does not pair.
+    """
+    try:
+        return connect_once(address, hello, timeout_s)
+    except CodeWanted as error:
+        if address.open:
+            raise PeerRefused(f"{error}, in place of --open", error.kind) from None
+        if not sys.stdin.isatty():
+            raise
+    common.require_pairing_packages()
+    problem = ""
+    while True:
+        address.code = ask(problem)
+        try:
+            return connect_once(address, hello, timeout_s)
+        except WrongCode as error:
+            problem = str(error)
+
+
 def connect_once(address: Address, hello: Hello, timeout_s: float) -> tuple[Connection, Welcome]:
     """Do what `connect` does, with the code of `address` alone."""
     peer = escape(common.format_address(address.host, address.port))
+    # As bytes, where it can be: Python loads the codec for international names for any text.
+    host = address.host.encode() if address.host.isascii() else address.host
     try:
-        sock = socket.create_connection((address.host, address.port), timeout=timeout_s)
+        sock = socket.create_connection((host, address.port), timeout_s)  # type: ignore[arg-type]
     except (OSError, ValueError) as error:  # ValueError: a host that no name can be
-        raise NoServer(describe_no_server(address, hello.mode, error)) from error
-    try:
-        connection = Connection(sock, peer)
-    except OSError as error:
-        sock.close()
-        raise ConnectionLost(f"{peer}: {describe_error(error)}") from error
-    try:
-        is_near = common.is_loopback(sock.getpeername()[0])
-        welcome = shake_hands(connection, address.code, hello)
+        raise ConnectionLost(describe_no_server(address, hello.mode, error)) from error
+    with contextlib.ExitStack() as opened:
+        opened.callback(sock.close)
+        try:
+            connection = opened.enter_context(Connection(sock, peer))
+            is_near = common.is_loopback(sock.getpeername()[0])
+            welcome = shake_hands(connection, address.code, hello)
+        except OSError as error:  # it has gone again
+            raise ConnectionLost(f"{peer}: {describe_error(error)}") from error
         if not (address.code or address.open or is_near):
             raise PeerRefused(OPEN_SERVER)
-    except OSError as error:  # it has gone again
-        connection.close()
-        raise ConnectionLost(f"{peer}: {describe_error(error)}") from error
-    except BaseException:
-        connection.close()
-        raise
+        opened.pop_all()
     return connection, welcome
 
 

@@ -698,7 +698,7 @@ def decode_message(content: bytes, expected: Iterable[type[Message]]) -> Message
     """
     check_size(content)
     try:
-        fields = json.loads(content)
+        fields = json.loads(content.decode())  # of bytes it would take UTF-16 as well
     except (ValueError, RecursionError):
         raise ProtocolError("received a message that is not JSON") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("type"), str):

@@ -229,10 +229,16 @@ class NameRules(NamedTuple):
         return not self.is_windows or (char >= " " and char not in '<>:"/\\|?*')
 
     def shorten(self, stem: str, tail: str) -> str:
-        """Return both together, with as much of `stem` as there is room for."""
-        while self.length(stem + tail) > self.max_length and stem:
-            stem = stem[:-1]
-        return stem + tail
+        """Return both together, with as much of `stem` as there is room for.
+
+        What is left never ends as the names of partial files do, which are removed one day.
+        """
+        left = stem
+        while self.length(left + tail) > self.max_length and left:
+            left = left[:-1]
+        if left != stem and (left + tail).endswith(PARTIAL_SUFFIX):
+            left = left[:-1]
+        return left + tail
 
     def numbered(self, name: str, first: int = 0) -> Iterator[tuple[int, str]]:
         """Yield 0 and `name`, then 1 and ``name (1).ext`` and so on, without end.
@@ -2226,7 +2232,8 @@ class Reception:
             partial = self._create(batch.folders.make(path, mode), entry)
         under_way = UnderWay(batch, entry, partial, wanted.promise)
         if under_way.bytes_left >= LARGE_BYTES:
-            shown = self._store.spell(partial.folder, name_of(entry))
+            name = self._store.disk.rules_in(partial.folder).fit(name_of(entry))
+            shown = self._store.spell(partial.folder, name)
             log.info(f"{self.peer} begins to send {under_way.describe_rest()}: {shown}")
         return under_way
 

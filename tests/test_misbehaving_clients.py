@@ -174,6 +174,9 @@ JUNK = {
     "a segment too long": HELLO + OFFER + struct.pack("!I", MIB + 1) + bytes(1000),
     "another offer inside": HELLO + OFFER + OFFER,
     "an error": HELLO + message("error", error="\x1b[2J"),
+    "a large file whose name is no text": HELLO
+    + message("offer", entries=[{"path": "\ud800", "size": 100 * MIB}])
+    + frame(b"1234"),
 }
 
 

@@ -131,6 +131,7 @@ def test_ordinary_and_odd_names_are_kept_as_they_are(path: str) -> None:
 @example("x" * 4000)
 @example("." + "x" * 300)
 @example("\ud800")
+@example(f"{'x' * 239}{PARTIAL_SUFFIX}{'y' * 50}")  # of which that would be left
 @example("con")
 @example("CON.tar.gz")
 @example(" ")

@@ -210,6 +210,15 @@ def test_what_would_fill_memory_is_refused_before_it_is_parsed(part: bytes) -> N
         decode_message(content, [Offer])
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le", "utf-32"])
+def test_a_message_comes_in_utf_8_alone(encoding: str) -> None:
+    content = '{"type":"offer","\u2200":"","entries":[' + "{}," * 100_000 + '{}],"":""}'
+    with pytest.raises(ProtocolError, match=r"not JSON|too many parts"):
+        decode_message(content.encode(encoding), [Offer])
+    with pytest.raises(ProtocolError, match="not JSON"):
+        decode_message('{"type":"offer","entries":[]}'.encode(encoding), [Offer])
+
+
 def test_an_offer_of_the_longest_names_in_their_longest_form_is_parsed() -> None:
     names = ['{[,\\u\u0007"' * 40] * MAX_BATCH_ENTRIES
     offer = Offer([Entry(name, 1, 2, True, False, 0o755) for name in names])

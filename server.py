@@ -660,6 +660,9 @@ class Holder(Protocol):
     def end(self) -> None:
         """Break the connection, which then releases what it holds. For any thread."""
 
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """Let others have its turn inside the ``with`` block, in which it waits."""
+
 
 class Leases:
     """Which partial files are in use, and by whom. All methods are for any thread."""
@@ -675,6 +678,14 @@ class Leases:
         comes back at once, perhaps before its old connection has been found broken. One that has
         been silent for ``SILENT_S`` is ended.
         """
+        with self._changed:
+            if file not in self._holders:
+                self._holders[file] = holder
+                return True
+        with holder.aside():
+            return self._wait_and_take(file, holder, since)
+
+    def _wait_and_take(self, file: tuple[int, int], holder: Holder, since: float) -> bool:
         with self._changed:
             while (other := self._holders.get(file)) is not None:
                 silent_s, waited_s = other.silent_s(), time.monotonic() - since
@@ -1124,10 +1135,13 @@ class Turns:
                 above.latest_s = below.had_s
             chosen[1].release()
 
-    def pass_on(self, share: Share) -> None:
-        """Let others have their turn first, if they wait. Only inside the ``with`` block."""
-        if self._waiting:
-            self._end(share)
+    @contextlib.contextmanager
+    def aside(self, share: Share) -> Iterator[None]:
+        """Let others have their turn while this one waits. Only inside that ``with`` block."""
+        self._end(share)
+        try:
+            yield
+        finally:
             self._begin(share)
 
     def rest(self, times: float) -> None:
@@ -1182,8 +1196,8 @@ class Digests:
         share = Share()
 
         def take_turns(count: int) -> None:
-            self._turns.pass_on(share)
-            on_progress(count)
+            with self._turns.aside(share):  # also from who does not read what that tells him
+                on_progress(count)
 
         digests, digest, done = {}, hashlib.sha256(), 0
         os.lseek(descriptor, 0, os.SEEK_SET)
@@ -1215,16 +1229,20 @@ class Leftovers(NamedTuple):
 
 
 def remove_old_leftovers(root: str) -> None:
-    """Remove the partial files below `root` that nobody has continued for ``LEFTOVER_LIFE_S``."""
+    """Remove the partial files below `root` that nobody has continued for ``LEFTOVER_LIFE_S``.
+
+    As far as can be: `root` may be gone, a tree in it too deep, or no descriptor left to look.
+    """
     newest = time.time() - LEFTOVER_LIFE_S
-    if sys.platform == "win32":
-        for place, _, names in os.walk(root):
-            for name in names:
-                remove_old_leftover(os.path.join(place, name), None, newest)
-    else:
-        for _, _, names, folder in os.fwalk(root):
-            for name in names:
-                remove_old_leftover(name, folder, newest)
+    with contextlib.suppress(OSError, RecursionError):
+        if sys.platform == "win32":
+            for place, _, names in os.walk(root):
+                for name in names:
+                    remove_old_leftover(os.path.join(place, name), None, newest)
+        else:
+            for _, _, names, folder in os.fwalk(root):
+                for name in names:
+                    remove_old_leftover(name, folder, newest)
 
 
 def remove_old_leftover(name: str, dir_fd: int | None, newest: float) -> None:
@@ -2081,6 +2099,7 @@ class Reception:
         self.host = connection.peer.rpartition(":")[0]
         self.tag = hashlib.sha256(self.host.encode()).hexdigest()[:8]
         self._share = store.share_of(self.host)
+        self._has_turn = False
         self._comparison = Comparison(connection, store.disk)
         self._began_s = time.monotonic()
         self._count = 0  # of files that were saved
@@ -2096,6 +2115,15 @@ class Reception:
     def end(self) -> None:
         """See `Holder`."""
         self._connection.wake()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """See `Holder`. For the thread that has the turn, if it has."""
+        if not self._has_turn:
+            yield
+            return
+        with self._store.disk.looking_up.aside(self._share):
+            yield
 
     def describe(self) -> str:
         """Return what is arriving, a large file or many, and from where. For any thread."""
@@ -2125,9 +2153,11 @@ class Reception:
         """
         turns = self._store.disk.looking_up
         with turns.turn(self._share):
+            self._has_turn = True
             try:
                 yield
             finally:
+                self._has_turn = False
                 if self._store.has_large_arrival():
                     turns.rest(LOOKING_UP_SHARE)
 
@@ -3645,6 +3675,8 @@ MAX_CLIENTS = 64
 MAX_LISTENERS = 2_000
 # Connections that have not finished their handshake: a quarter of a second of a flood.
 MAX_PENDING = 256
+# Of the descriptors that there may be, one in so many is for them.
+PENDING_SHARE = 4
 # So long without progress, a client is idle: it gives way to others, and is not waited for.
 IDLE_S = 10.0
 ACCEPT_RETRY_S = 0.1
@@ -3771,6 +3803,15 @@ class Clients:
         return [each for each in self._clients if each.is_served and not each.eviction]
 
 
+def find_max_pending() -> int:
+    """Return how many clients may be at the handshake at once."""
+    if sys.platform == "win32":
+        return MAX_PENDING
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    is_unlimited = most == resource.RLIM_INFINITY
+    return MAX_PENDING if is_unlimited else max(1, min(MAX_PENDING, most // PENDING_SHARE))
+
+
 def largest_crowd(clients: Sequence[Client]) -> tuple[str, int]:
     """Return the crowd that most of `clients` belong to, and how many do."""
     return Counter(client.crowd for client in clients).most_common(1)[0]
@@ -3817,7 +3858,7 @@ class Server:
         self._welcome = welcome
         self._gate = Gate(endpoint.code)
         self._turned_away = TurnedAwayLog()
-        self.clients = Clients(max_clients)
+        self.clients = Clients(max_clients, find_max_pending())
         self._advertising = contextlib.ExitStack()
         self._waker, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._accept_all, name="accept", daemon=True)

@@ -20,7 +20,19 @@ import common
 import server
 from pairing import send_here
 from processes import environment
-from support import HOST, ROOT, Process, RawClient, Server, free_port, make_file, wait_for
+from support import (
+    HOST,
+    ROOT,
+    Process,
+    RawClient,
+    Server,
+    frame,
+    free_port,
+    make_file,
+    message,
+    partials,
+    wait_for,
+)
 
 
 def greet(connection: common.Connection, _hello: common.Hello) -> None:
@@ -92,6 +104,30 @@ def test_a_server_whose_output_nobody_reads_takes_files_all_the_same(
             running.kill()
             os.close(reading)
     assert len(os.listdir(inbox / "many")) == 3000
+
+
+def test_nobody_waits_for_a_look_up_that_waits_for_a_file_in_use(
+    inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit in ("RELEASE_TIMEOUT_S", "TAKEOVER_TIMEOUT_S", "SILENT_S"):
+        monkeypatch.setattr(server, limit, 1e6)
+    store = server.Store(str(inbox))
+    inbox.mkdir()
+    film = {"path": "film", "size": 1 << 30}
+    with (
+        serving(lambda connection, _: server.handle_file_client(connection, store)) as port,
+        RawClient(port) as user,
+        RawClient(port) as waiting,
+        RawClient(port) as other,
+    ):
+        assert user.greet().offer(film)["type"] == "start"
+        user.send(frame(b"the beginning"))
+        wait_for(lambda: partials(inbox))
+        waiting.greet().send(message("offer", entries=[film]))
+        wait_for(lambda: store.disk.leases._changed._waiters)  # type: ignore[attr-defined]
+        assert other.greet().send_file("small", b"?") == {"saved": "small"}
+        user.hang_up()
+        assert waiting.receive()["type"] == "held"
 
 
 class Slow(logging.Handler):

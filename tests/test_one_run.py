@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from server import remove_old_leftovers
 from support import (
     MIB,
     Process,
@@ -127,6 +128,16 @@ def test_a_week_later_what_nobody_has_finished_is_removed(inbox: Path) -> None:
     with Server(inbox):
         wait_for(lambda: partials(inbox) == [new])
     assert kept.exists()
+
+
+@linux
+def test_a_tree_too_deep_to_look_for_leftovers_does_not_end_the_server(
+    inbox: Path, tmp_path: Path
+) -> None:
+    make_file(inbox / "/".join("d" * 40) / "file", 1)
+    with Server(inbox, wrapper=("prlimit", "--nofile=32:32", "--")) as server:
+        server.check_serves(tmp_path)
+    remove_old_leftovers(str(tmp_path / "gone"))
 
 
 def test_what_came_of_a_segment_is_kept(server: Server, tmp_path: Path) -> None:

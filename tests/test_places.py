@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -31,6 +32,10 @@ class Client:
     def end(self) -> None:
         """See `server.Holder`."""
         self.has_ended = True
+
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """See `server.Holder`."""
+        return contextlib.nullcontext()
 
 
 @pytest.fixture

@@ -18,6 +18,18 @@ def have(turns: Turns, share: Share, seconds: float) -> None:
             pass
 
 
+def test_others_have_their_turn_while_one_waits_for_something_else() -> None:
+    turns, waiting = Turns(), Share()
+    with turns.turn(waiting):
+        with turns.aside(waiting):
+            have(turns, Share(), 0.0)
+        other = threading.Thread(target=have, args=(turns, Share(), 0.0), daemon=True)
+        other.start()
+        wait_for(lambda: turns._waiting, "which has its turn again")
+    other.join(LIMIT_S)
+    assert not other.is_alive()
+
+
 def order_of(turns: Turns, waiting: Sequence[tuple[str, Share]]) -> list[str]:
     """Have all of these wait for one turn; return their names in the order of theirs."""
     order: list[str] = []

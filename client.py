@@ -56,6 +56,7 @@ import importlib
 import itertools
 import math
 import queue
+import re
 import select
 import shlex
 import socket
@@ -64,7 +65,7 @@ import struct
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
@@ -121,6 +122,7 @@ from common import (
 
 if TYPE_CHECKING:
     import wave
+    from io import FileIO
     from ipaddress import IPv4Interface, IPv6Interface
     from types import ModuleType
 
@@ -472,14 +474,13 @@ LOOK_UP_S = 1.0
 # Linux's virtual files (/proc, /sys) have no blocks, and say that they have 0 or 4096 bytes.
 MAX_DOUBTFUL_BYTES = 4096
 LEADS_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
-READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 STDIN = "-"
 
 
 class Source(NamedTuple):
     """A file or folder as it was looked up: where it is here, and how it is offered.
 
-    `found` is what the system said of a file whose size is known, None for anything else.
+    `found` is what the system said of a folder, or of a file whose size is known.
     `offers` counts how often it has been offered before as something that it was not.
     """
 
@@ -504,19 +505,13 @@ class Source(NamedTuple):
         return Source(self.path, entry, found, self.offers + 1)
 
 
-class NamedFolder(NamedTuple):
-    """A folder that the user named, and what it is to be called at the server."""
+class Problem(NamedTuple):
+    """What is not sent: its path, its name in an offer, why, and whether that is a failure."""
 
     path: str
     name: str
-    identity: tuple[int, int]
-
-
-class Problem(Protocol):
-    """Is told of what is not sent: its path, its name in an offer, why, and whether it failed."""
-
-    def __call__(self, path: str, name: str, reason: str, is_failure: bool = True, /) -> object:
-        """Take note of it."""
+    reason: str
+    is_failure: bool = True
 
 
 def describe_file(name: str, found: os.stat_result) -> Entry:
@@ -539,59 +534,52 @@ def look_up_file(path: str, name: str, found: os.stat_result) -> Source:
 def has_size(path: str, size: int) -> bool:
     """Return False if reading a file gives more or less than `size` bytes."""
     try:
-        descriptor = open_for_reading(path)
+        with open_file(path) as file:
+            return len(file.read(size + 1)) == size
     except OSError:  # sending it will say so
         return True
-    try:
-        return len(os.read(descriptor, size + 1)) == size
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
 
 
-def open_for_reading(path: str) -> int:
-    """Return a descriptor of a file. Does not wait for a writer, should it be a pipe by now."""
-    return os.open(path, READ_FLAGS)
+def open_file(path: str) -> FileIO:
+    """Open a file, without buffer. Raises OSError."""
+    return open(path, "rb", buffering=0, opener=open_without_waiting)
 
 
-def look_up_named(
-    paths: Iterable[str], name: str | None, on_problem: Problem
-) -> list[Source | NamedFolder]:
-    """Return what the user's `paths` are, ``-`` under `name`.
+def open_without_waiting(path: str, flags: int) -> int:
+    """Return a descriptor of a file; also of one that is a pipe by now, to which nobody writes."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
-    What cannot be sent is passed over after a call of `on_problem`.
-    """
-    named: list[Source | NamedFolder] = []
+
+def look_up_named(paths: Iterable[str], name: str | None) -> Iterator[Source | Problem]:
+    """Yield what the user's `paths` are, ``-`` under `name`."""
     for path in paths:
         try:
-            named.append(Source(STDIN, Entry(name or "")) if path == STDIN else look_up(path))
+            yield Source(STDIN, Entry(name or "")) if path == STDIN else look_up(path)
         except (OSError, ValueError) as error:
-            on_problem(path or "''", path, describe_missing(path, error))
-        except NotAFile as error:
-            on_problem(path, path, str(error))
-    return named
+            yield Problem(path or "''", path, describe_missing(path, error))
+        except SocketPairError as error:
+            yield Problem(path, path, str(error))
 
 
-class NotAFile(SocketPairError):
-    """What was named is neither a file nor a folder."""
-
-    def __init__(self, mode: int) -> None:
-        reason = "not a file or a folder"
-        if stat.S_ISFIFO(mode):
-            command = common.command_line("client.py", "file", STDIN, "--name", "NAME")
-            reason = f"a pipe, not a file: send what a program prints by COMMAND | {command}"
-        super().__init__(reason)
-
-
-def look_up(path: str) -> Source | NamedFolder:
-    """Return what `path` is. Raises OSError, ValueError and NotAFile."""
+def look_up(path: str) -> Source:
+    """Return what `path` is. Raises OSError and ValueError; SocketPairError if neither of both."""
     found = os.stat(path)
     if stat.S_ISDIR(found.st_mode):
-        return NamedFolder(path, name_of(path), (found.st_dev, found.st_ino))
+        return folder_source(path, name_of(path), found)
     if stat.S_ISREG(found.st_mode):
         return look_up_file(path, name_of(path), found)
-    raise NotAFile(found.st_mode)
+    if stat.S_ISFIFO(found.st_mode):
+        command = common.command_line("client.py", "file", STDIN, "--name", "NAME")
+        raise SocketPairError(
+            f"a pipe, not a file: send what a program prints by COMMAND | {command}"
+        )
+    raise SocketPairError(describe_left_out(found.st_mode))
+
+
+def folder_source(path: str, name: str, found: os.stat_result) -> Source:
+    """Return the source that a folder with these properties is."""
+    entry = describe_file(name, found)
+    return Source(path, entry._replace(size=None, executable=False, is_folder=True), found)
 
 
 def name_of(path: str, system: ModuleType = os.path) -> str:
@@ -622,54 +610,48 @@ def describe_missing(path: str, error: OSError | ValueError) -> str:
 
 
 def find_sources(
-    named: Iterable[Source | NamedFolder], left_out: tuple[int, int] | None, on_problem: Problem
-) -> Iterator[Source]:
+    named: Iterable[Source], left_out: tuple[int, int] | None
+) -> Iterator[Source | Problem]:
     """Yield all that is in what the user named.
 
     `left_out` is the device and the inode of the server's own folder, if that is on this machine.
-    What cannot be sent is passed over after a call of `on_problem`.
     """
-    for item in named:
-        if isinstance(item, Source):
-            yield item
-        elif item.identity == left_out:
-            on_problem(item.path, item.name, "the server's own folder, into which it would go")
+    for source in named:
+        found = source.found
+        if not source.entry.is_folder:
+            yield source
+        elif found and (found.st_dev, found.st_ino) == left_out:
+            reason = "the server's own folder, into which it would go"
+            yield Problem(source.path, source.name, reason)
         else:
-            yield from walk_folder(item, left_out, on_problem)
+            yield from walk_folder(source, left_out)
 
 
-def walk_folder(
-    named: NamedFolder, left_out: tuple[int, int] | None, on_problem: Problem
-) -> Iterator[Source]:
+def walk_folder(folder: Source, left_out: tuple[int, int] | None) -> Iterator[Source | Problem]:
     """Yield what is in a folder, and each folder after all that is in it.
 
     In that order the server can give each folder its modification time for good. Without
     recursion, for trees of any depth.
     """
-    path, name = named.path, named.name
-    unfinished = [(path, name, iter(list_folder(path, name, on_problem)))]
+    unfinished = [(folder.path, folder.name, list_folder(folder.path, folder.name))]
     while unfinished:
         path, name, entries = unfinished[-1]
         entry = next(entries, None)
         if entry is None:
             unfinished.pop()
             with contextlib.suppress(OSError):
-                yield look_up_folder(path, name)
+                yield folder_source(path, name, os.stat(path))
+            continue
+        if isinstance(entry, Problem):
+            yield entry
             continue
         below = f"{name}/{entry.name}"
         if not is_real_folder(entry):
-            if source := look_at(entry, below, on_problem):
-                yield source
+            yield look_at(entry, below)
         elif left_out and is_same_folder(entry, left_out):
-            on_problem(entry.path, below, "the server's own folder, left out", False)
+            yield Problem(entry.path, below, "the server's own folder, left out", False)
         else:
-            unfinished.append((entry.path, below, iter(list_folder(entry.path, below, on_problem))))
-
-
-def look_up_folder(path: str, name: str) -> Source:
-    """Return the source that a folder is. Raises OSError."""
-    entry = describe_file(name, os.stat(path))
-    return Source(path, entry._replace(size=None, executable=False, is_folder=True))
+            unfinished.append((entry.path, below, list_folder(entry.path, below)))
 
 
 def is_real_folder(entry: os.DirEntry[str]) -> bool:
@@ -691,29 +673,26 @@ def is_same_folder(entry: os.DirEntry[str], identity: tuple[int, int]) -> bool:
     return False
 
 
-def list_folder(path: str, name: str, on_problem: Problem) -> list[os.DirEntry[str]]:
-    """Return a folder's entries by name; none, after a call of `on_problem`, if unreadable."""
+def list_folder(path: str, name: str) -> Iterator[os.DirEntry[str] | Problem]:
+    """Return a folder's entries by name, or why it cannot be read."""
     try:
         with os.scandir(path) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
+            return iter(sorted(entries, key=lambda entry: entry.name))
     except OSError as error:
-        on_problem(path, f"{name}/", describe_error(error))
-        return []
+        return iter([Problem(path, f"{name}/", describe_error(error))])
 
 
-def look_at(entry: os.DirEntry[str], name: str, on_problem: Problem) -> Source | None:
+def look_at(entry: os.DirEntry[str], name: str) -> Source | Problem:
     """Return the file that `entry` is or links to."""
     try:
         found = entry.stat()
         if stat.S_ISREG(found.st_mode) and not name.endswith(common.PARTIAL_SUFFIX):
             return look_up_file(entry.path, name, found)
-        on_problem(entry.path, name, describe_left_out(found.st_mode), False)
+        return Problem(entry.path, name, describe_left_out(found.st_mode), False)
     except OSError as error:
         if entry.is_symlink() and error.errno in LEADS_NOWHERE:
-            on_problem(entry.path, name, "a broken link, left out", False)
-        else:
-            on_problem(entry.path, name, describe_missing(entry.path, error))
-    return None
+            return Problem(entry.path, name, "a broken link, left out", False)
+        return Problem(entry.path, name, describe_missing(entry.path, error))
 
 
 def describe_left_out(mode: int) -> str:
@@ -786,61 +765,72 @@ class Gauge:
     def draw(self, done: int, columns: int, draw_bar: Callable[..., str]) -> str:
         """Return a line of at most so many columns, drawn by tqdm's ``format_meter``."""
         done, speed = min(done, self.total or done), self._speed(done)
-        label = common.fit(self.label, max(MIN_LABEL_CELLS, columns - GAUGE_CELLS))
-        elapsed_s = time.monotonic() - self._start
-
-        def draw(shape: str, width: int | None) -> str:
-            if speed is None:
-                shape = shape.replace("<{remaining}", "").replace(", {rate_fmt}", "")
-                shape = shape.replace(" {rate_fmt}", "")
-            return draw_bar(
-                *(done, self.total or None, elapsed_s, width, label),
-                unit="B",
-                unit_scale=True,
-                rate=speed,
-                bar_format=shape,
-            )
-
-        shapes = SHAPES if self.total else SHAPES_WITHOUT_TOTAL
-
-        def fits(shape: str) -> bool:
-            return common.cells(draw(shape.replace("{bar}", "#"), None)) <= columns
-
-        return draw(next(filter(fits, shapes), shapes[-1]), columns)
+        draw = functools.partial(
+            draw_bar,
+            done,
+            self.total or None,
+            time.monotonic() - self._start,
+            prefix=common.fit(self.label, max(MIN_LABEL_CELLS, columns - GAUGE_CELLS)),
+            unit="B",
+            unit_scale=True,
+            rate=speed,
+        )
+        shapes: tuple[str, ...] = SHAPES if self.total else SHAPES_WITHOUT_TOTAL
+        if speed is None:
+            shapes = tuple(re.sub("<{remaining}|,? {rate_fmt}", "", shape) for shape in shapes)
+        for shape in shapes:
+            if common.cells(draw(bar_format=shape.replace("{bar}", "#"))) <= columns:
+                break
+        return draw(ncols=columns, bar_format=shape)
 
 
 class Progress:
     """Shows on a terminal how far the sending is: a large file, or all of many files.
 
-    A thread draws it, so that it goes on while nothing moves. Every method is for any thread.
+    A thread draws it, so that it goes on while nothing moves, until `console` shows no status line
+    any more. `sizes` tells those of all files, which may take a while. Every method is for any
+    thread.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(
+        self, console: Console, is_single: bool, sizes: Callable[[], Sequence[int]]
+    ) -> None:
         self._console = console
+        self._is_single = is_single
         self._draw_bar = find_bar() if console.has_status else None
         self._in_transit: Callable[[], int] = int
-        self._all: Gauge | None = None
-        self._one: Gauge | None = None
-        self._decided_bytes = 0
-        self._moved: dict[str, int] = {}  # bytes of files that are not decided yet, by their paths
+        self._all = Gauge("counting the files", None)
+        self._large: Gauge | None = None  # while a file is under way that has a bar of its own
         self._path = ""  # of the file under way
+        self._moved: dict[str, int] = {}  # bytes of files that are not decided yet, by their paths
+        self._decided_bytes = 0
         self._lock = threading.Lock()
-        self._closed = threading.Event()
-
-    def begin(self, is_single: bool, sizes: Callable[[], Iterable[int]]) -> None:
-        """Begin to show it; `sizes` tells those of all files, which may take a while."""
         if self._draw_bar:
+            threading.Thread(target=self._run, name="progress", daemon=True).start()
             if not is_single:
-                self._all = Gauge("counting the files", None)
                 work = functools.partial(self._count, sizes)
                 threading.Thread(target=work, name="counting", daemon=True).start()
-            threading.Thread(target=self._run, name="progress", daemon=True).start()
 
-    def _count(self, sizes: Callable[[], Iterable[int]]) -> None:
-        found = list(sizes())
+    def _count(self, sizes: Callable[[], Sequence[int]]) -> None:
+        found = sizes()
         with self._lock:
-            if self._all:
-                self._all.label, self._all.total = count(len(found), "file"), sum(found)
+            self._all.label, self._all.total = count(len(found), "file"), sum(found)
+
+    def _run(self) -> None:
+        while self._console.has_status:
+            time.sleep(common.STATUS_INTERVAL_S)
+            with self._lock:
+                self._show(self._in_transit())
+
+    def _show(self, in_transit: int = 0) -> None:
+        gauge, done = self._all, self._decided_bytes + sum(self._moved.values())
+        if self._large:
+            gauge, done = self._large, self._moved.get(self._path, 0)
+        elif self._is_single:
+            return
+        if self._draw_bar:
+            done = max(0, done - in_transit)
+            self._console.show_status(gauge.draw(done, self._console.columns, self._draw_bar))
 
     def follow(self, in_transit: Callable[[], int]) -> None:
         """Begin anew with a connection, of whose bytes `in_transit` have not arrived."""
@@ -848,62 +838,35 @@ class Progress:
             self._in_transit = in_transit
             self._moved.clear()
 
-    def _run(self) -> None:
-        while not self._closed.wait(common.STATUS_INTERVAL_S):
-            with self._lock:
-                self._show(self._in_transit())
-
-    def _show(self, in_transit: int) -> None:
-        gauge, done = self._all, self._decided_bytes + sum(self._moved.values())
-        if self._one:
-            gauge, done = self._one, self._moved.get(self._path, 0)
-        if gauge and self._draw_bar:
-            done = max(0, done - in_transit)
-            self._console.show_status(gauge.draw(done, self._console.columns, self._draw_bar))
-
     def start(self, source: Source, done: int, verb: str = "") -> None:
         """Begin with a file, of which `done` bytes need nothing any more."""
-        if self._draw_bar is None:
-            return
         size = source.entry.size
         with self._lock:
             self._path = source.path
             self._moved[source.path] = done
-            self._one = None
-            if not self._all or size is None or size >= LARGE_FILE_BYTES:
-                self._one = Gauge(verb + escape(source.name, MAX_LABEL_CELLS), size, done)
-                self._show(0)
+            self._large = None
+            if self._is_single or size is None or size >= LARGE_FILE_BYTES:
+                self._large = Gauge(verb + escape(source.name, MAX_LABEL_CELLS), size, done)
+                self._show()
 
     def move(self, size: int) -> None:
         """Note that so many bytes more of the file are on their way."""
-        if self._draw_bar is None:
-            return
         with self._lock:
             self._moved[self._path] = self._moved.get(self._path, 0) + size
 
     def decide(self, source: Source, is_saved: bool) -> None:
         """Count a file as done; one that is alone leaves its bar behind if `is_saved`."""
-        if self._draw_bar is None:
-            return
         with self._lock:
             moved = self._moved.pop(source.path, 0)
-            self._decided_bytes += source.entry.size or moved
-            one = self._one if source.path == self._path else None
-            if one:
-                self._one = None
-                if is_saved and not self._all:
-                    done = source.entry.size or moved
-                    text = one.draw(done, self._console.columns, self._draw_bar)
+            size = source.entry.size or moved
+            self._decided_bytes += size
+            if self._large and source.path == self._path:
+                if is_saved and self._is_single and self._draw_bar:
+                    text = self._large.draw(size, self._console.columns, self._draw_bar)
                     self._console.leave_status(text)
-            if self._all and self._decided_bytes == self._all.total:
-                self._show(0)
-
-    def close(self) -> None:
-        """Take it off the screen. Idempotent."""
-        self._closed.set()
-        with self._lock:
-            self._all = self._one = None
-            self._console.end_status()
+                self._large = None
+            if self._decided_bytes == self._all.total:
+                self._show()
 
 
 def find_bar() -> Callable[..., str] | None:
@@ -929,18 +892,12 @@ class Sent(NamedTuple):
 
 
 class NotSent(NamedTuple):
-    """A file that was given up here, and why; no reason if it is offered again."""
+    """A file that was given up here, and why."""
 
     reason: str
 
 
-class FolderTally:
-    """What has become of what is in a folder that was named."""
-
-    files = 0
-    bytes = 0
-    already = 0
-    failed = 0
+OFFERED_AGAIN = NotSent("")  # as what it is now
 
 
 class Report:
@@ -954,7 +911,8 @@ class Report:
         self._verbose = verbose
         self._lock = threading.Lock()
         self._failed = 0
-        self._folders: dict[str, FolderTally] = {}
+        # What has become of what is in each folder that was named.
+        self._folders: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     @property
     def failed(self) -> int:
@@ -962,20 +920,25 @@ class Report:
         with self._lock:
             return self._failed
 
-    def _tally(self, name: str) -> FolderTally:
-        return self._folders.setdefault(name.partition("/")[0], FolderTally())
+    def _tally(self, name: str) -> Counter[str]:
+        return self._folders[name.partition("/")[0]]
 
-    def complain(self, text: str) -> None:
-        """Say what is in the way of all."""
-        self._console.complain(text)
-
-    def problem(self, path: str, name: str, reason: str, is_failure: bool = True) -> None:
-        """Report what was not sent, or was not saved: its path, its offered name, and why."""
+    def problem(self, problem: Problem) -> None:
+        """Report what was not sent, or was not saved."""
+        path, name, reason, is_failure = problem
         with self._lock:
             self._failed += is_failure
             if "/" in name:
-                self._tally(name).failed += is_failure
+                self._tally(name)["failed"] += is_failure
         self._console.complain(f"{escape(name if path == STDIN else path)}: {reason}")
+
+    def without_problems(self, found: Iterable[Source | Problem]) -> Iterator[Source]:
+        """Yield the sources among what was `found`, and report the rest."""
+        for each in found:
+            if isinstance(each, Problem):
+                self.problem(each)
+            else:
+                yield each
 
     def resumed(self, source: Source, offset: int) -> None:
         """Report that some of a file is at the server already."""
@@ -989,7 +952,7 @@ class Report:
         """
         if outcome.kind == "failed":
             reason = f"at the server: {escape(outcome.text)}"
-            self.problem(source.path, source.name, reason)
+            self.problem(Problem(source.path, source.name, reason))
         elif source.entry.is_folder:
             self._folder_saved(source, source.beside(outcome.text))
         elif sent is None:
@@ -1002,9 +965,9 @@ class Report:
         if not is_named:
             with self._lock:
                 tally = self._tally(source.name)
-                tally.files += 1
-                tally.bytes += source.entry.size or 0
-                tally.already += outcome.kind == "already"
+                tally["files"] += 1
+                tally["bytes"] += source.entry.size or 0
+                tally["already"] += outcome.kind == "already"
         if is_named or self._verbose or name != source.name or sent.note:
             self._console.say(
                 f"{HOW[outcome.kind]} as {escape(name)}, "
@@ -1015,15 +978,15 @@ class Report:
         if "/" in source.name:
             return
         with self._lock:
-            tally = self._folders.pop(source.name, FolderTally())
-        files = count(tally.files, "file")
-        text = f"Saved {escape(name)}/ with {files} ({format_bytes(tally.bytes)})"
-        if tally.files:
+            tally = self._folders.pop(source.name, Counter())
+        files = count(tally["files"], "file")
+        text = f"Saved {escape(name)}/ with {files} ({format_bytes(tally['bytes'])})"
+        if tally["files"]:
             text += ", every SHA-256 matches"
-        if tally.already:
-            text += f", {tally.already} there already"
-        if tally.failed:
-            text += f", without {tally.failed} that failed"
+        if tally["already"]:
+            text += f", {tally['already']} there already"
+        if tally["failed"]:
+            text += f", without {tally['failed']} that failed"
         self._console.say(text)
 
 
@@ -1036,10 +999,14 @@ class Batch:
         self._undecided = set(range(len(sources)))
         self._ends: dict[int, Sent | NotSent] = {}
 
-    def undecided(self) -> list[int]:
-        """Return the indexes of those of which the server has not said what became of them."""
+    def left(self) -> list[Source]:
+        """Return what is to be offered again if the connection is lost now."""
         with self._lock:
-            return sorted(self._undecided)
+            return [
+                self.sources[index]
+                for index in sorted(self._undecided)
+                if self._ends.get(index) != OFFERED_AGAIN
+            ]
 
     def is_done(self) -> bool:
         """Return whether the server has said of each what has become of it."""
@@ -1146,78 +1113,68 @@ def start_file_client(  # noqa: PLR0913 - the command line's options
     unless every one of them stands at the server, verified.
     """
     console = Console(quiet)
-    progress, report = Progress(console), Report(console, verbose)
-    sender = Sender(address, report, progress, retry_s)
+    report = Report(console, verbose)
     try:
-        named = look_up_named(paths, name, report.problem)
+        named = list(report.without_problems(look_up_named(paths, name)))
         if named:
-            sender.send(named)
+            Sender(address, console, report, retry_s).send(named)
     except SocketPairError as error:
-        progress.close()
+        console.end_status()
         console.complain(str(error))
         return EXIT_FAILED
     except KeyboardInterrupt:
         line_end = "" if console.is_showing_status else "\n"  # behind the terminal's ^C
-        progress.close()
+        console.end_status()
         console.complain(f"{line_end}interrupted: the same command goes on from here")
         raise
     finally:
-        progress.close()
+        console.end_status()
     return EXIT_FAILED if report.failed else EXIT_OK
 
 
 class Backlog:
-    """What is still to be sent, in batches. For the two threads of a transfer."""
+    """What is still to be sent, in batches."""
 
     def __init__(self, sources: Iterator[Source]) -> None:
         self.run = os.urandom(8).hex()  # tells the server which connections belong together
         self._batches = in_batches(sources)
         self._returned: list[Source] = []
-        self._lock = threading.Lock()
 
     def give_back(self, sources: Iterable[Source]) -> None:
         """Have `sources` be offered again."""
-        with self._lock:
-            self._returned += sources
+        self._returned += sources
 
     def take(self) -> list[Source]:
         """Return the next batch, none at the end; blocks while it is looked up."""
-        with self._lock:
-            returned, self._returned = self._returned, []
-        if not returned:
-            return next(self._batches, [])
-        batch, *rest = in_batches(returned)
-        self.give_back(itertools.chain.from_iterable(rest))
-        return batch
+        batch = next(in_batches(self._returned), [])
+        del self._returned[: len(batch)]
+        return batch or next(self._batches, [])
 
 
 class Sender:
     """Brings what the user named to a server, over as many connections as it takes."""
 
-    def __init__(
-        self, address: Address, report: Report, progress: Progress, retry_s: float
-    ) -> None:
+    def __init__(self, address: Address, console: Console, report: Report, retry_s: float) -> None:
         self._address = address
+        self._console = console
         self._report = report
-        self._progress = progress
         self._retry_s = retry_s
 
-    def send(self, named: Sequence[Source | NamedFolder]) -> None:
+    def send(self, named: Sequence[Source]) -> None:
         """Send all that is named; blocks until each file in it is decided.
 
         Comes back to a lost server after growing waits; raises ConnectionLost in the end,
         PeerRefused and ProtocolError at once.
         """
         connection, welcome = connect(self._address, FILE_HELLO)
-        backlog = Backlog(find_sources(named, welcome.folder, self._report.problem))
-        is_single = len(named) == 1 and isinstance(named[0], Source)
-        self._progress.begin(
-            is_single, lambda: sizes_of(find_sources(named, welcome.folder, ignore))
-        )
+        is_single = len(named) == 1 and not named[0].entry.is_folder
+        sizes = functools.partial(sizes_in, named, welcome.folder)
+        progress = Progress(self._console, is_single, sizes)
+        found = find_sources(named, welcome.folder)
+        backlog = Backlog(self._report.without_problems(found))
         waits = self._waits()
         while True:
-            upload = Upload(connection, backlog, self._report, self._progress)
-            with contextlib.closing(upload):
+            with contextlib.closing(Upload(connection, backlog, self._report, progress)) as upload:
                 try:
                     upload.run()
                     return
@@ -1238,7 +1195,7 @@ class Sender:
     def _reconnect(self, waits: Iterator[float], error: ConnectionLost) -> Connection:
         """Return a new connection, after waiting for a server that was lost by `error`."""
         for wait_s in waits:
-            self._report.complain(f"{error}; trying again in {wait_s:.2g} s")
+            self._console.complain(f"{error}; trying again in {wait_s:.2g} s")
             time.sleep(wait_s)
             try:
                 return connect(self._address, FILE_HELLO)[0]
@@ -1252,13 +1209,13 @@ class Sender:
         ) from error
 
 
-def ignore(_path: str, _name: str, _reason: str, _is_failure: bool = True) -> None:
-    """Take no note of what cannot be sent: somebody else does."""
-
-
-def sizes_of(sources: Iterable[Source]) -> Iterator[int]:
-    """Yield the sizes of files, as far as they are known."""
-    return (source.entry.size or 0 for source in sources if not source.entry.is_folder)
+def sizes_in(named: Sequence[Source], left_out: tuple[int, int] | None) -> list[int]:
+    """Return the sizes of the files in what the user named, 0 where it is not known."""
+    return [
+        each.entry.size or 0
+        for each in find_sources(named, left_out)
+        if isinstance(each, Source) and not each.entry.is_folder
+    ]
 
 
 class FileChanged(SocketPairError):
@@ -1285,30 +1242,20 @@ class UnderWay(NamedTuple):
     digest: hashlib._Hash | None
 
 
-class Pace:
-    """How much to read and send at once, so that no step takes long on a slow disk or line."""
+def next_step(step_bytes: int, took_s: float) -> int:
+    """Return how much to read and send at once after a step that took so long.
 
-    def __init__(self) -> None:
-        self.step_bytes = SMALL_FILE_BYTES
-        self._start = time.monotonic()
-
-    def __enter__(self) -> None:
-        self._start = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        """Choose the next step by how long this one took."""
-        took_s = time.monotonic() - self._start
-        if took_s > PACE_S:
-            self.step_bytes = max(MIN_PACE_BYTES, self.step_bytes // 2)
-        elif took_s < PACE_S / 4:
-            self.step_bytes = min(common.SEGMENT_BYTES, self.step_bytes * 2)
+    So no step takes long on a slow disk or line.
+    """
+    if took_s > PACE_S:
+        return max(MIN_PACE_BYTES, step_bytes // 2)
+    return min(common.SEGMENT_BYTES, step_bytes * 2) if took_s < PACE_S / 4 else step_bytes
 
 
 class SignsOfLife:
     """Tells the server every second that this client lives, while a disk keeps it waiting.
 
-    Use it in a ``with`` block around what may wait so, and writes nothing to the connection. The
-    thread that sends the signs ends with `stop`, or with the connection.
+    The thread that sends the signs ends with `stop`, or with the connection.
     """
 
     def __init__(self) -> None:
@@ -1318,17 +1265,16 @@ class SignsOfLife:
         self._is_over = threading.Event()
         threading.Thread(target=self._run, name="signs of life", daemon=True).start()
 
-    def by(self, send: Callable[[], object]) -> SignsOfLife:
-        """Return itself, to have the signs of the next ``with`` block sent by `send`."""
+    @contextlib.contextmanager
+    def by(self, send: Callable[[], object]) -> Iterator[None]:
+        """Have them sent by `send` inside the ``with`` block, which writes nothing itself."""
         self._send = send
-        return self
-
-    def __enter__(self) -> None:
         self._due_s = time.monotonic() + common.KEEPALIVE_INTERVAL_S
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._due_s = math.inf
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._due_s = math.inf
 
     def stop(self) -> None:
         """Send none any more. Idempotent."""
@@ -1370,8 +1316,8 @@ class Content:
         while have < len(view):
             if self.is_stdin and have and not has_stdin(deadline.remaining()):
                 break
-            size = self._file.readinto(view[have:])  # type: ignore[attr-defined]
-            have += size or 0
+            size = self._file.readinto(view[have:]) or 0
+            have += size
             if not (size and deadline.remaining()):
                 break
         return have
@@ -1405,20 +1351,18 @@ def has_stdin(seconds: float) -> bool:
     return sys.platform == "win32" or bool(select.select([0], [], [], seconds)[0])
 
 
-def open_source(transfer: UnderWay) -> BinaryIO:
+def open_source(transfer: UnderWay) -> FileIO:
     """Open a file at its offset, or standard input, without buffer.
 
     Raises OSError, OfferAgain and FileChanged.
     """
     if transfer.source.path == STDIN:
         return open(0, "rb", buffering=0, closefd=False)
-    file = open_file(transfer.source)
-    try:
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context(open_file(transfer.source.path))
         file.seek(transfer.offset)
-        check_offer(transfer.source, file)
-    except BaseException:
-        file.close()
-        raise
+        check_offer(transfer.source, os.fstat(file.fileno()))
+        opened.pop_all()
     return file
 
 
@@ -1437,8 +1381,8 @@ class Upload:
         self._report = report
         self._progress = progress
         self._offered: list[Batch] = []
-        self._pace = Pace()
         self._signs = SignsOfLife()
+        self._step_bytes = SMALL_FILE_BYTES
         self._stdin_is_begun = False
         self._file_bytes = 0  # handed over to the connection
         connection.prefer_bbr()
@@ -1447,11 +1391,11 @@ class Upload:
     def close(self) -> None:
         """Hang up; what is not decided goes back to where it was taken from. Idempotent."""
         self._signs.stop()
-        left = [batch.sources[index] for batch in self._offered for index in batch.undecided()]
-        if left:
+        if self._offered:
             self._connection.abort()
         self._connection.close()
-        self._give_back(left)
+        for batch in self._offered:
+            self._give_back(batch.left())
         self._offered = []
 
     def _send_hashing(self) -> None:
@@ -1464,7 +1408,7 @@ class Upload:
         for source in sources:
             if source.path == STDIN and self._stdin_is_begun:
                 reason = "standard input cannot be sent a second time"
-                self._report.problem(source.path, source.name, reason)
+                self._report.problem(Problem(source.path, source.name, reason))
             else:
                 self._backlog.give_back([source])
 
@@ -1486,7 +1430,7 @@ class Upload:
                 # While the server is still busy, so that it never waits for the looking up here.
                 following = self._offer()
             self._offered.remove(batch)
-            batch = following if following.sources else self._offer()
+            batch = following
 
     # offered
 
@@ -1505,19 +1449,23 @@ class Upload:
 
     def _look_up(self, batch: Batch) -> list[UnderWay]:
         """Return what the server needs, after answering what it asks about what it holds."""
-        signs_left = MAX_LOOK_UP_SIGNS
-        digests: dict[int, Digests] | None = None
-        while signs_left:
-            message = self._connection.receive(Start, Held, Hashing)
-            if isinstance(message, Start):
-                return self._begin(batch, message, digests or {})
-            if isinstance(message, Held):
-                if digests is not None:
-                    raise ProtocolError("received a second held")
-                digests = self._compare(batch, message)
-                longest = sum(max(lengths, default=0) for _, lengths in message.entries)
-                signs_left += longest // MIN_HASHED_BYTES_PER_S
-            signs_left -= 1
+        answer = self._receive_answer(MAX_LOOK_UP_SIGNS)
+        digests: dict[int, Digests] = {}
+        if isinstance(answer, Held):
+            digests = self._compare(batch, answer)
+            longest = sum(max(lengths, default=0) for _, lengths in answer.entries)
+            hashing_signs = longest // MIN_HASHED_BYTES_PER_S
+            answer = self._receive_answer(MAX_LOOK_UP_SIGNS + hashing_signs)
+        if isinstance(answer, Held):
+            raise ProtocolError("received a second held")
+        return self._begin(batch, answer, digests)
+
+    def _receive_answer(self, most_signs: int) -> Start | Held:
+        """Return the next message but signs of life, of which fewer than `most_signs` may come."""
+        for _ in range(most_signs):
+            answer = self._connection.receive(Start, Held, Hashing)
+            if not isinstance(answer, Hashing):
+                return answer
         raise ProtocolError("received signs of life without end")
 
     def _compare(self, batch: Batch, held: Held) -> dict[int, Digests]:
@@ -1526,9 +1474,9 @@ class Upload:
         for index, lengths in held.entries:
             if index >= len(batch.sources):
                 raise ProtocolError("received a held of what was not offered")
-            if batch.sources[index].entry.size is None:
-                raise ProtocolError("received a held of what has no size")
             source = batch.sources[index]
+            if source.entry.size is None:
+                raise ProtocolError("received a held of what has no size")
             self._progress.start(source, 0, "comparing ")
             with self._signs.by(self._send_hashing):
                 found[index] = hash_prefixes(source, lengths, self._progress.move)
@@ -1573,14 +1521,12 @@ class Upload:
         self._progress.start(source, transfer.offset)
         end: Sent | NotSent
         try:
-            if self._send_small(batch, transfer):
-                return
-            end = self._send_large(batch, transfer)
+            end = self._send_small(transfer) or self._send_large(batch, transfer)
         except ConnectionLost:
             raise
         except OfferAgain as error:
             self._backlog.give_back([error.source])
-            end = NotSent("")
+            end = OFFERED_AGAIN
         except (OSError, SocketPairError) as error:
             end = NotSent(describe_error(error))
         batch.end(transfer.number, end)
@@ -1589,21 +1535,19 @@ class Upload:
         else:
             self._connection.queue(LENGTH.pack(GIVEN_UP))
 
-    def _send_small(self, batch: Batch, transfer: UnderWay) -> bool:
-        """Send a small file in one go; return False if it is none, or not as it was offered."""
+    def _send_small(self, transfer: UnderWay) -> Sent | None:
+        """Send a small file in one go; return None if it is none, or not as it was offered."""
         source, size = transfer.source, transfer.source.entry.size
         if source.found is None or size is None or size > SMALL_FILE_BYTES or transfer.offset:
-            return False
+            return None
         with self._signs.by(self._send_still_here):
             content = read_small(source.path, source.found)
         if content is None:
-            return False
-        digest = hashlib.sha256(content)
-        batch.end(transfer.number, Sent(digest.hexdigest()))
-        segment = LENGTH.pack(size) + content if size else b""
-        self._connection.queue(segment + LENGTH.pack(END_OF_FILE) + digest.digest())
+            return None
+        if content:
+            self._connection.queue(LENGTH.pack(size) + content)
         self._count(size)
-        return True
+        return Sent(hashlib.sha256(content).hexdigest())
 
     def _send_large(self, batch: Batch, transfer: UnderWay) -> Sent:
         """Send a file step by step, hashed meanwhile.
@@ -1626,17 +1570,18 @@ class Upload:
 
     def _send_step(self, content: Content, blocks: common.Blocks, most: int) -> int:
         """Send the next of a file, `most` bytes at most; return how many: none at its end."""
-        with self._pace:
-            block = blocks.take()[: min(most, self._pace.step_bytes)]
-            if content.is_stdin:
-                self._wait_for_stdin()
-            with self._signs.by(self._send_still_here):
-                size = content.read_into(block)
-            if size:
-                blocks.give(block[:size])  # is hashed while it is sent
-                self._connection.send_segment(block[:size])
-                self._count(size)
-            return size
+        start_s = time.monotonic()
+        block = blocks.take()[: min(most, self._step_bytes)]
+        if content.is_stdin:
+            self._wait_for_stdin()
+        with self._signs.by(self._send_still_here):
+            size = content.read_into(block)
+        if size:
+            blocks.give(block[:size])  # is hashed while it is sent
+            self._connection.send_segment(block[:size])
+            self._count(size)
+        self._step_bytes = next_step(self._step_bytes, time.monotonic() - start_s)
+        return size
 
     def _wait_for_stdin(self) -> None:
         """Send what has been read so far, and block until standard input has more, or has ended."""
@@ -1657,8 +1602,8 @@ class Upload:
         self._progress.decide(source, is_saved)
         if not isinstance(end, NotSent):
             self._report.decided(source, outcome, end)
-        elif end.reason:
-            self._report.problem(source.path, source.name, end.reason)
+        elif end != OFFERED_AGAIN:
+            self._report.problem(Problem(source.path, source.name, end.reason))
 
 
 Digests = dict[int, "hashlib._Hash"]  # of the first bytes of a file, by how many
@@ -1675,7 +1620,7 @@ def hash_prefixes(
     digests: Digests = {}
     digest, done = hashlib.sha256(), 0
     try:
-        with open_file(source) as file:
+        with open_file(source.path) as file:
             for length in sorted(set(lengths)):
                 if length != source.entry.size and length < done + MIN_PREFIX_BYTES:
                     continue
@@ -1695,23 +1640,10 @@ def hash_prefixes(
 
 def read_small(path: str, then: os.stat_result) -> bytes | None:
     """Return what a small file holds, None if anything has happened to it. Raises OSError."""
-    descriptor = open_for_reading(path)
-    try:
-        content = os.read(descriptor, then.st_size + 1)
+    with open_file(path) as file:
+        content = file.read(then.st_size + 1)
         is_whole = len(content) == then.st_size
-        return content if is_whole and is_same(then, os.fstat(descriptor)) else None
-    finally:
-        os.close(descriptor)
-
-
-def open_file(source: Source) -> BinaryIO:
-    """Open a file without buffer. Raises OSError."""
-    descriptor = open_for_reading(source.path)
-    try:
-        return open(descriptor, "rb", buffering=0)
-    except OSError:  # it is a folder by now
-        os.close(descriptor)
-        raise
+        return content if is_whole and is_same(then, os.fstat(file.fileno())) else None
 
 
 def is_as_offered(then: os.stat_result, now: os.stat_result) -> bool:
@@ -1728,14 +1660,13 @@ def is_same(then: os.stat_result, now: os.stat_result) -> bool:
     return is_as_offered(then, now) and now.st_ctime_ns == then.st_ctime_ns
 
 
-def check_offer(source: Source, file: BinaryIO) -> None:
-    """Raise OfferAgain unless the open `file` is what was offered, or FileChanged in the end.
+def check_offer(source: Source, now: os.stat_result) -> None:
+    """Raise OfferAgain unless a file is `now` what was offered, or FileChanged in the end.
 
     One that always grows counts as what was offered.
     """
     if source.found is None:
         return
-    now = os.fstat(file.fileno())
     is_growing = source.offers and now.st_size > source.found.st_size
     if not is_as_offered(source.found, now) and not is_growing:
         raise offer_again(source, now)
@@ -4116,13 +4047,13 @@ def ask_for_paths() -> list[str]:
         if paths == [STDIN]:
             command = common.command_line("client.py", "file", STDIN, "--name", "NAME")
             common.say(f"standard input needs a name: {command}")
-        elif look_up_named(paths, None, tell_problem):
+            continue
+        found = list(look_up_named(paths, None))
+        for each in found:
+            if isinstance(each, Problem):
+                common.say(f"{escape(each.path)}: {each.reason}")
+        if any(isinstance(each, Source) for each in found):
             return paths
-
-
-def tell_problem(path: str, _name: str, reason: str, _is_failure: bool = True) -> None:
-    """Say why a path that was typed cannot be sent."""
-    common.say(f"{escape(path)}: {reason}")
 
 
 def clean_paths(answer: str) -> list[str]:

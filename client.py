@@ -1366,6 +1366,15 @@ def open_source(transfer: UnderWay) -> FileIO:
     return file
 
 
+def prefer_bbr(connection: Connection) -> None:
+    """Have the system send by BBR where it can, which some loss on a long line does not slow.
+
+    See Cardwell et al., "BBR: Congestion-Based Congestion Control", 2016.
+    """
+    if sys.platform == "linux":
+        connection.set_option(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
+
+
 class Upload:
     """The conversation with the server over one connection; see "the wire" in common.py.
 
@@ -1385,7 +1394,7 @@ class Upload:
         self._step_bytes = SMALL_FILE_BYTES
         self._stdin_is_begun = False
         self._file_bytes = 0  # handed over to the connection
-        connection.prefer_bbr()
+        prefer_bbr(connection)
         progress.follow(connection.in_transit)
 
     def close(self) -> None:
@@ -3522,6 +3531,8 @@ def find_speaker(
 
 # --- sound: Opus ----------------------------------------------------------------------------
 
+# Something comes every KEEPALIVE_INTERVAL_S: after so long without any sound the server is gone.
+AUDIO_TIMEOUT_S = 4.0
 DEFAULT_OPUS_KBIT = 96
 OPUS_HEAD = struct.Struct("<8sBBHIhB")  # RFC 7845, 5.1
 # Of a decoder that begins in the middle, what is still wrong (RFC 7845, 4.6: pre-roll).
@@ -3531,8 +3542,22 @@ OPUS_PREROLL_PACKETS = 8
 def sound_receiver(connection: Connection, sound: Sound) -> Callable[[], common.Heard]:
     """Return a function that receives the next of a server's sound, as PCM."""
     if sound.opus_kbit is None:
-        return functools.partial(connection.receive_sound, sound.audio)
+        return functools.partial(receive_sound, connection, sound.audio)
     return OpusDecoder(connection, sound.audio).receive
+
+
+def receive_sound(connection: Connection, audio: AudioFormat) -> common.Heard:
+    """Return the next block of sound in the format `audio`, its end, or the server's time.
+
+    Blocks for up to ``AUDIO_TIMEOUT_S``. Raises ProtocolError, and what `read_frame` raises.
+    """
+    return common.decode_sound(read_sound(connection, audio), audio)
+
+
+def read_sound(connection: Connection, audio: AudioFormat) -> bytes:
+    """Return the content of the next frame that holds sound, as `receive_sound` does."""
+    with connection.limit(AUDIO_TIMEOUT_S):
+        return connection.read_frame(audio.max_block_bytes)
 
 
 class OpusDecoder:
@@ -3558,12 +3583,13 @@ class OpusDecoder:
         self._decoder.extradata = OPUS_HEAD.pack(b"OpusHead", 1, channels, 0, rate, 0, 0)
 
     def receive(self) -> common.Heard:
-        """Do what `Connection.receive_sound` does; raises ProtocolError where it is not Opus.
+        """Do what `receive_sound` does; raises ProtocolError where it is not Opus.
 
         The first packets of a decoder that begins in the middle are passed over.
         """
         while True:
-            received = self._connection.receive_opus(self._audio)
+            content = read_sound(self._connection, self._audio)
+            received = common.decode_opus(content, self._audio)
             if not isinstance(received, OpusBlock):
                 return received
             block = self.decode(received)

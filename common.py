@@ -9,8 +9,8 @@ pairing code         ``normalize_code``; ``Pairing``: SPAKE2, from which both si
                      certificate that TLS takes for this connection
 the wire             every message as a value with ``encode`` and ``decode``, and the whole
                      conversation of both modes; ``AudioFormat``, ``AudioBlock``: sound
-connection           ``Deadline``; ``ReceiveBuffer``, ``TLS``, ``ByteStream``, and on top of them
-                     ``Connection``: a socket that sends and receives messages
+connection           ``TimedSocket``, ``ReceiveBuffer``, ``TLS``, ``ByteStream``, and on top of them
+                     ``Connection``: a socket that sends and receives messages; ``Deadline``
 time                 ``TimeLine``: when each sample frame passes a sound card
 local network        ``Announced``: what a server tells it; ``open_network``
 blocks               ``Blocks``; ``BlockPipeline``, where a second thread consumes them while the
@@ -1265,9 +1265,9 @@ def decode_opus(content: bytes, audio: AudioFormat) -> Heard | OpusBlock:
 
 # --- connection -----------------------------------------------------------------------------
 #
-# In layers, each of which can be read without those above it: `ReceiveBuffer` (bytes that have
-# arrived), `TLS` (what encrypts them), `ByteStream` (a socket, its time limits, exact bytes),
-# `Connection` (frames and messages).
+# In layers, each of which can be read without those above it: `TimedSocket` (a socket whose every
+# wait has a limit), `ReceiveBuffer` (bytes that have arrived) and `TLS` (what encrypts them),
+# `ByteStream` (exact bytes), `Connection` (frames and messages).
 
 HANDSHAKE_TIMEOUT_S = 10.0
 PROGRESS_TIMEOUT_S = 60.0
@@ -1278,8 +1278,6 @@ LINGER = struct.Struct("HH" if sys.platform == "win32" else "ii")
 KEEPALIVE_OPTIONS = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 SO_NWRITE = 0x1024
 KEEPALIVE_INTERVAL_S = 1.0
-# Something comes every KEEPALIVE_INTERVAL_S: after so long without any sound the server is gone.
-AUDIO_TIMEOUT_S = 4.0
 RECEIVE_BYTES = 256 * 1024
 SEND_BYTES = 256 * 1024
 TLS_RECORD_BYTES = 16 * 1024
@@ -1298,6 +1296,192 @@ class Deadline:
     def remaining(self) -> float:
         """Return the seconds left, at least 0."""
         return max(0.0, self._end - time.monotonic())
+
+
+class TimedSocket:
+    """A connected stream socket with a limit to every wait.
+
+    No call waits longer than ``PROGRESS_TIMEOUT_S`` without any byte moving, nor beyond the end of
+    the `limit` it stands in. One thread may read while another writes. Owns the socket.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.peer = peer
+        self.sent_bytes = 0
+        self._socket = sock
+        self._unsent = memoryview(b"")  # of what the system has been given the beginning of
+        self._deadline: Deadline | None = None
+        self._heard_s = self._progress_s = time.monotonic()
+        self._moved_bytes = 0  # since `_progress_s`
+        self._breakage = "it ended in the middle of a frame"  # or as the system says, once
+        sock.setblocking(False)
+        self.set_option(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.set_option(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE_OPTIONS:
+            if hasattr(socket, name):
+                self.set_option(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def set_option(self, level: int, option: int, value: int | bytes) -> None:
+        """Have the system treat the socket otherwise, where it can."""
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(level, option, value)
+
+    def close(self) -> None:
+        """Close the socket and wake whoever waits in it. Never blocks. Idempotent."""
+        self.wake()
+        self._socket.close()
+
+    def abort(self) -> None:
+        """Close the socket, and have the other side know at once that nothing more comes.
+
+        What the system has still to send is thrown away. Never blocks. Idempotent.
+        """
+        self.set_option(socket.SOL_SOCKET, socket.SO_LINGER, LINGER.pack(1, 0))
+        self.stop_reading()  # a socket that a thread waits in is not closed yet
+        self._socket.close()
+
+    def wake(self) -> None:
+        """Break the connection under whoever waits in it. For any thread. Idempotent."""
+        self._shut_down(socket.SHUT_RDWR)
+
+    def stop_reading(self) -> None:
+        """End what whoever reads waits for; writing goes on. For any thread. Idempotent."""
+        self._shut_down(socket.SHUT_RD)
+
+    def _shut_down(self, how: int) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(how)
+
+    # waiting
+
+    @contextlib.contextmanager
+    def limit(self, seconds: float) -> Iterator[None]:
+        """Let everything inside the ``with`` block take `seconds` together, not each.
+
+        An outer limit stays in force. For the only thread that uses the stream meanwhile.
+        """
+        outer = self._deadline
+        if outer is None or outer.remaining() > seconds:
+            self._deadline = Deadline(seconds)
+        try:
+            yield
+        finally:
+            self._deadline = outer
+
+    def _wait(self, *, to_write: bool) -> None:
+        """Block until the socket can be read, or written; raises PeerStalled."""
+        limit = self._deadline
+        if limit is None:
+            self._wait_while_draining(to_write=to_write)
+        elif not wait_for_socket(self._socket, limit.remaining(), to_write=to_write):
+            raise PeerStalled(limit.seconds)
+
+    def _wait_while_draining(self, *, to_write: bool) -> None:
+        """Do so for as long as what the system has taken already gets on: on a slow line, long."""
+        while True:
+            arrived = self._arrived_bytes()
+            if wait_for_socket(self._socket, PROGRESS_TIMEOUT_S, to_write=to_write):
+                return
+            if self._arrived_bytes() <= arrived:
+                raise PeerStalled(PROGRESS_TIMEOUT_S)
+
+    def _arrived_bytes(self) -> int:
+        return self.sent_bytes - count_unacknowledged(self._socket)
+
+    # progress, which any thread may ask for
+
+    def note_progress(self) -> None:
+        """Count as busy for now: work is done for the other side."""
+        self._progress_s, self._moved_bytes = time.monotonic(), 0
+
+    def idle_s(self) -> float:
+        """Return for how many seconds less than ``PROGRESS_BYTES`` have moved."""
+        return time.monotonic() - self._progress_s
+
+    def silent_s(self) -> float:
+        """Return for how many seconds nothing has been received."""
+        return time.monotonic() - self._heard_s
+
+    def _note_moved(self, count: int) -> None:
+        self._moved_bytes += count
+        if self._moved_bytes >= PROGRESS_BYTES:
+            self.note_progress()
+
+    # bytes as they travel
+
+    def _receive_raw(self, size: int) -> bytes:
+        """Return some bytes, `size` at most; none at the end. Raises ConnectionLost."""
+        data = self._once_readable(lambda: self._socket.recv(size))
+        self._note_moved(len(data))
+        return data
+
+    def _receive_raw_into(self, view: memoryview) -> int:
+        """Receive into `view`; return how many bytes: none at the end. Raises ConnectionLost."""
+        count = self._once_readable(lambda: self._socket.recv_into(view))
+        self._note_moved(count)
+        return count
+
+    def _once_readable(self, receive: Callable[[], T]) -> T:
+        while True:
+            try:
+                received = receive()
+            except BlockingIOError:
+                self._wait(to_write=False)
+            except OSError as error:
+                self._breakage = describe_error(error)
+                raise ConnectionBroken(self._breakage) from error
+            else:
+                self._heard_s = time.monotonic()
+                return received
+
+    def _send_now(self, data: bytes | memoryview) -> None:
+        """Send what the system takes of `data` now; the rest is unsent. Raises ConnectionBroken."""
+        self._unsent = memoryview(data)
+        try:
+            count = self._socket.send(data) if data else 0
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise ConnectionBroken(describe_error(error)) from error
+        self.sent_bytes += count
+        self._note_moved(count)
+        self._unsent = self._unsent[count:]
+
+    def _send_all(self, data: bytes | memoryview) -> None:
+        """Send `data`; blocks until the system has taken it. Raises ConnectionLost."""
+        self._send_now(data)
+        while self._unsent:
+            self._wait(to_write=True)
+            self._send_now(self._unsent)
+
+
+def count_unacknowledged(sock: socket.socket) -> int:
+    """Return how many bytes the system has taken that have not arrived; 0 where it does not tell.
+
+    By SIOCOUTQ (tcp(7)), or SO_NWRITE of macOS.
+    """
+    with contextlib.suppress(OSError, ValueError):  # closed
+        if sys.platform == "linux":
+            import fcntl  # noqa: PLC0415  (Windows has none)
+            import termios  # noqa: PLC0415
+
+            found = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+            return int.from_bytes(found, sys.byteorder)
+        if sys.platform == "darwin":
+            return sock.getsockopt(socket.SOL_SOCKET, SO_NWRITE)
+    return 0
+
+
+def wait_for_socket(sock: socket.socket, seconds: float, *, to_write: bool) -> bool:
+    """Block until `sock` can be read, or written, or is broken; return False after `seconds`."""
+    with contextlib.suppress(OSError, ValueError):  # closed by another thread
+        if sys.platform == "win32":
+            sockets = ([], [sock], [sock]) if to_write else ([sock], [], [sock])
+            return any(select.select(*sockets, seconds))
+        poller = select.poll()
+        poller.register(sock, select.POLLOUT if to_write else select.POLLIN)
+        return bool(poller.poll(math.ceil(seconds * 1000)))
+    return True
 
 
 class ReceiveBuffer:
@@ -1328,7 +1512,7 @@ class ReceiveBuffer:
 
 
 class TLS:
-    """Encrypts and decrypts for a `ByteStream`, which moves the bytes.
+    """Encrypts and decrypts for a `ByteStream`, which moves the bytes. For any thread.
 
     Not an ssl.SSLSocket: OpenSSL's objects are not for two threads at once, and Python makes
     the one wait for the other only since 3.13. Here a lock is held while bytes are worked on, and
@@ -1368,22 +1552,28 @@ class TLS:
             return self._incoming.pending + self._object.pending()
 
     def decrypt_into(self, view: memoryview) -> int:
-        """Fill `view` as far as possible; return how many bytes. Raises OSError.
+        """Fill `view` as far as possible; return how many bytes. Raises ConnectionBroken.
 
         0 means that more must be fed first, unless the other side has `ended` it.
         """
         have = 0
-        with self._lock, contextlib.suppress(self._wants_more):
-            while have < len(view) and not self.ended:
-                count: int = self._object.read(len(view) - have, view[have:])  # type: ignore[assignment]
-                self.ended = not count
-                have += count
+        try:
+            with self._lock, contextlib.suppress(self._wants_more):
+                while have < len(view) and not self.ended:
+                    count = int(self._object.read(len(view) - have, view[have:]))
+                    self.ended = not count
+                    have += count
+        except OSError as error:
+            raise ConnectionBroken(describe_error(error)) from error
         return have
 
     def encrypt(self, data: bytes | memoryview) -> bytes:
-        """Return `data` encrypted. Raises OSError."""
+        """Return `data` encrypted. Raises ConnectionBroken."""
         with self._lock:
-            self._object.write(data)
+            try:
+                self._object.write(data)
+            except OSError as error:
+                raise ConnectionBroken(describe_error(error)) from error
             return self._outgoing.read()
 
     def output(self) -> bytes:
@@ -1398,41 +1588,24 @@ class TLS:
         return self.output()
 
 
-class ByteStream:
-    """A connected stream socket, perhaps encrypted, with a limit to every wait.
+class ByteStream(TimedSocket):
+    """Exact bytes over a `TimedSocket`, perhaps encrypted.
 
     Reads are buffered: one system call brings many small frames. Writes are too, where the
-    caller asks for it with `queue`; `flush` or `write` sends them. One thread may read while
-    another writes; `wake` is for any thread. The stream owns the socket: `close` it, or use it in
-    a ``with`` block.
-
-    The socket is non-blocking; all waiting is done in one place. No call waits longer than
-    ``PROGRESS_TIMEOUT_S`` without any byte moving, nor beyond the end of the `limit` it stands in.
+    caller asks for it with `queue`; `flush` or `write` sends them.
     """
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
-        self.peer = peer
-        self.sent_bytes = 0
-        self._socket = sock
+        super().__init__(sock, peer)
         self._received = ReceiveBuffer()
         self._queued = bytearray()
         self._queued_until = 0.0
-        self._unsent = memoryview(b"")  # of what `offer` has accepted
-        self._deadline: Deadline | None = None
         self._tls: TLS | None = None
-        self._is_cut_off = False  # inside something that was being sent
-        self._heard_s = self._progress_s = time.monotonic()
-        self._moved_bytes = 0  # since `_progress_s`
-        self._read_error: ConnectionLost | None = None  # that the next `read_some` raises
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        keep_alive(sock)
 
     def close(self) -> None:
         """Close the socket and wake whoever waits in it. Never blocks. Idempotent."""
         self._end_tls()
-        self.wake()
-        self._socket.close()
+        super().close()
 
     def finish(self) -> None:
         """Give the other side a moment to read all that was sent, and to hang up.
@@ -1441,125 +1614,17 @@ class ByteStream:
         last words be lost. Takes no longer than a `limit` that it stands in.
         """
         self._end_tls()
-        seconds = self._deadline.remaining() if self._deadline else LINGER_TIMEOUT_S
-        with contextlib.suppress(OSError, ConnectionLost), self.limit(seconds):
+        deadline = self._deadline or Deadline(LINGER_TIMEOUT_S)
+        with contextlib.suppress(OSError, ConnectionLost), self.limit(deadline.remaining()):
             self._socket.shutdown(socket.SHUT_WR)
-            while self._receive_raw(RECEIVE_BYTES):
+            while self._receive_raw(RECEIVE_BYTES) and deadline.remaining():
                 pass
 
     def _end_tls(self) -> None:
         """Send close_notify, unless something was cut off. Never blocks."""
-        if self._tls and not self._is_cut_off:
+        if self._tls and not self._unsent:
             with contextlib.suppress(OSError):
                 self._socket.send(self._tls.end())
-
-    def wake(self) -> None:
-        """Break the connection under whoever waits in it. For any thread. Idempotent."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def stop_reading(self) -> None:
-        """End what whoever reads waits for; writing goes on. For any thread. Idempotent."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RD)
-
-    def abort(self) -> None:
-        """Close the socket, and have the other side know at once that nothing more comes.
-
-        What the system has still to send is thrown away. Never blocks. Idempotent.
-        """
-        with contextlib.suppress(OSError):
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER.pack(1, 0))
-        self._socket.close()
-
-    def in_transit(self) -> int:
-        """Return how many bytes the other side has not got yet, as far as the system tells.
-
-        For any thread.
-        """
-        return len(self._queued) + count_unacknowledged(self._socket)
-
-    def prefer_bbr(self) -> None:
-        """Have the system send by BBR where it can, which some loss on a long line does not slow.
-
-        See Cardwell et al., "BBR: Congestion-Based Congestion Control", 2016.
-        """
-        if sys.platform == "linux":
-            with contextlib.suppress(OSError):
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
-
-    def limit_send_buffer(self, size: int) -> None:
-        """Have the system keep about `size` bytes at most that the other side has not taken."""
-        with contextlib.suppress(OSError):
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
-
-    # waiting
-
-    @contextlib.contextmanager
-    def limit(self, seconds: float) -> Iterator[None]:
-        """Let everything inside the ``with`` block take `seconds` together, not each.
-
-        An outer limit stays in force. For the only thread that uses the stream meanwhile.
-        """
-        outer = self._deadline
-        if outer is None or outer.remaining() > seconds:
-            self._deadline = Deadline(seconds)
-        try:
-            yield
-        finally:
-            self._deadline = outer
-
-    def _retry(self, action: Callable[[], T], *, to_write: bool) -> T:
-        """Return what `action`, a call of the socket, returns once it does not have to wait.
-
-        Raises PeerStalled and ConnectionBroken.
-        """
-        while True:
-            try:
-                return action()
-            except BlockingIOError:
-                self._wait(to_write=to_write)
-            except OSError as error:
-                raise ConnectionBroken(describe_error(error)) from error
-
-    def _wait(self, *, to_write: bool) -> None:
-        """Block until the socket can be read, or written; raises PeerStalled."""
-        limit = self._deadline
-        if limit is None:
-            self._wait_while_draining(to_write=to_write)
-        elif not wait_for_socket(self._socket, limit.remaining(), to_write=to_write):
-            raise PeerStalled(limit.seconds)
-
-    def _wait_while_draining(self, *, to_write: bool) -> None:
-        """Do so for as long as what the system has taken already gets on: on a slow line, long."""
-        while True:
-            arrived = self._arrived_bytes()
-            if wait_for_socket(self._socket, PROGRESS_TIMEOUT_S, to_write=to_write):
-                return
-            if self._arrived_bytes() <= arrived:
-                raise PeerStalled(PROGRESS_TIMEOUT_S)
-
-    def _arrived_bytes(self) -> int:
-        return self.sent_bytes - count_unacknowledged(self._socket)
-
-    def note_progress(self) -> None:
-        """Count as busy for now: work is done for the other side. For any thread."""
-        self._progress_s, self._moved_bytes = time.monotonic(), 0
-
-    def idle_s(self) -> float:
-        """Return for how many seconds less than ``PROGRESS_BYTES`` have moved. For any thread."""
-        return time.monotonic() - self._progress_s
-
-    def _note_moved(self, count: int) -> None:
-        self._moved_bytes += count
-        if self._moved_bytes >= PROGRESS_BYTES:
-            self.note_progress()
-
-    def wait_for_peer(self, seconds: float) -> bool:
-        """Block for `seconds`; return True at once when the other side speaks or hangs up."""
-        return bool(self.buffered()) or wait_for_socket(self._socket, seconds, to_write=False)
-
-    # encryption
 
     def start_tls(self, context: ssl.SSLContext, *, server_side: bool) -> None:
         """Encrypt all that follows; blocks for the handshake.
@@ -1584,10 +1649,6 @@ class ByteStream:
 
     # reading
 
-    def buffered(self) -> int:
-        """Return how many bytes have arrived that nobody has read yet, encrypted perhaps."""
-        return len(self._received) + (self._tls.pending() if self._tls else 0)
-
     def read(self, size: int, ahead: int = RECEIVE_BYTES) -> bytes:
         """Return exactly `size` bytes; blocks until they are there.
 
@@ -1610,34 +1671,23 @@ class ByteStream:
 
         Blocks and raises as `read` does, but not before what has come has been returned.
         """
-        if self._read_error is not None:
-            raise self._take_read_error()
         buffered = self._received.take(len(view))
-        have = len(buffered)
-        view[:have] = buffered
-        end_s = time.monotonic() + seconds
-        while have < len(view) and (not have or time.monotonic() < end_s):
-            try:
-                count = self._receive_into(view[have:])
-            except ConnectionLost as error:
-                self._read_error = error
-                count = 0
-            if not count:
-                self._read_error = self._read_error or self._ended(inside=True)
-                if have:
-                    break
-                raise self._take_read_error()
-            have += count
+        view[: len(buffered)] = buffered
+        have = len(buffered) or self._receive_into(view)
+        if not have:
+            raise self._ended(inside=True)
+        with contextlib.suppress(ConnectionLost), self.limit(seconds):
+            while have < len(view) and (count := self._receive_into(view[have:])):
+                have += count
         return have
 
-    def _take_read_error(self) -> ConnectionLost:
-        """Return the error, once: kept here, its traceback would keep all that it passed."""
-        error, self._read_error = self._read_error, None
-        return error or self._ended(inside=True)
+    def buffered(self) -> int:
+        """Return how many bytes have arrived that nobody has read yet, encrypted perhaps."""
+        return len(self._received) + (self._tls.pending() if self._tls else 0)
 
-    def silent_s(self) -> float:
-        """Return for how many seconds nothing has been received. For any thread."""
-        return time.monotonic() - self._heard_s
+    def wait_for_peer(self, seconds: float) -> bool:
+        """Block for `seconds`; return True at once when the other side speaks or hangs up."""
+        return bool(self.buffered()) or wait_for_socket(self._socket, seconds, to_write=False)
 
     def is_gone(self) -> bool:
         """Return whether the other side has hung up, and all is read that it had sent."""
@@ -1658,15 +1708,8 @@ class ByteStream:
                 raise self._ended(inside=len(self._received) > 0)
             self._received.add(data)
 
-    def _wait_within(self, seconds: float, size: int) -> None:
-        """Do so, for `seconds` at most."""
-        if size > len(self._received):
-            with self.limit(seconds):
-                self._wait_for(size)
-
-    @staticmethod
-    def _ended(inside: bool) -> ConnectionLost:
-        return ConnectionBroken("it ended in the middle of a frame") if inside else PeerClosed()
+    def _ended(self, inside: bool) -> ConnectionLost:
+        return ConnectionBroken(self._breakage) if inside else PeerClosed()
 
     def _receive(self, size: int) -> bytes:
         """Return some bytes, decrypted, of `size` at most; none at a clean end."""
@@ -1675,31 +1718,17 @@ class ByteStream:
         record = bytearray(min(size, TLS_RECORD_BYTES))
         return bytes(record[: self._receive_into(memoryview(record))])
 
-    def _receive_raw(self, size: int) -> bytes:
-        data = self._retry(lambda: self._socket.recv(size), to_write=False)
-        self._heard_s = time.monotonic()
-        self._note_moved(len(data))
-        return data
-
     def _receive_into(self, view: memoryview) -> int:
         """Receive into `view`, decrypted; return how many bytes: none at a clean end."""
         tls = self._tls
         if tls is None:
-            count = self._retry(lambda: self._socket.recv_into(view), to_write=False)
-            self._heard_s = time.monotonic()
-            self._note_moved(count)
-            return count
-        while True:
-            try:
-                count = tls.decrypt_into(view)
-            except OSError as error:
-                raise ConnectionBroken(describe_error(error)) from error
-            if count or tls.ended:
-                return count
+            return self._receive_raw_into(view)
+        while not (count := tls.decrypt_into(view)) and not tls.ended:
             data = self._receive_raw(RECEIVE_BYTES)
             if not data:
                 raise ConnectionBroken("it was cut off")
             tls.feed(data)
+        return count
 
     # writing
 
@@ -1724,8 +1753,7 @@ class ByteStream:
 
     def flush(self) -> None:
         """Send what is queued or was offered; blocks and raises as `write` does."""
-        unsent, self._unsent = self._unsent, memoryview(b"")
-        self._send_all(unsent)
+        self._send_all(self._unsent)
         if self._queued:
             data, self._queued = self._queued, bytearray()
             self._seal_and_send(memoryview(data))
@@ -1736,93 +1764,28 @@ class ByteStream:
         Return False, and leave `data` out, while some of what was accepted before is unsent.
         Raises ConnectionBroken.
         """
-        self._send_unsent()
+        self._send_now(self._unsent)
         if self._unsent:
             return False
-        self._unsent = memoryview(self._seal(data))
-        self._send_unsent()
+        self._send_now(self._seal(data))
         return True
 
-    def _send_unsent(self) -> None:
-        try:
-            count = self._socket.send(self._unsent) if self._unsent else 0
-        except BlockingIOError:
-            return
-        except OSError as error:
-            raise ConnectionBroken(describe_error(error)) from error
-        self.sent_bytes += count
-        self._note_moved(count)
-        self._unsent = self._unsent[count:]
-        self._is_cut_off = bool(self._unsent)
+    def in_transit(self) -> int:
+        """Return how many bytes are queued, or on their way as far as known. For any thread."""
+        return len(self._queued) + count_unacknowledged(self._socket)
 
     def _seal_and_send(self, view: memoryview) -> None:
-        if self._tls is None:
-            self._send_all(view)
-            return
-        for start in range(0, len(view), SEND_BYTES):
-            self._send_all(self._seal(view[start : start + SEND_BYTES]))
+        step = SEND_BYTES if self._tls else max(1, len(view))
+        for start in range(0, len(view), step):
+            self._send_all(self._seal(view[start : start + step]))
 
     def _seal(self, data: bytes | memoryview) -> bytes | memoryview:
         """Return `data` as it is sent: encrypted, if the stream is. Raises ConnectionBroken."""
-        if self._tls is None:
-            return data
-        try:
-            return self._tls.encrypt(data)
-        except OSError as error:
-            raise ConnectionBroken(describe_error(error)) from error
-
-    def _send_all(self, data: bytes | memoryview) -> None:
-        """Send `data` as it is; blocks and raises as `write` does."""
-        view = memoryview(data)
-        self._is_cut_off = True
-        while view:
-            count = self._retry(lambda: self._socket.send(view), to_write=True)  # noqa: B023
-            self.sent_bytes += count
-            self._note_moved(count)
-            view = view[count:]
-        self._is_cut_off = False
-
-
-def keep_alive(sock: socket.socket) -> None:
-    """Have the system find out within half a minute that an idle peer is gone without a word."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in KEEPALIVE_OPTIONS:
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def count_unacknowledged(sock: socket.socket) -> int:
-    """Return how many bytes the system has taken that have not arrived; 0 where it does not tell.
-
-    By SIOCOUTQ (tcp(7)), or SO_NWRITE of macOS.
-    """
-    with contextlib.suppress(OSError, ValueError):  # closed
-        if sys.platform == "linux":
-            import fcntl  # noqa: PLC0415  (Windows has none)
-            import termios  # noqa: PLC0415
-
-            found = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
-            return int.from_bytes(found, sys.byteorder)
-        if sys.platform == "darwin":
-            return sock.getsockopt(socket.SOL_SOCKET, SO_NWRITE)
-    return 0
-
-
-def wait_for_socket(sock: socket.socket, seconds: float, *, to_write: bool) -> bool:
-    """Block until `sock` can be read, or written, or is broken; return False after `seconds`."""
-    if sock.fileno() < 0:  # closed by another thread
-        return True
-    if sys.platform == "win32":
-        sockets = ([], [sock], [sock]) if to_write else ([sock], [], [sock])
-        return any(select.select(*sockets, seconds))
-    poller = select.poll()
-    poller.register(sock, select.POLLOUT if to_write else select.POLLIN)
-    return bool(poller.poll(math.ceil(seconds * 1000)))
+        return self._tls.encrypt(data) if self._tls else data
 
 
 class Connection(ByteStream):
-    """A `ByteStream` in frames and messages. Blocks, and may be used by threads, as that does."""
+    """A `ByteStream` in frames and messages. Use it in a ``with`` block, or close it."""
 
     def __enter__(self) -> Connection:
         return self
@@ -1845,14 +1808,15 @@ class Connection(ByteStream):
         reads any further, where the frame declares more than `max_bytes`.
         """
         self._wait_for(1, min(RECEIVE_BYTES, LENGTH.size + max_bytes))
-        self._wait_within(PROGRESS_TIMEOUT_S, LENGTH.size)
+        with self.limit(PROGRESS_TIMEOUT_S):
+            self._wait_for(LENGTH.size)
         header = self._received.peek(LENGTH.size)
         (size,) = LENGTH.unpack(header)
         if size > max_bytes:
             raise ProtocolError(f"not Socket Pair's protocol (received {header!r})")
         # Nothing is taken before all is there: a wait that was too long can be resumed.
-        seconds = PROGRESS_TIMEOUT_S + size / SLOWEST_FRAME_BYTES_PER_S
-        self._wait_within(seconds, LENGTH.size + size)
+        with self.limit(PROGRESS_TIMEOUT_S + size / SLOWEST_FRAME_BYTES_PER_S):
+            self._wait_for(LENGTH.size + size)
         return LENGTH.size + int(size)
 
     def send_segment(self, segment: memoryview) -> None:
@@ -1893,21 +1857,6 @@ class Connection(ByteStream):
         if isinstance(message, Error):
             raise message.to_exception()
         return message
-
-    def receive_sound(self, audio: AudioFormat) -> Heard:
-        """Return the next block of sound in the format `audio`, its end, or the server's time.
-
-        Blocks for up to ``AUDIO_TIMEOUT_S``. Raises ProtocolError, and what `read_frame` raises.
-        """
-        return decode_sound(self._read_sound(audio), audio)
-
-    def receive_opus(self, audio: AudioFormat) -> Heard | OpusBlock:
-        """Do what `receive_sound` does, where the sound comes as Opus."""
-        return decode_opus(self._read_sound(audio), audio)
-
-    def _read_sound(self, audio: AudioFormat) -> bytes:
-        with self.limit(AUDIO_TIMEOUT_S):
-            return self.read_frame(audio.max_block_bytes)
 
 
 # --- time -----------------------------------------------------------------------------------

@@ -3263,7 +3263,8 @@ def handle_audio_client(
     """
     listener = None
     try:
-        connection.limit_send_buffer(send_buffer_bytes(broadcaster.captured.audio))
+        size = send_buffer_bytes(broadcaster.captured.audio)
+        connection.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         listener = broadcaster.add(connection, opus_kbit)
         log.info("%s: listening", connection.peer)
         listener.take_requests()

@@ -25,6 +25,7 @@ from common import (
     Blocks,
     Connection,
     ConnectionBroken,
+    ConnectionLost,
     Hashing,
     Held,
     Hello,
@@ -252,6 +253,45 @@ def test_closing_wakes_whoever_waits() -> None:
         connection.close()
         connection.close()
         assert ended.wait(60)
+
+
+def test_aborting_wakes_whoever_waits_and_resets_the_other_side() -> None:
+    def read_in_vain(connection: Connection) -> None:
+        with pytest.raises(ConnectionLost):
+            connection.read(1)
+
+    with connected() as (connection, far), background(lambda: read_in_vain(connection)):
+        wait_for(lambda: connection.silent_s() > 0.2)
+        connection.abort()
+        far.settimeout(30)  # far less than the reader would wait
+        with pytest.raises(ConnectionResetError):
+            far.recv(1)
+
+
+def test_what_has_come_is_given_before_the_rest_is_waited_for() -> None:
+    with connected() as (connection, far), connection.limit(60):
+        far.sendall(b"first")
+        view = memoryview(bytearray(100))
+        assert connection.read_some(view, 0.2) == len(b"first")
+        assert bytes(view[:5]) == b"first"
+        far.sendall(b"last")
+        far.close()
+        assert connection.read_some(view, 30) == len(b"last")
+        with pytest.raises(ConnectionBroken, match="middle of a frame"):
+            connection.read_some(view, 30)
+
+
+def test_a_reset_is_told_as_one_also_after_the_bytes_before_it() -> None:
+    with connected() as (connection, far):
+        far.sendall(b"some")
+        view = memoryview(bytearray(100))
+        assert connection.read_some(view[:1], 0) == 1
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        far.close()
+        have = 1
+        with pytest.raises(ConnectionBroken, match="reset"):
+            while True:
+                have += connection.read_some(view[have:], 30)
 
 
 def test_queued_bytes_leave_with_the_flush_and_before_later_ones() -> None:

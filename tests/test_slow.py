@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import client
 import common
 from conversation import honest_server
 from peers import FakeServer, socket_pair
@@ -142,6 +143,6 @@ def test_a_long_line_with_some_loss_is_sent_over_by_bbr_where_the_system_has_it(
     near, far = socket_pair()
     with far, common.Connection(near, "server") as connection:
         before = near.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
-        connection.prefer_bbr()
+        client.prefer_bbr(connection)
         now = near.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
     assert now.rstrip(b"\0") == (b"bbr" if "bbr" in allowed else before.rstrip(b"\0"))

@@ -110,13 +110,13 @@ def test_a_slow_listener_gets_whole_blocks_and_misses_whole_blocks() -> None:
         far = socket.create_connection(acceptor.getsockname())
         near, _ = acceptor.accept()
     with common.Connection(near, "near") as sending, common.Connection(far, "far") as reading:
-        sending.limit_send_buffer(server.send_buffer_bytes(MONO))
+        sending.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, server.send_buffer_bytes(MONO))
         listener = server.Listener(sending, server.PcmEncoding())
         data = {number: bytes([number % 256]) * 20_000 for number in range(2_000)}
         for number, samples in data.items():
             listener.offer(AudioBlock(number, 0, samples).encode(), 0.0)
         assert 0 < listener.missed_blocks < len(data)
         for _ in range(len(data) - listener.missed_blocks - 1):  # the last one is under way
-            block = reading.receive_sound(MONO)
+            block = client.receive_sound(reading, MONO)
             assert isinstance(block, AudioBlock)
             assert block.samples == data[block.first_frame]

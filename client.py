@@ -1081,6 +1081,7 @@ class ResultReader:
 
 DEFAULT_RETRY_S = 60.0
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+RESUMED_LATER = "what has arrived is kept, and the same command goes on from there"
 LAST_WORDS_S = 1.0
 # What is read and sent at once: as much as takes no longer than this.
 PACE_S = 0.5
@@ -1201,11 +1202,12 @@ class Sender:
                 return connect(self._address, FILE_HELLO)[0]
             except ConnectionLost as again:
                 error = again
+            except WrongCode as again:  # it was started anew; and each try counts as a guess
+                raise WrongCode(f"{again} now; {RESUMED_LATER}") from again
             except SocketPairError as again:  # it may be busy for a while
                 error = ConnectionLost(str(again))
         raise ConnectionLost(
-            f"{error}; gave up after {self._retry_s:g} s: what has arrived is kept, "
-            "and the same command goes on from there"
+            f"{error}; gave up after {self._retry_s:g} s: {RESUMED_LATER}"
         ) from error
 
 
@@ -1375,6 +1377,84 @@ def prefer_bbr(connection: Connection) -> None:
         connection.set_option(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
 
 
+class ContentSender:
+    """Sends what files hold over a connection, one after another."""
+
+    def __init__(self, connection: Connection, signs: SignsOfLife, progress: Progress) -> None:
+        self._connection = connection
+        self._signs = signs
+        self._progress = progress
+        self._step_bytes = SMALL_FILE_BYTES
+        self.stdin_is_begun = False
+        self.sent_bytes = 0  # handed over to the connection
+
+    def send(self, transfer: UnderWay, is_decided: Callable[[], bool]) -> Sent:
+        """Send a file from its offset on, without its end, unless the server has failed it by then.
+
+        Raises ConnectionLost, OSError, OfferAgain, and SocketPairError where it is given up.
+        """
+        self._progress.start(transfer.source, transfer.offset)
+        return self._send_small(transfer) or self._send_large(transfer, is_decided)
+
+    def _send_small(self, transfer: UnderWay) -> Sent | None:
+        """Send a small file in one go; return None if it is none, or not as it was offered."""
+        source, size = transfer.source, transfer.source.entry.size
+        if source.found is None or size is None or size > SMALL_FILE_BYTES or transfer.offset:
+            return None
+        with self._signs.by(self._send_still_here):
+            content = read_small(source.path, source.found)
+        if content is None:
+            return None
+        if content:
+            self._connection.queue(LENGTH.pack(size) + content)
+        self._count(size)
+        return Sent(hashlib.sha256(content).hexdigest())
+
+    def _send_large(self, transfer: UnderWay, is_decided: Callable[[], bool]) -> Sent:
+        """Send a file step by step, hashed meanwhile."""
+        size, digest = transfer.source.entry.size, transfer.digest or hashlib.sha256()
+        left = sys.maxsize if size is None else size - transfer.offset
+        with self._signs.by(self._send_still_here):
+            content = Content(transfer)
+        with content:
+            self.stdin_is_begun |= transfer.source.path == STDIN
+            with blocks_for(size, digest.update) as blocks:
+                while left and (sent := self._send_step(content, blocks, left)):
+                    if is_decided():
+                        raise SocketPairError("the server has failed it")
+                    left -= sent
+            with self._signs.by(self._send_still_here):
+                return content.compare(digest.hexdigest())
+
+    def _send_step(self, content: Content, blocks: common.Blocks, most: int) -> int:
+        """Send the next of a file, `most` bytes at most; return how many: none at its end."""
+        start_s = time.monotonic()
+        block = blocks.take()[: min(most, self._step_bytes)]
+        if content.is_stdin:
+            self._wait_for_stdin()
+        with self._signs.by(self._send_still_here):
+            size = content.read_into(block)
+        if size:
+            blocks.give(block[:size])  # is hashed while it is sent
+            self._connection.send_segment(block[:size])
+            self._count(size)
+        self._step_bytes = next_step(self._step_bytes, time.monotonic() - start_s)
+        return size
+
+    def _wait_for_stdin(self) -> None:
+        """Send what has been read so far, and block until standard input has more, or has ended."""
+        self._connection.flush()
+        while not has_stdin(common.KEEPALIVE_INTERVAL_S):
+            self._send_still_here()
+
+    def _count(self, size: int) -> None:
+        self.sent_bytes += size
+        self._progress.move(size)
+
+    def _send_still_here(self) -> None:
+        self._connection.write(LENGTH.pack(STILL_HERE))
+
+
 class Upload:
     """The conversation with the server over one connection; see "the wire" in common.py.
 
@@ -1391,9 +1471,7 @@ class Upload:
         self._progress = progress
         self._offered: list[Batch] = []
         self._signs = SignsOfLife()
-        self._step_bytes = SMALL_FILE_BYTES
-        self._stdin_is_begun = False
-        self._file_bytes = 0  # handed over to the connection
+        self._content = ContentSender(connection, self._signs, progress)
         prefer_bbr(connection)
         progress.follow(connection.in_transit)
 
@@ -1403,27 +1481,17 @@ class Upload:
         if self._offered:
             self._connection.abort()
         self._connection.close()
-        for batch in self._offered:
-            self._give_back(batch.left())
-        self._offered = []
-
-    def _send_hashing(self) -> None:
-        self._connection.send(Hashing())
-
-    def _send_still_here(self) -> None:
-        self._connection.write(LENGTH.pack(STILL_HERE))
-
-    def _give_back(self, sources: Iterable[Source]) -> None:
-        for source in sources:
-            if source.path == STDIN and self._stdin_is_begun:
+        for source in itertools.chain.from_iterable(batch.left() for batch in self._offered):
+            if source.path == STDIN and self._content.stdin_is_begun:
                 reason = "standard input cannot be sent a second time"
                 self._report.problem(Problem(source.path, source.name, reason))
             else:
                 self._backlog.give_back([source])
+        self._offered = []
 
     def has_moved(self) -> bool:
         """Return whether the server has got anything of a file, as far as is known."""
-        return self._file_bytes > self._connection.in_transit()
+        return self._content.sent_bytes > self._connection.in_transit()
 
     def run(self) -> None:
         """Send all of the backlog; blocks until each file is decided.
@@ -1440,6 +1508,9 @@ class Upload:
                 following = self._offer()
             self._offered.remove(batch)
             batch = following
+
+    def _send_hashing(self) -> None:
+        self._connection.send(Hashing())
 
     # offered
 
@@ -1504,33 +1575,37 @@ class Upload:
         if len(start.entries) != len(batch.sources):
             raise ProtocolError("received a start for another offer")
         transfers = []
-        for index, (source, verdict) in enumerate(zip(batch.sources, start.entries, strict=True)):
+        for index, verdict in enumerate(start.entries):
             known = digests.get(index, {})
             if isinstance(verdict, Outcome):
-                if verdict.kind != "failed" and not source.entry.is_folder:
-                    if source.entry.size not in known:
-                        raise ProtocolError("received a start of a file that was not compared")
-                    batch.end(index, Sent(known[source.entry.size].hexdigest()))
-                self._decide(batch, index, verdict)
+                self._decide_unsent(batch, index, verdict, known)
                 continue
             if verdict and verdict not in known:
                 raise ProtocolError("received an offset that was not asked about")
             if verdict:
-                self._report.resumed(source, verdict)
-            transfers.append(UnderWay(source, index, verdict, known.get(verdict)))
+                self._report.resumed(batch.sources[index], verdict)
+            transfers.append(UnderWay(batch.sources[index], index, verdict, known.get(verdict)))
         return transfers
+
+    def _decide_unsent(self, batch: Batch, index: int, outcome: Outcome, known: Digests) -> None:
+        """Report what becomes of a file of which nothing is sent; `known` has been compared."""
+        entry = batch.sources[index].entry
+        if outcome.kind != "failed" and not entry.is_folder:
+            if entry.size not in known:
+                raise ProtocolError("received a start of a file that was not compared")
+            batch.end(index, Sent(known[entry.size].hexdigest()))
+        self._decide(batch, index, outcome)
 
     # under way
 
     def _transfer(self, batch: Batch, transfer: UnderWay) -> None:
         """Send a file from its offset on, then its SHA-256; or give it up."""
-        source = transfer.source
-        if source.entry.is_folder:
+        if transfer.source.entry.is_folder:
             return
-        self._progress.start(source, transfer.offset)
         end: Sent | NotSent
         try:
-            end = self._send_small(transfer) or self._send_large(batch, transfer)
+            is_decided = functools.partial(batch.is_decided, transfer.number)
+            end = self._content.send(transfer, is_decided)
         except ConnectionLost:
             raise
         except OfferAgain as error:
@@ -1543,64 +1618,6 @@ class Upload:
             self._connection.queue(LENGTH.pack(END_OF_FILE) + bytes.fromhex(end.checksum))
         else:
             self._connection.queue(LENGTH.pack(GIVEN_UP))
-
-    def _send_small(self, transfer: UnderWay) -> Sent | None:
-        """Send a small file in one go; return None if it is none, or not as it was offered."""
-        source, size = transfer.source, transfer.source.entry.size
-        if source.found is None or size is None or size > SMALL_FILE_BYTES or transfer.offset:
-            return None
-        with self._signs.by(self._send_still_here):
-            content = read_small(source.path, source.found)
-        if content is None:
-            return None
-        if content:
-            self._connection.queue(LENGTH.pack(size) + content)
-        self._count(size)
-        return Sent(hashlib.sha256(content).hexdigest())
-
-    def _send_large(self, batch: Batch, transfer: UnderWay) -> Sent:
-        """Send a file step by step, hashed meanwhile.
-
-        Raises OSError, OfferAgain, and SocketPairError where it changed or is not wanted any more.
-        """
-        size, digest = transfer.source.entry.size, transfer.digest or hashlib.sha256()
-        left = sys.maxsize if size is None else size - transfer.offset
-        with self._signs.by(self._send_still_here):
-            content = Content(transfer)
-        with content:
-            self._stdin_is_begun |= transfer.source.path == STDIN
-            with blocks_for(size, digest.update) as blocks:
-                while left and (sent := self._send_step(content, blocks, left)):
-                    if batch.is_decided(transfer.number):
-                        raise SocketPairError("the server has failed it")
-                    left -= sent
-            with self._signs.by(self._send_still_here):
-                return content.compare(digest.hexdigest())
-
-    def _send_step(self, content: Content, blocks: common.Blocks, most: int) -> int:
-        """Send the next of a file, `most` bytes at most; return how many: none at its end."""
-        start_s = time.monotonic()
-        block = blocks.take()[: min(most, self._step_bytes)]
-        if content.is_stdin:
-            self._wait_for_stdin()
-        with self._signs.by(self._send_still_here):
-            size = content.read_into(block)
-        if size:
-            blocks.give(block[:size])  # is hashed while it is sent
-            self._connection.send_segment(block[:size])
-            self._count(size)
-        self._step_bytes = next_step(self._step_bytes, time.monotonic() - start_s)
-        return size
-
-    def _wait_for_stdin(self) -> None:
-        """Send what has been read so far, and block until standard input has more, or has ended."""
-        self._connection.flush()
-        while not has_stdin(common.KEEPALIVE_INTERVAL_S):
-            self._send_still_here()
-
-    def _count(self, size: int) -> None:
-        self._file_bytes += size
-        self._progress.move(size)
 
     # decided
 

@@ -308,3 +308,30 @@ def test_prefixes_are_those_of_the_file_and_none_is_near_another(file: Path) -> 
     whole = file.read_bytes()
     known = {size: hashlib.sha256(whole[:size]).hexdigest() for size in (4096, SIZE)}
     assert answers == [Prefixes([[known.get(length, "") for length in lengths]])]
+
+
+def test_a_file_that_is_offered_anew_is_so_once_when_the_connection_is_lost(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offers: list[Message] = []
+
+    def serve(peer: RawPeer) -> None:
+        welcome(peer)
+        offers.append(read_message(peer, Offer))
+        if len(offers) == 1:
+            file.write_bytes(b"changed")
+            peer.send(say(Start([0])))
+            assert read_file(peer) == (b"", None)
+            return
+        peer.send(say(Start([0])))
+        assert read_file(peer)[0] == b"changed"
+        peer.send(say(Results([(0, SAVED)])))
+        peer.read_all()
+
+    with FakeServer(serve) as fake:
+        assert client.start_file_client(client.Address(HOST, fake.port), [str(file)]) == 0
+    first, second = offers
+    assert isinstance(first, Offer)
+    assert isinstance(second, Offer)
+    assert [len(offer.entries) for offer in (first, second)] == [1, 1]
+    assert capsys.readouterr().out.count("Saved as") == 1

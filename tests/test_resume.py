@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pairing import CODE, OTHER_CODE
 from support import (
     LIMIT_S,
     MIB,
@@ -185,6 +186,25 @@ def test_the_client_comes_back_to_a_server_that_was_killed(inbox: Path, tmp_path
         assert link.passed < 44 * MIB
     assert result.status == 0, result
     assert contents(inbox) == {"file.bin": source.read_bytes()}
+
+
+def test_a_server_that_comes_back_with_another_code_is_asked_once(
+    inbox: Path, tmp_path: Path
+) -> None:
+    """Each try would count as a wrong guess there."""
+    source = make_file(tmp_path / "file.bin", 40 * MIB)
+    with Server(inbox, "--code", CODE) as first:
+        link = Proxy(first.port, hold_at=30 * MIB)
+        with link, first.client(source, "--code", CODE, port=link.port) as client:
+            wait_for(lambda: partial_size(inbox) > 28 * MIB)
+            first.kill()
+            client.wait_for_output(r"trying again in")
+            link.release()
+            with Server(inbox, "--code", OTHER_CODE, port=first.port) as second:
+                result = client.wait()
+                assert second.stderr().count("wrong pairing code") == 1
+    assert result.status == 1
+    assert "has another pairing code now; what has arrived is kept" in result.error_lines[-1]
 
 
 def test_the_client_gives_up_in_the_end(inbox: Path, tmp_path: Path) -> None:

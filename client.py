@@ -81,7 +81,6 @@ from common import (
     AudioBlock,
     AudioFormat,
     AudioUnavailable,
-    CodeWanted,
     Connection,
     ConnectionLost,
     Console,
@@ -368,10 +367,11 @@ def connect(
     """
     try:
         return connect_once(address, hello, timeout_s)
-    except CodeWanted as error:
-        if address.open:
-            raise PeerRefused(f"{error}, in place of --open", error.kind) from None
-        if not sys.stdin.isatty():
+    except PeerRefused as error:
+        is_code_wanted = error.kind == common.CODE_WANTED
+        if is_code_wanted and address.open:
+            raise PeerRefused(f"{error}, in place of --open") from None
+        if not (is_code_wanted and sys.stdin.isatty()):
             raise
     common.require_pairing_packages()
     problem = ""
@@ -460,7 +460,7 @@ def pair(connection: Connection, code: str) -> None:
         answer = connection.receive(Pair, max_bytes=common.MAX_HELLO_BYTES)
     except PeerRefused as error:
         told = REFUSED_PAIRING.get(error.kind, f'does not pair, and says: "{error}"')
-        raise PeerRefused(f"{connection.peer} {told}", error.kind) from None
+        raise PeerRefused(f"{connection.peer} {told}") from None
     connection.start_tls(pairing.finish(answer.share), server_side=False)
 
 
@@ -516,7 +516,7 @@ class Problem(NamedTuple):
 
 def describe_file(name: str, found: os.stat_result) -> Entry:
     """Return the entry of an offer that a file with these properties is."""
-    mtime_ns = found.st_mtime_ns if abs(found.st_mtime_ns) < common.MAX_MTIME_NS else None
+    mtime_ns = found.st_mtime_ns if found.st_mtime_ns in common.MTIMES_NS else None
     mode = None if sys.platform == "win32" else found.st_mode & 0o777
     is_executable = bool((mode or 0) & stat.S_IXUSR)
     return Entry(name, found.st_size, mtime_ns, is_executable, mode=mode)
@@ -3164,7 +3164,7 @@ class RecordingOutput:
         self._missed.milliseconds += self._audio.milliseconds(gap_frames)
         while gap_frames > 0:
             frames = min(gap_frames, self._audio.rate)
-            self._writer.write(self._audio.silence(frames))
+            self._writer.write(bytes(frames * self._audio.frame_bytes))
             gap_frames -= frames
         self._writer.write(samples)
 

@@ -15,8 +15,7 @@ time                 ``TimeLine``: when each sample frame passes a sound card
 local network        ``Announced``: what a server tells it; ``open_network``
 blocks               ``Blocks``; ``BlockPipeline``, where a second thread consumes them while the
                      next is filled; ``blocks_for`` chooses
-checksum             ``calculate_checksum``: SHA-256 of a file or of its beginning;
-                     ``Keepalive``: the sign of life of whoever does that for long
+checksum             ``calculate_checksum``: SHA-256 of a file or of its beginning
 sound card           in five rooms: the *devices*, and what opens them: ``SoundSystem``, which is
                      *PortAudio*, or ``JackSystem``, PortAudio in a process that *JACK* may end;
                      one *in use*: ``SoundCard``; the *last words* of a C library
@@ -122,10 +121,6 @@ class FileShrunk(SocketPairError):
 
     def __init__(self) -> None:
         super().__init__("the file is shorter than it was")
-
-
-class CodeWanted(PeerRefused):
-    """The server takes nobody without its pairing code."""
 
 
 class NotPaired(SocketPairError):
@@ -301,21 +296,18 @@ def is_loopback(address: str) -> bool:
     return address == "::1" or address.removeprefix("::ffff:").startswith("127.")
 
 
-class CannotPrint(SocketPairError):
-    """Standard output takes nothing: it is a file on a full disk, perhaps."""
-
-    def __init__(self, error: OSError) -> None:
-        super().__init__(f"cannot write to standard output: {describe_error(error)}")
-
-
 def say(text: str) -> None:
-    """Print a line for people on standard output, at once. Raises CannotPrint, BrokenPipeError."""
+    """Print a line for people on standard output, at once.
+
+    Raises BrokenPipeError, and SocketPairError as where that is a file on a full disk.
+    """
     try:
         print(text, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise CannotPrint(error) from error
+        reason = describe_error(error)
+        raise SocketPairError(f"cannot write to standard output: {reason}") from error
 
 
 def complain(text: str) -> None:
@@ -626,8 +618,10 @@ LENGTH = struct.Struct("!I")
 MAX_FRAME_BYTES = 1024 * 1024
 MAX_HELLO_BYTES = 4 * 1024
 MAX_BATCH_ENTRIES = 1000  # of files and folders in an offer
-# Of a modification time: the years from 1000 BC to 11,000, further than any file system goes.
-MAX_MTIME_NS = 2**68
+FILE_SIZES = range(2**63)
+# The years from 1000 BC to 11,000, further than any file system goes.
+MTIMES_NS = range(-(2**68), 2**68 + 1)
+PERMISSIONS = range(0o1000)
 MAX_RUN_CHARS = 32
 MAX_HELD_LENGTHS = 100  # of one file that a server may ask about
 # Measured with tests/bench/files.py: 1 MiB stays in a core's cache while it is received, hashed
@@ -730,22 +724,17 @@ def require(fields: Fields, field: str, kind: type[T]) -> T:
     return value
 
 
-def require_size(fields: Fields, field: str) -> int:
-    """Return `fields[field]`, a number of bytes that a file can have, as `require` does."""
+def require_number(fields: Fields, field: str, allowed: range) -> int:
+    """Return `fields[field]`, a whole number that is `allowed`, as `require` does."""
     value = require(fields, field, int)
-    if not 0 <= value < 2**63:
+    if value not in allowed:
         raise ProtocolError(f"received a message with a bad {field!r}")
     return value
 
 
 def optional_number(fields: Fields, field: str, allowed: range) -> int | None:
-    """Return a whole number of a message, None where it has none; raises ProtocolError."""
-    if fields.get(field) is None:
-        return None
-    value = require(fields, field, int)
-    if value not in allowed:
-        raise ProtocolError(f"received a message with a bad {field!r}")
-    return value
+    """Do what `require_number` does, or return None where there is no such field."""
+    return None if fields.get(field) is None else require_number(fields, field, allowed)
 
 
 # handshake
@@ -842,7 +831,7 @@ class Pair(NamedTuple):
     def decode(cls, fields: Fields) -> Pair:
         """See `Message`."""
         share = require(fields, "share", str)
-        if len(share) != 2 * SHARE_BYTES or not re.fullmatch("[0-9a-f]*", share):
+        if not re.fullmatch(f"[0-9a-f]{{{2 * SHARE_BYTES}}}", share):
             raise ProtocolError("received a message with a bad 'share'")
         return cls(bytes.fromhex(share))
 
@@ -864,12 +853,6 @@ class Error(NamedTuple):
         if fields.get("code_wanted") is True:  # a server of protocol 1
             kind = CODE_WANTED
         return cls(require(fields, "error", str), kind if kind in REFUSAL_KINDS else "")
-
-    def to_exception(self) -> PeerRefused:
-        """Return what the side that receives it raises, with its words made harmless."""
-        return (CodeWanted if self.kind == CODE_WANTED else PeerRefused)(
-            escape(self.error), self.kind
-        )
 
 
 # files
@@ -905,14 +888,14 @@ class Entry(NamedTuple):
         """Return the entry in an item of an Offer; raises ProtocolError."""
         if not isinstance(item, dict):
             raise ProtocolError("received an offer that is not one")
-        path, mtime_ns, mode = require(item, "path", str), item.get("mtime_ns"), item.get("mode")
-        if mtime_ns is not None and abs(require(item, "mtime_ns", int)) > MAX_MTIME_NS:
-            raise ProtocolError("received a message with a bad 'mtime_ns'")
-        if mode is not None and not 0 <= require(item, "mode", int) <= 0o777:
-            raise ProtocolError("received a message with a bad 'mode'")
-        size = None if item.get("size") is None else require_size(item, "size")
-        executable, is_folder = bool(item.get("executable")), bool(item.get("folder"))
-        return cls(path, size, mtime_ns, executable, is_folder, mode)
+        return cls(
+            require(item, "path", str),
+            optional_number(item, "size", FILE_SIZES),
+            optional_number(item, "mtime_ns", MTIMES_NS),
+            bool(item.get("executable")),
+            bool(item.get("folder")),
+            optional_number(item, "mode", PERMISSIONS),
+        )
 
 
 class Outcome(NamedTuple):
@@ -1053,7 +1036,7 @@ class Start(NamedTuple):
         """See `Message`."""
         return cls(
             [
-                require_size(item, "offset")
+                require_number(item, "offset", FILE_SIZES)
                 if isinstance(item, dict) and "offset" in item
                 else Outcome.decode(item)
                 for item in require(fields, "entries", list)
@@ -1111,10 +1094,6 @@ class AudioFormat(NamedTuple):
     def milliseconds(self, frames: float) -> float:
         """Return how long `frames` last."""
         return frames / self.rate * 1000
-
-    def silence(self, frames: int) -> bytes:
-        """Return `frames` of silence."""
-        return bytes(frames * self.frame_bytes)
 
     def describe(self) -> str:
         """Return the format in words, as ``48000 Hz mono``."""
@@ -1214,7 +1193,7 @@ class TimeRequest(NamedTuple):
     @classmethod
     def decode(cls, fields: Fields) -> TimeRequest:
         """See `Message`."""
-        return cls(require_size(fields, "asked_ns"))
+        return cls(require_number(fields, "asked_ns", FILE_SIZES))
 
 
 class TimeReply(NamedTuple):
@@ -1855,7 +1834,7 @@ class Connection(ByteStream):
         """
         message = decode_message(self.read_frame(max_bytes), expected)
         if isinstance(message, Error):
-            raise message.to_exception()
+            raise PeerRefused(escape(message.error), message.kind)
         return message
 
 
@@ -2133,21 +2112,6 @@ def calculate_checksum(
     if length is not None and left:
         raise FileShrunk
     return digest.hexdigest()
-
-
-class Keepalive:
-    """Calls `send` at most once a second: the sign of life of whoever hashes for long."""
-
-    def __init__(self, send: Callable[[], object]) -> None:
-        self._send = send
-        self._next = time.monotonic() + KEEPALIVE_INTERVAL_S
-
-    def __call__(self, _count: int) -> None:
-        """Take note of progress, and call `send` if it is time."""
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + KEEPALIVE_INTERVAL_S
-            self._send()
 
 
 # --- sound card: devices --------------------------------------------------------------------
@@ -3513,16 +3477,12 @@ def open_missing_streams() -> None:
 
 
 def find_status(main: Callable[[Sequence[str]], int]) -> int:
-    """Run `main` on the command line's arguments; return its exit status, however it ends."""
+    """Run `main` on the command line's arguments; return its exit status, also after an error."""
     try:
         return main(sys.argv[1:])
     except SocketPairError as error:
         complain(str(error))
         return EXIT_FAILED
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except Terminated:
-        return EXIT_TERMINATED
     except BrokenPipeError:  # nobody reads the output: nothing more to say then
         return EXIT_FAILED
     except OSError as error:

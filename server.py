@@ -109,7 +109,6 @@ from common import (
     Hashing,
     Held,
     Hello,
-    Keepalive,
     LevelMeter,
     NotPaired,
     Offer,
@@ -1577,6 +1576,7 @@ class Comparison:
         self.is_busy = False  # waiting or reading, while the client need not say anything
         self._connection = connection
         self._disk = disk
+        self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
     def compare(
         self, batch: Batch, looked_up: Sequence[LookedUp | Wanted | Outcome]
@@ -1595,12 +1595,11 @@ class Comparison:
 
     def _ask(self, batch: Batch, held: dict[int, LookedUp]) -> dict[int, Here]:
         """Return, for each entry, what is here and the same at the client."""
-        keepalive = Keepalive(lambda: self._connection.send(Hashing()))
         self.is_busy = True
         try:
             self._wait_for_turn(batch, Counter(each.entry.path for each in held.values()))
             self._connection.send(Held([(index, each.held()) for index, each in held.items()]))
-            here = [each.read(self._disk, keepalive) for each in held.values()]
+            here = [each.read(self._disk, self._show_life) for each in held.values()]
         finally:
             self.is_busy = False
         same = {}
@@ -1620,6 +1619,12 @@ class Comparison:
             time.sleep(min(wait_s, KEEPALIVE_INTERVAL_S))
             self._connection.send(Hashing())
             wait_s -= KEEPALIVE_INTERVAL_S
+
+    def _show_life(self, _count: int) -> None:
+        """Tell the client every second that it is not forgotten, while its files are read here."""
+        if not self._told.remaining():
+            self._told = Deadline(KEEPALIVE_INTERVAL_S)
+            self._connection.send(Hashing())
 
     def _receive_prefixes(self, count: int) -> Sequence[Sequence[str]]:
         while isinstance(message := self._connection.receive(Prefixes, Hashing), Hashing):

@@ -173,11 +173,13 @@ def test_an_unexpected_message_is_named_with_its_control_codes_spelled_out() -> 
     assert "[2J" in str(caught.value)
 
 
-def test_an_error_of_the_other_side_is_raised() -> None:
+def test_an_error_of_the_other_side_is_raised_with_its_control_codes_spelled_out() -> None:
     with connected() as (connection, far), Connection(far, "far") as other:
-        other.send(common.Error("the disk is full"))
-        with pytest.raises(PeerRefused, match="the disk is full"):
+        other.send(common.Error("the disk \x1b]0;is\x07 full", common.WAIT))
+        with pytest.raises(PeerRefused) as caught:
             connection.receive(Hello)
+    assert str(caught.value) == r"the disk \x1b]0;is\x07 full"
+    assert caught.value.kind == common.WAIT
 
 
 # --- time limits and queue --------------------------------------------------------------------

@@ -928,7 +928,7 @@ class Report:
         path, name, reason, is_failure = problem
         with self._lock:
             self._failed += is_failure
-            if "/" in name:
+            if is_in_folder(path, name):
                 self._tally(name)["failed"] += is_failure
         self._console.complain(f"{escape(name if path == STDIN else path)}: {reason}")
 
@@ -961,7 +961,7 @@ class Report:
             self._saved(source, outcome, sent)
 
     def _saved(self, source: Source, outcome: Outcome, sent: Sent) -> None:
-        name, is_named = source.beside(outcome.text), "/" not in source.name
+        name, is_named = source.beside(outcome.text), not is_in_folder(source.path, source.name)
         if not is_named:
             with self._lock:
                 tally = self._tally(source.name)
@@ -988,6 +988,11 @@ class Report:
         if tally["failed"]:
             text += f", without {tally['failed']} that failed"
         self._console.say(text)
+
+
+def is_in_folder(path: str, name: str) -> bool:
+    """Return whether what is offered under `name` is in a folder that the user named."""
+    return "/" in name and path != STDIN
 
 
 class Batch:

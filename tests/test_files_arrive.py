@@ -171,6 +171,7 @@ def test_standard_input_arrives_under_its_name(server: Server, tmp_path: Path) -
     assert contents(server.folder) == {"dump.bin": content}
     result = server.send("-", "--name", "sub/empty.bin", stdin=b"")
     assert result.status == 0, result
+    assert result.stdout == "Saved as sub/empty.bin, SHA-256 matches (e3b0c442...)\n"
     assert (server.folder / "sub" / "empty.bin").read_bytes() == b""
 
 

@@ -3339,6 +3339,8 @@ def pairing_code(text: str) -> str:
 
 def host_name(text: str) -> str:
     """Return `text` as what a machine is called, for argparse, which also gives it the default."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name: no machine has it")
     # Compiling a pattern takes a while, and most starts need none.
     options = [] if text == DEFAULT_HOST else options_for_address(text)
     if options[1:] not in ([], [text]):

@@ -3444,6 +3444,10 @@ ADDRESS_CHECK_S = 5.0
 LISTEN_HINTS = {
     errno.EADDRINUSE: "; a server runs there already, or another program: see --port",
     errno.EADDRNOTAVAIL: "; that is no address of this machine: --host 0.0.0.0 is all of them",
+    **dict.fromkeys(
+        (socket.EAI_NONAME, socket.EAI_AGAIN),
+        "; no machine is known by that name: --host 0.0.0.0 is all addresses of this one",
+    ),
 }
 NO_SUCH_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
@@ -3472,12 +3476,16 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
     except (OSError, ValueError) as error:  # ValueError: a host that no name can be
         for each in sockets:
             each.close()
-        hint = LISTEN_HINTS.get(getattr(error, "errno", None) or 0, "")
-        raise SocketPairError(
-            f"cannot listen on {escape(common.format_address(host, port))}: "
-            f"{describe_error(error)}{hint}"
-        ) from error
+        where = escape(common.format_address(host, port))
+        raise SocketPairError(f"cannot listen on {where}: {describe_refusal(error)}") from error
     return sockets
+
+
+def describe_refusal(error: OSError | ValueError) -> str:
+    """Return why nothing can listen at an address, and what to do."""
+    if isinstance(error, OSError):
+        return describe_error(error) + LISTEN_HINTS.get(error.errno or 0, "")
+    return "that cannot be a machine's name: --host 0.0.0.0 is all addresses of this one"
 
 
 def open_socket(family: int, address: tuple[Any, ...], port: int) -> socket.socket:
@@ -4163,7 +4171,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help=f"clients served at once ({MAX_CLIENTS}; in audio mode {MAX_LISTENERS})",
     )
     files = parser.add_argument_group("file mode")
-    files.add_argument("--folder", default="received", help="where files go (%(default)s)")
+    files.add_argument(
+        "--folder", type=folder_name, default="received", help="where files go (%(default)s)"
+    )
     files.add_argument(
         "--overwrite",
         action="store_true",
@@ -4194,6 +4204,13 @@ def refuse_words(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     options = address or ["--input" if mode == "audio" else "--folder", word]
     command = common.command_line("server.py", mode, *options)
     parser.error(f"{word!r} belongs to an option: did you mean {command}")
+
+
+def folder_name(text: str) -> str:
+    """Return `text` as what a folder is called, for argparse."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name: no folder has it")
+    return text
 
 
 def make_console(args: argparse.Namespace, background: BackgroundLog) -> Console:

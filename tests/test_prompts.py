@@ -251,6 +251,9 @@ def test_an_address_that_is_not_this_machines_is_one_line(host: str, tmp_path: P
     result = run_script("server.py", "file", "--port", "0", f"--host={host}", cwd=tmp_path)
     assert result.status == 1
     assert result.error_lines[-1].startswith(f"cannot listen on {host}"), result
+    # For the C library "*" is all addresses, each of them twice.
+    advice = "see --port" if host == "*" else "--host 0.0.0.0 is all"
+    assert advice in result.error_lines[-1]
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "many", ""])
@@ -323,6 +326,9 @@ def test_a_files_name_is_no_address(name: str) -> None:
         "client.py video",
         "client.py file -q -v some",
         "client.py file --unknown",
+        "client.py file some --host=",
+        "server.py file --host=",
+        "server.py file --folder=",
         "server.py file --rate 48000",
         "client.py --opus audio",
         "client.py file --code KQ7M 2XFD",

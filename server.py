@@ -2014,7 +2014,7 @@ class Batch:
         self._run = run
         self._guesses = 0
         self._promises: list[Promise] = []
-        self._lines: Counter[str] = Counter()
+        self._lines: Counter[tuple[int, str]] = Counter()  # by level and what they say
 
     def fail(self, path: str, error: Exception) -> Outcome:
         """Return that an entry is not taken, and log it."""
@@ -2028,8 +2028,8 @@ class Batch:
         self._log(logging.INFO, "are there already", f"offers what is there already: {path}")
 
     def _log(self, level: int, kind: str, text: str) -> None:
-        self._lines[kind] += 1
-        if self._lines[kind] <= LINES_A_BATCH:
+        self._lines[level, kind] += 1
+        if self._lines[level, kind] <= LINES_A_BATCH:
             log.log(level, "%s %s", self._peer, text)
 
     def note_settled(self, folder: Folder, name: str) -> None:
@@ -2083,9 +2083,9 @@ class Batch:
         self.folders.close()
         if self._guesses and not self.differed:
             self.store.disk.mismatches.give_back(self._host, self._guesses)
-        for kind, lines in self._lines.items():
+        for (level, kind), lines in self._lines.items():
             if lines > LINES_A_BATCH:
-                log.info("%s and %d more %s", self._peer, lines - LINES_A_BATCH, kind)
+                log.log(level, "%s and %d more %s", self._peer, lines - LINES_A_BATCH, kind)
 
 
 class Reception:

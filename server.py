@@ -1295,11 +1295,17 @@ class Space:
         with self._lock:
             self._promised[folder.device] -= count
 
-    def check_left(self, folder: Folder) -> None:
-        """Raise an OSError like that of a full disk once only what is kept free is left."""
+    def take(self, folder: Folder, needed: int) -> None:
+        """Note that `needed` bytes that nobody was promised are about to be written.
+
+        Raises an OSError like that of a full disk where there is not so much, beside what is kept
+        free.
+        """
         with self._lock:
-            if self._left(folder) <= 0:
+            if needed > self._left(folder):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            measured_s, free = self._free[folder.device]
+            self._free[folder.device] = measured_s, free - needed
 
     def _left(self, folder: Folder) -> float:
         """Return what nobody has been promised; without end where the system knows no size."""
@@ -1743,7 +1749,7 @@ class UnderWay:
     def write(self, view: memoryview) -> None:
         """Write and hash its next bytes; blocks until done. Raises OSError."""
         if self.entry.size is None:
-            self._disk.space.check_left(self.partial.folder)
+            self._disk.space.take(self.partial.folder, len(view))
         self.partial.write(view)
         self._promise.release(len(view))
 

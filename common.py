@@ -228,7 +228,11 @@ def python_name() -> str:
 
 def command_line(script: str, *args: str) -> str:
     """Return the line that runs `script`, beside the one that runs, in a shell here."""
-    words = [python_name(), os.path.join(os.path.dirname(sys.argv[0]), script), *args]
+    return shell_line(python_name(), os.path.join(os.path.dirname(sys.argv[0]), script), *args)
+
+
+def shell_line(*words: str) -> str:
+    """Return `words` as a shell here takes them for just these."""
     if sys.platform == "win32":
         import subprocess  # noqa: PLC0415  (see python_name)
 
@@ -262,14 +266,11 @@ def how_to_install(*packages: str) -> str:
 
 def find_activation() -> str:
     """Return what activates the virtual environment beside the scripts; empty if there is none."""
-    folder = os.path.join(os.path.dirname(sys.argv[0]), ".venv")
-    if sys.platform == "win32":
-        script = os.path.join(folder, "Scripts", "activate.bat")
-        return os.path.splitext(script)[0] if os.path.exists(script) else ""
-    import shlex  # noqa: PLC0415  (see python_name)
-
-    script = os.path.join(folder, "bin", "activate")
-    return f". {shlex.quote(script)}" if os.path.exists(script) else ""
+    folder = "Scripts" if sys.platform == "win32" else "bin"
+    script = os.path.join(os.path.dirname(sys.argv[0]), ".venv", folder, "activate")
+    if not os.path.exists(script):
+        return ""
+    return shell_line(script) if sys.platform == "win32" else shell_line(".", script)
 
 
 def apt_install() -> str:
@@ -380,13 +381,8 @@ CERTIFICATE_TAIL = bytes.fromhex("300506032b6570034100")  # Ed25519, and the sig
 PRIVATE_KEY_HEAD = bytes.fromhex("302e020100300506032b657004220420")  # PKCS #8; the seed follows
 
 SEQUENCES = (
-    "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
-    "01234567890",
-    "QWERTYUIOPASDFGHJKLZXCVBNM",
-    "QWERTZUIOPASDFGHJKLYXCVBNM",
-    "AZERTYUIOPQSDFGHJKLMWXCVBN",
-    "1QAZ2WSX3EDC4RFV5TGB6YHN7UJM8IK",
-    "1Q2W3E4R5T6Y7U8I9O0P",
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZ 01234567890 1QAZ2WSX3EDC4RFV5TGB6YHN7UJM8IK 1Q2W3E4R5T6Y7U8I9O0P"
+    " QWERTYUIOPASDFGHJKLZXCVBNM QWERTZUIOPASDFGHJKLYXCVBNM AZERTYUIOPQSDFGHJKLMWXCVBN"
 )
 # What stands in instructions in place of a code, and what people take first.
 PLACEHOLDERS = (
@@ -426,7 +422,7 @@ def find_weakness(code: str) -> str:
         return "it is one character, repeated"
     if period <= 3 and period < len(code):
         return "it repeats itself"
-    if any(code in row or code in row[::-1] for row in SEQUENCES):
+    if code in SEQUENCES or code in SEQUENCES[::-1]:
         return "it is a sequence"
     letters = "".join(filter(str.isalpha, code))
     is_nearly_all_letters = len(code) - len(letters) <= PLACEHOLDER_DIGITS
@@ -2482,14 +2478,15 @@ def hide_jack() -> dict[str, str]:
 class JackProcess:
     """A process of its own in which PortAudio uses JACK: what ends it does not end this one.
 
-    It runs `serve_jack`, and ends with `close`, or with this process.
+    It runs `serve_jack`, and ends with `close`, or with this process. A `Stream`, once it has
+    answered to a request to open a device.
     """
 
     def __init__(self, request: Mapping[str, Any]) -> None:
         import multiprocessing.connection  # noqa: PLC0415  (only JACK needs them)
         import subprocess  # noqa: PLC0415
 
-        self.link, far = multiprocessing.Pipe()
+        self._link, far = multiprocessing.Pipe()
         with far:
             self._process = subprocess.Popen(
                 [sys.executable, os.path.abspath(__file__), json.dumps(request)],
@@ -2502,16 +2499,26 @@ class JackProcess:
     def receive_answer(self) -> Any:
         """Return what it answers to the request; raises AudioUnavailable with its words."""
         try:
-            if not self.link.poll(JACK_START_S):
+            if not self._link.poll(JACK_START_S):
                 raise AudioUnavailable(f"JACK does not answer within {JACK_START_S:.0f} s")
-            answer = json.loads(self.link.recv_bytes())
+            answer = json.loads(self._link.recv_bytes())
         except (EOFError, OSError):
             raise AudioUnavailable("JACK does not work: what speaks to it has ended") from None
         if "problem" in answer:
             raise AudioUnavailable(answer["problem"])
         return answer["devices"]
 
-    def is_running(self) -> bool:
+    def exchange_blocks(self, exchange: Exchange) -> None:
+        """Call `exchange` for every block of the stream that is open there; blocks till its end."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                block = self._link.recv_bytes()
+                passage = Passage(*JACK_HEADER.unpack_from(block))
+                played = exchange(block[JACK_HEADER.size :] or None, passage)
+                if played is not None:
+                    self._link.send_bytes(played)
+
+    def is_active(self) -> bool:
         """Return whether it has not ended."""
         return self._process.poll() is None
 
@@ -2519,32 +2526,6 @@ class JackProcess:
         """End it at once. Idempotent."""
         self._process.kill()
         self._process.wait()
-
-
-class JackStream:
-    """Sound flowing through a JackProcess; a thread here calls `exchange` for every block."""
-
-    def __init__(self, process: JackProcess, exchange: Exchange) -> None:
-        self._process = process
-        self._exchange = exchange
-        threading.Thread(target=self._run, name="JACK", daemon=True).start()
-
-    def _run(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                block = self._process.link.recv_bytes()
-                passage = Passage(*JACK_HEADER.unpack_from(block))
-                played = self._exchange(block[JACK_HEADER.size :] or None, passage)
-                if played is not None:
-                    self._process.link.send_bytes(played)
-
-    def is_active(self) -> bool:
-        """Return whether the process still runs."""
-        return self._process.is_running()
-
-    def close(self) -> None:
-        """End the process, and the thread with it."""
-        self._process.close()
 
 
 class JackSystem:
@@ -2583,7 +2564,9 @@ class JackSystem:
         except BaseException:
             process.close()
             raise
-        return JackStream(process, passing.exchange)
+        exchanging = functools.partial(process.exchange_blocks, passing.exchange)
+        threading.Thread(target=exchanging, name="JACK", daemon=True).start()
+        return process
 
     def close(self) -> None:
         """Nothing to do: streams are closed one by one."""
@@ -3168,7 +3151,8 @@ class Console:
     def __init__(self, quiet: bool, data_on_stdout: bool = False) -> None:
         self._quiet = quiet
         self._data_on_stdout = data_on_stdout
-        self._has_status = not quiet and sys.stderr is not None and sys.stderr.isatty()
+        # Whether there is a terminal that shows a status line.
+        self.has_status = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self._status_width = 0
         self._is_held = False
         self._lock = threading.Lock()
@@ -3188,14 +3172,9 @@ class Console:
             put(text)
 
     @property
-    def has_status(self) -> bool:
-        """Whether there is a terminal that shows a status line."""
-        return self._has_status
-
-    @property
     def is_showing_status(self) -> bool:
         """Whether there is a status line right now."""
-        return self._has_status and self._status_width > 0
+        return self._status_width > 0
 
     @property
     def columns(self) -> int:
@@ -3207,13 +3186,13 @@ class Console:
     def show_status(self, text: str) -> None:
         """Replace the status line; does nothing without a terminal."""
         with self._lock:
-            if self._has_status and not self._is_held:
+            if self.has_status and not self._is_held:
                 self._show(fit(text, self.columns))
 
     def leave_status(self, text: str) -> None:
         """Leave `text` as a line where the status line is; does nothing without a terminal."""
         with self._lock:
-            if self._has_status:
+            if self.has_status:
                 self._show("")
                 complain(fit(text, self.columns))
 
@@ -3233,7 +3212,7 @@ class Console:
         """Clear the status line, and show none from now on."""
         with self._lock:
             self._show("")
-            self._has_status = False
+            self.has_status = False
 
     def clear_for(self, _record: object) -> bool:
         """Make room for a line of the log: a filter for its handlers, which passes all."""
@@ -3241,7 +3220,7 @@ class Console:
         return True
 
     def _show(self, text: str) -> None:
-        if self._has_status and (text or self._status_width):
+        if self.has_status and (text or self._status_width):
             width = cells(text)
             shown = text + " " * (self._status_width - width)
             if not text:  # clear also what Ctrl+C has left behind the line

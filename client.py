@@ -10,9 +10,10 @@ finding a server        ``pick_server``: those that announce themselves on the l
 connection              ``connect``: a connection past its handshake
 sources                 ``look_up_named`` and ``find_sources``: what the user named, as ``Source``s
 progress                ``Progress`` and ``Gauge``: bars, on a terminal
-results                 ``Batch``, ``ResultReader`` and ``Report``: what became of each file
+results                 ``Report`` and ``Batch``: what became of each file; ``reading`` it meanwhile
 file mode               ``start_file_client``; ``Sender``, which comes back to a lost server;
-                        ``Upload``: one connection's conversation, in four stages
+                        ``Upload``: one connection's conversation, in four stages;
+                        ``ContentSender``: the bytes of one file after another
 sound: the clocks       ``EarliestLine`` and ``SpeedLoop``: playing at the server's speed
 sound: the reserve      ``Arrivals``: how late sound comes, and how much to keep for it
 sound: playout          ``Playout``: plays evenly what arrives unevenly, and soon
@@ -787,9 +788,8 @@ class Gauge:
 class Progress:
     """Shows on a terminal how far the sending is: a large file, or all of many files.
 
-    A thread draws it, so that it goes on while nothing moves, until `console` shows no status line
-    any more. `sizes` tells those of all files, which may take a while. Every method is for any
-    thread.
+    A thread draws it, also while nothing moves, until `console` shows no status line any more.
+    Another counts the files by `sizes`. Every method is for any thread.
     """
 
     def __init__(
@@ -1035,51 +1035,37 @@ class Batch:
             return self.sources[index], self._ends.get(index)
 
 
-class ResultReader:
-    """Reads the results of a batch in a thread of its own, while the batch is being sent.
+@contextlib.contextmanager
+def reading(connection: Connection, read: Callable[[], None]) -> Iterator[None]:
+    """Run `read` in a thread of its own while the ``with`` block writes, and wait for its end.
 
     Otherwise a server with many results to tell and a client with much to send could wait for
-    each other for ever. Leaving the ``with`` block waits for the last result, and raises what
-    the reading raised: ConnectionLost, ProtocolError or PeerRefused.
+    each other for ever. What `read` raises is raised here, also in place of a lost connection.
     """
+    errors: list[Exception] = []
 
-    def __init__(
-        self, connection: Connection, batch: Batch, decide: Callable[[Batch, int, Outcome], None]
-    ) -> None:
-        self._connection = connection
-        self._batch = batch
-        self._decide = decide
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="results", daemon=True)
-
-    def __enter__(self) -> ResultReader:
-        self._thread.start()
-        return self
-
-    def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
-        if error is None:
-            self._thread.join()
-        elif isinstance(error, ConnectionLost):
-            self._thread.join(LAST_WORDS_S)  # perhaps the server has said why
-        cause = self._error
-        if error is not None:
-            self._connection.wake()
-            self._thread.join()
-        if cause is not None and (error is None or isinstance(error, ConnectionLost)):
-            raise cause
-
-    def _run(self) -> None:
+    def run() -> None:
         try:
-            while not self._batch.is_done():
-                entries = self._connection.receive(Results).entries
-                if not entries:
-                    raise ProtocolError("received results without a result")
-                for index, outcome in entries:
-                    self._decide(self._batch, index, outcome)
+            read()
         except Exception as error:  # noqa: BLE001  (raised again in the other thread)
-            self._error = error
-            # The sending may wait for a server that takes nothing any more, and is told nothing.
-            self._connection.wake()
+            errors.append(error)
+            connection.wake()  # who writes may wait for a server that takes nothing any more
+
+    thread = threading.Thread(target=run, name="results", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, ConnectionLost):
+            thread.join(LAST_WORDS_S)  # perhaps the server has said why
+            if errors:
+                raise errors[0] from None
+        connection.wake()
+        thread.join()
+        raise
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 # --- file mode ------------------------------------------------------------------------------
@@ -1232,11 +1218,10 @@ class FileChanged(SocketPairError):
         super().__init__("it changed while it was sent")
 
 
-class OfferAgain(SocketPairError):
-    """A file is not what was offered, and what it is now can be offered in its place."""
+class OfferAgain(Exception):
+    """A file is not what was offered: `source`, what it is now, can be offered in its place."""
 
     def __init__(self, source: Source) -> None:
-        super().__init__("it changed before it was sent")
         self.source = source
 
 
@@ -1506,7 +1491,7 @@ class Upload:
         batch = self._offer()
         while batch.sources:
             transfers = self._look_up(batch)
-            with ResultReader(self._connection, batch, self._decide):
+            with reading(self._connection, functools.partial(self._read_results, batch)):
                 for transfer in transfers:
                     self._transfer(batch, transfer)
                 # While the server is still busy, so that it never waits for the looking up here.
@@ -1626,6 +1611,15 @@ class Upload:
 
     # decided
 
+    def _read_results(self, batch: Batch) -> None:
+        """Report what becomes of each file of a batch, until all are decided; see `reading`."""
+        while not batch.is_done():
+            entries = self._connection.receive(Results).entries
+            if not entries:
+                raise ProtocolError("received results without a result")
+            for index, outcome in entries:
+                self._decide(batch, index, outcome)
+
     def _decide(self, batch: Batch, index: int, outcome: Outcome) -> None:
         """Report what the server says has become of a file. Also for the results' thread."""
         source, end = batch.decide(index)
@@ -1703,7 +1697,7 @@ def check_offer(source: Source, now: os.stat_result) -> None:
         raise offer_again(source, now)
 
 
-def offer_again(source: Source, found: os.stat_result | None) -> SocketPairError:
+def offer_again(source: Source, found: os.stat_result | None) -> OfferAgain | FileChanged:
     """Return what to raise for a file that is as `found` rather than as it was offered."""
     is_file = found is None or stat.S_ISREG(found.st_mode)
     if is_file and source.offers < MAX_OFFERS:

@@ -1409,25 +1409,28 @@ class TimedSocket:
                 self._heard_s = time.monotonic()
                 return received
 
-    def _send_now(self, data: bytes | memoryview) -> None:
-        """Send what the system takes of `data` now; the rest is unsent. Raises ConnectionBroken."""
-        self._unsent = memoryview(data)
+    def _send_unsent(self) -> bool:
+        """Send what the system takes now of what is unsent; return whether it took anything.
+
+        Raises ConnectionBroken.
+        """
         try:
-            count = self._socket.send(data) if data else 0
+            count = self._socket.send(self._unsent) if self._unsent else 0
         except BlockingIOError:
-            return
+            return False
         except OSError as error:
             raise ConnectionBroken(describe_error(error)) from error
         self.sent_bytes += count
         self._note_moved(count)
         self._unsent = self._unsent[count:]
+        return count > 0
 
     def _send_all(self, data: bytes | memoryview) -> None:
         """Send `data`; blocks until the system has taken it. Raises ConnectionLost."""
-        self._send_now(data)
+        self._unsent = memoryview(data)
         while self._unsent:
-            self._wait(to_write=True)
-            self._send_now(self._unsent)
+            if not self._send_unsent():
+                self._wait(to_write=True)
 
 
 def count_unacknowledged(sock: socket.socket) -> int:
@@ -1739,10 +1742,11 @@ class ByteStream(TimedSocket):
         Return False, and leave `data` out, while some of what was accepted before is unsent.
         Raises ConnectionBroken.
         """
-        self._send_now(self._unsent)
+        self._send_unsent()
         if self._unsent:
             return False
-        self._send_now(self._seal(data))
+        self._unsent = memoryview(self._seal(data))
+        self._send_unsent()
         return True
 
     def in_transit(self) -> int:

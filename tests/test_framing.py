@@ -270,6 +270,18 @@ def test_aborting_wakes_whoever_waits_and_resets_the_other_side() -> None:
             far.recv(1)
 
 
+def test_a_peer_that_never_stops_sending_does_not_hold_who_has_finished() -> None:
+    def flood(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock.sendall(bytes(1024 * 1024))
+
+    with connected() as (connection, far), background(lambda: flood(far)):
+        with connection.limit(0.3):
+            connection.finish()
+        connection.close()
+
+
 def test_what_has_come_is_given_before_the_rest_is_waited_for() -> None:
     with connected() as (connection, far), connection.limit(60):
         far.sendall(b"first")

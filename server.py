@@ -71,7 +71,6 @@ import weakref
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -86,17 +85,9 @@ from typing import (
 
 import common
 from common import (
-    END_OF_FILE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    GIVEN_UP,
-    HANDSHAKE_TIMEOUT_S,
     KEEPALIVE_INTERVAL_S,
-    LENGTH,
-    RECEIVE_BYTES,
+    PARTIAL_SUFFIX,
     SEGMENT_BYTES,
-    STILL_HERE,
     AudioBlock,
     AudioFormat,
     AudioUnavailable,
@@ -107,34 +98,18 @@ from common import (
     Entry,
     FileShrunk,
     Hashing,
-    Held,
     Hello,
-    LevelMeter,
-    NotPaired,
     Offer,
-    OpusBlock,
     Outcome,
     Pair,
     PeerClosed,
-    PeerStalled,
-    Prefixes,
     ProtocolError,
-    Results,
     SocketPairError,
-    Sound,
-    SoundCard,
-    Start,
-    StreamEnd,
-    TimeReply,
-    TimeRequest,
     Welcome,
-    blocks_for,
-    calculate_checksum,
     count,
     describe_error,
     escape,
     format_bytes,
-    format_tenths,
 )
 
 if TYPE_CHECKING:
@@ -167,7 +142,6 @@ MAX_NAME_BYTES = 255
 # The least that is met with: encrypted folders (eCryptfs).
 SHORT_NAME_BYTES = 143
 MAX_SUFFIX_BYTES = 50
-PARTIAL_SUFFIX = common.PARTIAL_SUFFIX
 # Of a partial file, between its stem and its suffix.
 MAX_TOKEN_BYTES = 40
 WINDOWS_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
@@ -176,10 +150,7 @@ WINDOWS_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
 
 
 def split_path(path: str) -> list[str]:
-    """Return the folders and the name in an offered `path`, which parts them with ``/``.
-
-    Raises Refused where it could mean a place outside the folder.
-    """
+    """Return the folders and the name in an offered `path`; raises Refused if it leads outside."""
     if len(path) > MAX_PATH_BYTES or len(path.encode(errors="surrogatepass")) > MAX_PATH_BYTES:
         raise Refused(f"the path is too long ({MAX_PATH_BYTES} bytes at most)")
     parts = path.split("/")
@@ -240,10 +211,7 @@ class NameRules(NamedTuple):
         return left + tail
 
     def numbered(self, name: str, first: int = 0) -> Iterator[tuple[int, str]]:
-        """Yield 0 and `name`, then 1 and ``name (1).ext`` and so on, without end.
-
-        `name` is one that fits. Begins at the number `first`.
-        """
+        """Yield 0 and `name`, which fits, 1 and ``name (1).ext`` and so on, from `first` on."""
         stem, suffix = split_suffix(name)
         for number in itertools.count(first):
             yield number, self.shorten(stem, f" ({number}){suffix}") if number else name
@@ -342,9 +310,9 @@ class Folder:
     """
 
     def __init__(self, path: str, parts: Sequence[str], descriptor: int | None) -> None:
+        self.descriptor = descriptor
         self.path = os.path.join(path, "")
         self.parts = parts  # of its real path below the root
-        self.descriptor = descriptor
         found = os.stat(path) if descriptor is None else os.fstat(descriptor)
         self.device = found.st_dev
         self.identity = (found.st_dev, found.st_ino)
@@ -356,8 +324,7 @@ class Folder:
         return cls(path, (), os.open(path, FOLDER_FLAGS) if HAS_OPEN_FOLDERS else None)
 
     def __del__(self) -> None:
-        if getattr(self, "descriptor", None) is not None:
-            self.close()
+        self.close()
 
     def close(self) -> None:
         """Close it. Idempotent."""
@@ -454,11 +421,7 @@ class Folder:
 
 
 def set_times(path: str | int, mtime_ns: int | None, dir_fd: int | None = None) -> None:
-    """Give a file (also an open one) or folder its modification time, if the client told one.
-
-    One beyond what the system can hold is set as far as it goes. A file system that cannot hold
-    it is no reason to refuse the content.
-    """
+    """Give a file (also an open one) or folder its modification time, as far as it can hold it."""
     if mtime_ns is None:
         return
     for time_ns in (mtime_ns, max(-MAX_TIME_NS, min(mtime_ns, MAX_TIME_NS))):
@@ -468,10 +431,7 @@ def set_times(path: str | int, mtime_ns: int | None, dir_fd: int | None = None) 
 
 
 def follow_link(root: str, above: Sequence[str], target: str) -> list[str]:
-    """Return the parts, below `root`, of the place that a link in the folder `above` leads to.
-
-    Raises Refused where that is outside.
-    """
+    """Return the parts below `root` of where a link in `above` leads; raises Refused if outside."""
     parts = list(above)
     if os.path.isabs(target):
         inside = os.path.join(root, "")
@@ -512,10 +472,7 @@ class Folders:
         return None if path in self._missing else self._walk(path, None)
 
     def make(self, path: str, mode: int) -> Folder:
-        """Return the folder at an offered `path`; where it is missing, it is made with `mode`.
-
-        Raises as `find` does.
-        """
+        """Return the folder at `path`, made with `mode` if it is missing; raises as `find` does."""
         folder = self.find(path) or self._walk(path, mode)
         if folder is None:
             raise Refused(FOLDER_GONE)
@@ -1083,9 +1040,9 @@ class Turns:
     def __init__(self) -> None:
         self._changed = threading.Condition()  # told when somebody new waits
         self._waiting: list[tuple[Share, threading.Lock]] = []  # in the order in which they asked
+        self._all = Share()
         self._is_taken = False
         self._began_s = 0.0  # in processor's time of the thread whose turn it is
-        self._latest_s = 0.0
 
     @contextlib.contextmanager
     def turn(self, share: Share) -> Iterator[None]:
@@ -1097,23 +1054,17 @@ class Turns:
             self._end(share)
 
     def _begin(self, share: Share) -> None:
-        self._wait(share)
-        self._began_s = time.thread_time()
-
-    def _wait(self, share: Share) -> None:
         mine = threading.Lock()
         with self._changed:
-            had_s = self._latest_s
-            for level in share.levels():
-                level.had_s = max(level.had_s, had_s)
-                had_s = level.latest_s
-            if not self._is_taken:
-                self._is_taken = True
-                return
-            mine.acquire()
-            self._waiting.append((share, mine))
-            self._changed.notify()
+            for above, level in itertools.pairwise([self._all, *share.levels()]):
+                level.had_s = max(level.had_s, above.latest_s)
+            if self._is_taken:
+                mine.acquire()  # which whoever ends a turn releases
+                self._waiting.append((share, mine))
+                self._changed.notify()
+            self._is_taken = True
         mine.acquire()
+        self._began_s = time.thread_time()
 
     def _end(self, share: Share) -> None:
         seconds = time.thread_time() - self._began_s
@@ -1124,14 +1075,10 @@ class Turns:
             if not self._waiting:
                 self._is_taken = False
                 return
-            chosen = min(
-                self._waiting, key=lambda each: [level.had_s for level in each[0].levels()]
-            )
+            chosen = min(self._waiting, key=lambda each: [of.had_s for of in each[0].levels()])
             self._waiting.remove(chosen)
-            levels = chosen[0].levels()
-            self._latest_s = levels[0].had_s
-            for above, below in itertools.pairwise(levels):
-                above.latest_s = below.had_s
+            for above, level in itertools.pairwise([self._all, *chosen[0].levels()]):
+                above.latest_s = level.had_s
             chosen[1].release()
 
     @contextlib.contextmanager
@@ -1150,17 +1097,13 @@ class Turns:
         """
         seconds = times * (time.thread_time() - self._began_s)
         with self._changed:
-            self._changed.wait_for(self._has_newcomer, seconds)
-
-    def _has_newcomer(self) -> bool:
-        return any(share.spent_s < NEWCOMER_S for share, _ in self._waiting)
+            self._changed.wait_for(
+                lambda: any(share.spent_s < NEWCOMER_S for share, _ in self._waiting), seconds
+            )
 
 
 class Digests:
-    """The SHA-256 of files that have been read before, and have not changed since.
-
-    All methods are for any thread.
-    """
+    """The SHA-256 of files that were read before and have not changed since. For any thread."""
 
     def __init__(self) -> None:
         self._known: Recent[tuple[int, ...], dict[int, hashlib._Hash]] = Recent()
@@ -1202,7 +1145,9 @@ class Digests:
         os.lseek(descriptor, 0, os.SEEK_SET)
         with self._turns.turn(share):
             for length in lengths:
-                calculate_checksum(descriptor, length - done, digest=digest, on_progress=take_turns)
+                common.calculate_checksum(
+                    descriptor, length - done, digest=digest, on_progress=take_turns
+                )
                 digests[length], done = digest.copy(), length
         return digests
 
@@ -1232,28 +1177,27 @@ def remove_old_leftovers(root: str) -> None:
 
     As far as can be: `root` may be gone, a tree in it too deep, or no descriptor left to look.
     """
-    newest = time.time() - LEFTOVER_LIFE_S
     with contextlib.suppress(OSError, RecursionError):
         if sys.platform == "win32":
             for place, _, names in os.walk(root):
                 for name in names:
-                    remove_old_leftover(os.path.join(place, name), None, newest)
+                    remove_old_leftover(os.path.join(place, name), None)
         else:
             for _, _, names, folder in os.fwalk(root):
                 for name in names:
-                    remove_old_leftover(name, folder, newest)
+                    remove_old_leftover(name, folder)
 
 
-def remove_old_leftover(name: str, dir_fd: int | None, newest: float) -> None:
-    """Remove a file if it is a partial file that nobody uses, not changed since `newest`."""
+def remove_old_leftover(name: str, dir_fd: int | None) -> None:
+    """Remove a file if it is a partial file, nobody uses it, and it is too old."""
     if not name.endswith(PARTIAL_SUFFIX):
         return
     with contextlib.suppress(OSError):
         descriptor = os.open(name, FILE_FLAGS, dir_fd=dir_fd)
         try:
             found = os.fstat(descriptor)
-            is_old = is_own_file(found) and found.st_mtime < newest
-            is_free = is_old and lock_file(descriptor)
+            is_old = found.st_mtime < time.time() - LEFTOVER_LIFE_S
+            is_free = is_old and is_own_file(found) and lock_file(descriptor)
         finally:
             os.close(descriptor)
         if is_free:
@@ -1267,10 +1211,7 @@ def is_own_file(found: os.stat_result) -> bool:
 
 
 class Space:
-    """The free space of each file system, and how much of it is promised to files under way.
-
-    All methods are for any thread.
-    """
+    """How much of the free space of each file system is promised to files. For any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -1278,10 +1219,7 @@ class Space:
         self._free: dict[int, tuple[float, float]] = {}  # when it was measured, and how much
 
     def promise(self, folder: Folder, needed: int) -> Promise:
-        """Set `needed` bytes aside, to be released as they are written.
-
-        Raises Refused where there is not so much, beside what is kept free; OSError.
-        """
+        """Set `needed` bytes aside; raises Refused where there are not so many, and OSError."""
         with self._lock:
             left = self._left(folder)
             if needed > left:
@@ -1361,10 +1299,7 @@ class Disk:
         return self.rules.get(folder.device, USUAL_RULES)
 
     def with_fitting(self, folder: Folder, offered: str, use: Callable[[str], T]) -> T:
-        """Return what `use` does with the nearest name to `offered` that `folder` takes.
-
-        Learns from refusals of names; raises what else `use` raises.
-        """
+        """Return what `use` does with the nearest name to `offered` that `folder` takes."""
         while True:
             rules = self.rules_in(folder)
             try:
@@ -1373,10 +1308,7 @@ class Disk:
                 self.rules[folder.device] = rules.learn(error)
 
     def numbered(self, folder: Folder, name: str, back: int = 0) -> Iterator[tuple[int, str]]:
-        """Yield 0 and `name`, then numbered names from about the first that is free in `folder`.
-
-        They begin at `back` numbers before that.
-        """
+        """Yield 0 and `name`, then numbered names from `back` before the first free one, about."""
         yield 0, name
         rules = self.rules_in(folder)
         first = max(1, self.numbers.find((folder.identity, name), 1) - back)
@@ -1604,7 +1536,8 @@ class Comparison:
         self.is_busy = True
         try:
             self._wait_for_turn(batch, Counter(each.entry.path for each in held.values()))
-            self._connection.send(Held([(index, each.held()) for index, each in held.items()]))
+            lengths = [(index, each.held()) for index, each in held.items()]
+            self._connection.send(common.Held(lengths))
             here = [each.read(self._disk, self._show_life) for each in held.values()]
         finally:
             self.is_busy = False
@@ -1633,7 +1566,7 @@ class Comparison:
             self._connection.send(Hashing())
 
     def _receive_prefixes(self, count: int) -> Sequence[Sequence[str]]:
-        while isinstance(message := self._connection.receive(Prefixes, Hashing), Hashing):
+        while isinstance(message := self._connection.receive(common.Prefixes, Hashing), Hashing):
             pass
         if len(message.entries) != count:
             raise ProtocolError("received a message with bad 'entries'")
@@ -1756,10 +1689,7 @@ class UnderWay:
     # the end
 
     def settle(self, checksum: bytes) -> Outcome:
-        """Give it its name, if it is what the client has offered, with that SHA-256.
-
-        Raises Refused and OSError.
-        """
+        """Give it its name if it is what was offered; raises Refused, OSError."""
         if self.entry.size not in (None, self.partial.size) or (
             checksum != self.partial.digest.digest()
         ):
@@ -1819,12 +1749,9 @@ class UnderWay:
         elif number in DISK_FULL:
             self.partial.make_room()
         kept = self.partial.keep()
+        self._promise.release()
         shown = f"{format_bytes(kept)} of {escape(self.entry.path)}"
         return f"; {shown} are kept for the next run" if kept else ""
-
-    def close(self) -> None:
-        """Release the space that was set aside for what has not come."""
-        self._promise.release()
 
     # in words
 
@@ -1867,7 +1794,9 @@ class Content:
         self._connection = connection
         self._size = size
         # A large file's bytes go straight into the blocks; many small files come with one call.
-        self._ahead = RECEIVE_BYTES if size is not None and size < RECEIVE_BYTES else 0
+        self._ahead = (
+            common.RECEIVE_BYTES if size is not None and size < common.RECEIVE_BYTES else 0
+        )
         self.received = offset
         self.is_over = False
 
@@ -1878,11 +1807,11 @@ class Content:
         ConnectionLost once it has handed over all that had come.
         """
         connection = self._connection
-        while (length := connection.read_length(self._ahead)) != END_OF_FILE:
-            if length == GIVEN_UP:
+        while (length := connection.read_length(self._ahead)) != common.END_OF_FILE:
+            if length == common.GIVEN_UP:
                 self.is_over = True
                 raise GivenUp("the client cannot read it, or it has changed there")
-            if length != STILL_HERE:
+            if length != common.STILL_HERE:
                 self._read_segment(length, blocks)
         checksum = connection.read(hashlib.sha256().digest_size)
         self.is_over = True
@@ -2179,7 +2108,9 @@ class Reception:
                 looked_up = self._look_up(batch, offer)
             compared = batch.set_space_aside(self._comparison.compare(batch, looked_up))
             self._connection.send(
-                Start([each.offset if isinstance(each, Wanted) else each for each in compared])
+                common.Start(
+                    [each.offset if isinstance(each, Wanted) else each for each in compared]
+                )
             )
             for index, each in enumerate(compared):
                 if isinstance(each, Wanted):
@@ -2215,7 +2146,7 @@ class Reception:
         if is_large(entry) or not self._connection.buffered() or self._told.remaining() == 0:
             self._tell_results()  # before what may take a while
         content = Content(self._connection, entry.size, wanted.offset)
-        self._connection.peek(LENGTH.size)  # nothing is written before it arrives
+        self._connection.peek(common.LENGTH.size)  # nothing is written before it arrives
         try:
             outcome = self._receive_file(batch, wanted, content)
         except (Refused, GivenUp, OSError) as error:
@@ -2247,7 +2178,7 @@ class Reception:
         under_way = self._begin(batch, wanted)
         self.large = under_way if is_large(wanted.entry) else None
         try:
-            with blocks_for(wanted.entry.size, under_way.write) as blocks:
+            with common.blocks_for(wanted.entry.size, under_way.write) as blocks:
                 checksum = content.read(blocks)
             outcome = under_way.settle(checksum)
         except BaseException as error:
@@ -2255,7 +2186,6 @@ class Reception:
             raise
         finally:
             self.large = None
-            under_way.close()
         self._count += 1
         if log.isEnabledFor(logging.INFO):
             self._log_decided(batch, under_way, outcome)
@@ -2298,7 +2228,7 @@ class Reception:
 
     def _tell_results(self) -> None:
         if self._results:
-            self._connection.send(Results(self._results))
+            self._connection.send(common.Results(self._results))
             self._results = []
         self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
@@ -2410,7 +2340,7 @@ class Silence:
 class Microphone:
     """Captures from a sound card from the first moment on. Raises AudioUnavailable."""
 
-    def __init__(self, card: SoundCard, audio: AudioFormat) -> None:
+    def __init__(self, card: common.SoundCard, audio: AudioFormat) -> None:
         self.name = card.name
         self.captured = CaptureQueue(audio)
         self._card = card
@@ -2449,7 +2379,7 @@ def open_microphone(wanted: str | None, rate: int | None, channels: int | None) 
     """
     with contextlib.ExitStack() as closing:
         card = closing.enter_context(
-            contextlib.closing(SoundCard(common.MICROPHONE, wanted, log.warning))
+            contextlib.closing(common.SoundCard(common.MICROPHONE, wanted, log.warning))
         )
         usual = AudioFormat(rate or DEFAULT_RATE, channels or 1)
         own = AudioFormat(rate or card.own_format.rate, channels or card.own_format.channels)
@@ -2505,14 +2435,9 @@ class PacedInput:
             self.captured.end(f"{self.name} cannot be read any further ({reason})", failed=True)
 
 
-def whole_frames_reader(file: BinaryIO, audio: AudioFormat) -> Callable[[int], bytes]:
-    """Return a function that reads `file` and passes over a last frame that is incomplete."""
-
-    def read(size: int) -> bytes:
-        samples = file.read(size)
-        return samples[: audio.frames_of(samples) * audio.frame_bytes]
-
-    return read
+def whole_frames(samples: bytes, audio: AudioFormat) -> bytes:
+    """Return `samples` without a last frame that is incomplete."""
+    return samples[: audio.frames_of(samples) * audio.frame_bytes]
 
 
 def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
@@ -2534,7 +2459,8 @@ def open_standard_input(audio: AudioFormat) -> PacedInput:
         raise SocketPairError(
             "--input - is for another program or a file, not for a terminal: add | or <"
         )
-    read = whole_frames_reader(sys.stdin.buffer, audio)
+    file = sys.stdin.buffer
+    read = lambda size: whole_frames(file.read(size), audio)  # noqa: E731
     return PacedInput("standard input", read, CaptureQueue(audio))
 
 
@@ -2586,19 +2512,6 @@ class NotPlainWav(Unplayable):
     """A file that is not WAV with 16-bit PCM, but may be sound all the same; and what it is."""
 
 
-class SoundFile(Protocol):
-    """A file of sound that can be read from its beginning again and again."""
-
-    audio: AudioFormat
-
-    def read_once(self) -> Iterator[bytes]:
-        """Give all the file's sound in `audio`, in parts of any length; blocks for the disk.
-
-        A part may end inside a frame, the whole does not. Raises Unplayable where the file is
-        broken, after all that could be read, and OSError.
-        """
-
-
 class WavSamples(NamedTuple):
     """Where in a WAV file its samples are; `size` is None where its recorder did not tell."""
 
@@ -2618,7 +2531,11 @@ class PlainWav:
         self.audio = self._samples.audio
 
     def read_once(self) -> Iterator[bytes]:
-        """Give all the samples; see `SoundFile`."""
+        """Give all the file's sound in `audio`, in parts of any length; blocks for the disk.
+
+        A part may end inside a frame, the whole does not. Raises Unplayable where the file is
+        broken, after all that could be read, and OSError.
+        """
         _, start, size = self._samples
         with open(self._path, "rb", buffering=0) as file:
             file.seek(start)
@@ -2634,10 +2551,7 @@ class PlainWav:
 
 
 def find_wav_samples(file: BinaryIO) -> WavSamples:
-    """Return where the samples of a WAV file are; `file` is at its beginning.
-
-    Raises NotPlainWav where they are not 16-bit PCM.
-    """
+    """Return where in a WAV file 16-bit PCM is; raises NotPlainWav where there is none."""
     beginning = file.read(12)
     if beginning[:4] != b"RIFF" or beginning[8:] != b"WAVE":
         raise NotPlainWav(describe_content(beginning))
@@ -2730,7 +2644,7 @@ class DecodedFile:
                 rate or (own.rate if own.rate in common.SAMPLE_RATES else DEFAULT_RATE),
                 channels or (own.channels if own.channels in common.CHANNEL_COUNTS else 2),
             )
-            Converter(av, self.audio).check(first)
+            list(Converter(av, self.audio).convert(first))
 
     def _open(self) -> Any:
         return self._av.open(
@@ -2749,7 +2663,7 @@ class DecodedFile:
             raise Unplayable(f"FFmpeg cannot read it ({reason})") from error
 
     def read_once(self) -> Iterator[bytes]:
-        """Give all the sound, converted; see `SoundFile`."""
+        """Give all the sound, converted, as `PlainWav.read_once` does."""
         converter = Converter(self._av, self.audio)
         decoded = 0
         with self._translated(), self._open() as container:
@@ -2758,6 +2672,9 @@ class DecodedFile:
                 yield from converter.convert(frame)
             yield from converter.finish()
             check_length(container.streams.audio[0], decoded)
+
+
+SoundFile = PlainWav | DecodedFile
 
 
 def decode_frames(container: Any) -> Iterator[Any]:
@@ -2808,17 +2725,13 @@ class Converter:
         self._is_doubled = False
 
     def convert(self, frame: Any) -> Iterator[bytes]:
-        """Give what has come out for this frame and those before it."""
+        """Give what has come out for this frame and those before it; raises Unplayable."""
         source = (frame.format.name, frame.layout.name, frame.sample_rate)
         if source != self._source:
             yield from self.finish()
             self._source, self._resampler = source, self._make_resampler(frame)
         frame.pts = None  # each follows the one before, whatever the file says
         yield from map(self._samples_of, self._resampler.resample(frame))
-
-    def check(self, frame: Any) -> None:
-        """Raise Unplayable where such a frame cannot be converted."""
-        self._make_resampler(frame)
 
     def finish(self) -> Iterator[bytes]:
         """Give what is still inside."""
@@ -2879,14 +2792,14 @@ class SoundLoop:
             else:
                 self._unread += part
         samples, self._unread = self._unread[:size], self._unread[size:]
-        whole_bytes = self._sound.audio.frames_of(samples) * self._sound.audio.frame_bytes
-        if self._error and not whole_bytes:
+        samples = whole_frames(samples, self._sound.audio)
+        if self._error and not samples:
             raise self._error
-        return samples[:whole_bytes]
+        return samples
 
 
 def over_and_over(sound: SoundFile) -> Iterator[bytes]:
-    """Give a file's sound without an end; raises as `SoundFile.read_once` does."""
+    """Give a file's sound without an end; raises as its `read_once` does."""
     while True:
         kept = bytearray()
         for part in sound.read_once():
@@ -2954,33 +2867,20 @@ OPUS_LOOKAHEAD_FRAMES = 120
 OPUS_OPTIONS = {"application": "lowdelay", "frame_duration": "10", "vbr": "off"}
 
 
-class Encoding(Protocol):
-    """How some of the listeners are sent the sound; of use to the broadcaster's thread alone."""
+class PcmEncoding:
+    """Sends every block as it was captured. For the broadcaster's thread alone."""
 
     def encode(self, block: AudioBlock) -> bytes:
         """Return what there is to send with `block`, as frames; nothing perhaps."""
-
-    def finish(self) -> bytes:
-        """Return what is left to send at the end of the sound, as frames."""
-
-
-class PcmEncoding:
-    """Sends every block as it was captured."""
-
-    def encode(self, block: AudioBlock) -> bytes:
-        """See `Encoding`."""
         return block.encode()
 
     def finish(self) -> bytes:
-        """See `Encoding`."""
+        """Return what is left to send at the end of the sound, as frames."""
         return b""
 
 
 class OpusEncoding:
-    """Sends packets of 10 ms, whatever the length of the blocks; a gap has the encoder begin anew.
-
-    Needs package ``av``.
-    """
+    """Sends packets of 10 ms by ``av``, whatever comes; a gap has the encoder begin anew."""
 
     def __init__(self, audio: AudioFormat, kbit: int) -> None:
         self._audio = audio
@@ -2989,7 +2889,7 @@ class OpusEncoding:
         self._next_frame = 0
 
     def encode(self, block: AudioBlock) -> bytes:
-        """See `Encoding`."""
+        """Do as `PcmEncoding` does."""
         rest = b""
         if block.first_frame != self._next_frame:
             rest = self._run.finish()
@@ -2998,8 +2898,11 @@ class OpusEncoding:
         return rest + self._run.encode(block)
 
     def finish(self) -> bytes:
-        """See `Encoding`."""
+        """Do as `PcmEncoding` does."""
         return self._run.finish()
+
+
+Encoding = PcmEncoding | OpusEncoding
 
 
 class OpusRun:
@@ -3059,7 +2962,7 @@ class OpusRun:
         self.next_frame = self._start + end
         captured_ns = max(0, self._captured_ns - (taken - end) * 10**9 // common.OPUS_RATE)
         first_frame = self.next_frame - frames
-        return OpusBlock(first_frame, captured_ns, bytes(packet), skipped, frames).encode()
+        return common.OpusBlock(first_frame, captured_ns, bytes(packet), skipped, frames).encode()
 
 
 # --- sound: broadcaster ---------------------------------------------------------------------
@@ -3110,7 +3013,7 @@ class Listener:
         """Return the answers to all requests for the time, as frames."""
         replies = b""
         while self._requests:
-            replies += TimeReply(*self._requests.popleft(), time.monotonic_ns()).encode()
+            replies += common.TimeReply(*self._requests.popleft(), time.monotonic_ns()).encode()
         return replies
 
     def lose(self, reason: str) -> None:
@@ -3134,8 +3037,10 @@ class Listener:
         while not self.gone.is_set():
             try:
                 with self.connection.limit(SILENCE_S):
-                    request = self.connection.receive(TimeRequest, max_bytes=common.MAX_HELLO_BYTES)
-            except PeerStalled:  # it need not ask
+                    request = self.connection.receive(
+                        common.TimeRequest, max_bytes=common.MAX_HELLO_BYTES
+                    )
+            except common.PeerStalled:  # it need not ask
                 continue
             except common.ConnectionLost:
                 if not self.gone.is_set():
@@ -3151,7 +3056,7 @@ class Listener:
         Raises ConnectionLost.
         """
         with self.connection.limit(LISTENER_TIMEOUT_S):
-            self.connection.write(StreamEnd(reason).encode())
+            self.connection.write(common.StreamEnd(reason).encode())
 
 
 class Broadcaster:
@@ -3164,7 +3069,7 @@ class Broadcaster:
 
     def __init__(self, captured: CaptureQueue) -> None:
         self.captured = captured
-        self.meter = LevelMeter()
+        self.meter = common.LevelMeter()
         self.missed_blocks = 0
         self.served_count = 0
         self._listeners: tuple[Listener, ...] = ()
@@ -3241,7 +3146,9 @@ class Broadcaster:
             self.meter.hear(block.samples)
             self.sent_s += self.captured.audio.frames_of(block.samples) / self.captured.audio.rate
             self._send_round(block, started_s)
-            self._rest(time.monotonic() - started_s)
+            # Leave the processor to others after a long round, at the price of larger writes.
+            if (round_s := time.monotonic() - started_s) > CAPTURE_BLOCK_MS / 1000:
+                time.sleep(min(round_s, LONGEST_REST_S))
         self._send_round(None, time.monotonic())
         with self._lock:
             self._ended = True
@@ -3257,12 +3164,6 @@ class Broadcaster:
             data = frames[listener.encoding]
             if data and not listener.gone.is_set():
                 listener.offer(data, now_s)
-
-    @staticmethod
-    def _rest(round_s: float) -> None:
-        """Leave the processor to others after a long round, at the price of larger writes."""
-        if round_s > CAPTURE_BLOCK_MS / 1000:
-            time.sleep(min(round_s, LONGEST_REST_S))
 
 
 def handle_audio_client(
@@ -3356,7 +3257,7 @@ class Gate:
         The first bytes tell who speaks, to answer each in its own language. Raises TurnedAway where
         it may not, which it has been told then, and whatever reading raises.
         """
-        opening = connection.peek(LENGTH.size)
+        opening = connection.peek(common.LENGTH.size)
         if opening[0] == TLS_HANDSHAKE:
             self._turn_away_tls(connection)
         if opening in HTTP_METHODS:
@@ -3407,7 +3308,7 @@ class Gate:
         connection.send(Pair(pairing.share))
         try:
             connection.start_tls(pairing.finish(request.share), server_side=True)
-        except NotPaired as error:
+        except common.NotPaired as error:
             connection.finish()
             reason = "wrong pairing code" if error.wrong_code else f"it did not pair ({error})"
             raise TurnedAway(f"turned away: {reason}") from error
@@ -3531,8 +3432,7 @@ def make_code() -> str:
             return f"{code[:4]}-{code[4:]}"
 
 
-@dataclass
-class Endpoint:
+class Endpoint(NamedTuple):
     """Where a server listens, and what its clients have to know."""
 
     mode: str
@@ -3545,8 +3445,8 @@ class Endpoint:
         """Return the one that the arguments mean, listening. Raises SocketPairError."""
         endpoint = cls(mode, open_sockets(args.host, args.port), args.code, None)
         if not (args.code or args.open or endpoint.is_local()):
-            endpoint.new_code = make_code()
-            endpoint.code = common.normalize_code(endpoint.new_code)
+            code = make_code()
+            endpoint = endpoint._replace(code=common.normalize_code(code), new_code=code)
         if endpoint.code:
             common.require_pairing_packages()
         return endpoint
@@ -3838,10 +3738,7 @@ def largest_crowd(clients: Sequence[Client]) -> tuple[str, int]:
 
 
 class TurnedAwayLog:
-    """Logs why clients were turned away: some lines at once, a few a second, and how many more.
-
-    For any thread.
-    """
+    """Logs why clients were turned away: some lines at once, a few a second. For any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._allowed = RateLimiter(TURNED_AWAY_LINES, TURNED_AWAY_SPACING_S, clock)
@@ -3952,8 +3849,7 @@ class Server:
             thread.start()
         except (RuntimeError, MemoryError) as error:
             self.clients.remove(client)
-            self._turned_away.write(connection.peer, f"turned away as busy: {error}")
-            refuse_at_once(connection, BUSY)
+            self._explain(connection, error)
 
     def _converse(self, client: Client) -> None:
         """Shake hands with one client and have it handled; the whole life of a thread."""
@@ -3969,27 +3865,24 @@ class Server:
             connection.close()
             self.clients.remove(client)
 
-    @staticmethod
-    def _explain(connection: Connection, error: Exception) -> None:
+    def _explain(self, connection: Connection, error: Exception) -> None:
         """Log what nobody has dealt with: the machine is at an end, or there is a mistake."""
         # What threading raises where the system gives no more threads.
-        is_exhausted = isinstance(error, MemoryError) or "start new thread" in str(error)
-        if is_exhausted:
-            log.error("%s: dropped: out of memory or threads", connection.peer)
-            refuse_at_once(connection, BUSY)
-            return
-        log.error(
-            "%s: internal error: %r",
-            connection.peer,
-            error,
-            exc_info=log.isEnabledFor(logging.DEBUG),
-        )
+        if isinstance(error, MemoryError) or "start new thread" in str(error):
+            reason = "dropped: out of memory or threads"
+            self._turned_away.write(connection.peer, reason, logging.ERROR)
+            with contextlib.suppress(SocketPairError, MemoryError):
+                connection.offer(common.encode_message(BUSY))
+        else:
+            is_debugging = log.isEnabledFor(logging.DEBUG)
+            log.error("%s: internal error: %r", connection.peer, error, exc_info=is_debugging)
+        connection.close()
 
     def _shake_hands(self, client: Client) -> Hello | None:
         """Greet a client; return None if it is not to be served, which it has been told then."""
         connection = client.connection
         try:
-            with connection.limit(HANDSHAKE_TIMEOUT_S):
+            with connection.limit(common.HANDSHAKE_TIMEOUT_S):
                 hello = self._gate.let_in(connection, client.crowd)
                 answer = self._answer(hello, client)
                 if isinstance(answer, common.Error):
@@ -3999,10 +3892,6 @@ class Server:
             reason = f"dropped: {client.eviction}" if client.eviction else str(error)
             level = error.log_level if isinstance(error, TurnedAway) else logging.WARNING
             self._turned_away.write(connection.peer, reason, level)
-            return None
-        except (MemoryError, RuntimeError) as error:
-            self._turned_away.write(connection.peer, f"turned away as busy: {error}")
-            refuse_at_once(connection, BUSY)
             return None
         return hello
 
@@ -4019,13 +3908,6 @@ class Server:
             clients = common.count(self._max_clients, "client")
             return common.Error(f"this server is busy with {clients}: try again later")
         return welcome
-
-
-def refuse_at_once(connection: Connection, answer: common.Error) -> None:
-    """Give a client an answer without waiting, and hang up."""
-    with contextlib.suppress(SocketPairError, MemoryError):
-        connection.offer(common.encode_message(answer))
-    connection.close()
 
 
 # --- log ------------------------------------------------------------------------------------
@@ -4073,10 +3955,7 @@ class BackgroundLog(logging.Handler):
 
 @contextlib.contextmanager
 def logging_to_streams(args: argparse.Namespace) -> Iterator[BackgroundLog]:
-    """Log what was done to standard output, and what went wrong to standard error.
-
-    That lasts as long as the ``with`` block.
-    """
+    """Log to standard output, what went wrong to standard error, inside the ``with`` block."""
     level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
     done = logging.StreamHandler(sys.stdout)
     done.addFilter(lambda record: record.levelno <= logging.INFO)
@@ -4314,7 +4193,7 @@ def make_audio_server(
     args: argparse.Namespace, endpoint: Endpoint, broadcaster: Broadcaster
 ) -> Server:
     """Return a server that listens, and whose welcome tells what a listener has to know."""
-    as_pcm = Sound(broadcaster.captured.audio, secrets.token_hex(8), args.sync)
+    as_pcm = common.Sound(broadcaster.captured.audio, secrets.token_hex(8), args.sync)
 
     def welcome(hello: Hello, _host: str) -> Welcome:
         sound = as_pcm
@@ -4345,14 +4224,14 @@ def finish_audio(server: Server, broadcaster: Broadcaster, console: Console) -> 
     captured = broadcaster.captured
     tell = console.complain if captured.failed else console.say
     tell(f"{captured.end_reason} - {summarize(broadcaster)}")
-    return EXIT_FAILED if captured.failed else EXIT_OK
+    return common.EXIT_FAILED if captured.failed else common.EXIT_OK
 
 
 def summarize(broadcaster: Broadcaster) -> str:
     """Return what has been broadcast, in a line."""
     listeners = count(broadcaster.served_count, "listener")
     missed = count(broadcaster.missed_blocks, "block")
-    return f"{format_tenths(broadcaster.sent_s)} of sound to {listeners}, {missed} missed"
+    return f"{common.format_tenths(broadcaster.sent_s)} of sound to {listeners}, {missed} missed"
 
 
 def attend_folder(store: Store, console: Console) -> None:
@@ -4382,7 +4261,7 @@ def finish_files(server: Server) -> int:
         server.clients.finish()
     except KeyboardInterrupt:
         common.complain("\nstopped at once: what is here of unfinished files is kept")
-    return EXIT_INTERRUPTED
+    return common.EXIT_INTERRUPTED
 
 
 def main(argv: Sequence[str]) -> int:

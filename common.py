@@ -613,43 +613,9 @@ REFUSAL_KINDS = (CODE_WANTED, NO_CODE, WAIT)
 LENGTH = struct.Struct("!I")
 MAX_FRAME_BYTES = 1024 * 1024
 MAX_HELLO_BYTES = 4 * 1024
-MAX_BATCH_ENTRIES = 1000  # of files and folders in an offer
-FILE_SIZES = range(2**63)
-# The years from 1000 BC to 11,000, further than any file system goes.
-MTIMES_NS = range(-(2**68), 2**68 + 1)
-PERMISSIONS = range(0o1000)
-MAX_RUN_CHARS = 32
-MAX_HELD_LENGTHS = 100  # of one file that a server may ask about
-# Measured with tests/bench/files.py: 1 MiB stays in a core's cache while it is received, hashed
-# and written; smaller blocks cost more hand-overs, larger ones more trips to memory.
-SEGMENT_BYTES = 1024 * 1024
-PARTIAL_SUFFIX = ".socketpair-part"  # of the names of files that are not complete
-# Lengths of segments that are none.
-END_OF_FILE = 0
-GIVEN_UP = 0xFFFFFFFF
-STILL_HERE = 0xFFFFFFFE
-
 MAX_UNCHECKED_BYTES = 64 * 1024
-MAX_JSON_VALUES = 32 * MAX_BATCH_ENTRIES  # of JSON in a longer frame; an offer has nine an entry
-JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-
-SAMPLE_BYTES = 2
-SAMPLE_RATES = range(1_000, 384_001)
-CHANNEL_COUNTS = range(1, 33)
-# A server that cannot keep up joins blocks, up to this.
-MAX_BLOCK_MS = 1_000
-BLOCK_HEADER = struct.Struct("!QQ")
-END_OF_STREAM = 2**64 - 1
-TIME_REPLY = 2**64 - 2  # in place of the number of a first sample frame
-TIMES = struct.Struct("!QQ")
-SYNC_MS = range(10, 10_001)
-OPUS_RATE = 48_000  # Opus' own, whatever it was made of
-OPUS_KBIT_PER_S = range(6, 511)
-OPUS_CHANNELS = (1, 2)
-OPUS_FRAMES = 480  # sample frames in a packet: 10 ms
-MAX_OPUS_FRAMES = 5_760  # a packet never holds more (RFC 6716)
-OPUS_WHOLE, OPUS_PART = 0, 1
-OPUS_PART_HEADER = struct.Struct("!BHH")
+MAX_JSON_VALUES = 32_000  # of JSON in a longer frame; the longest offer has nine thousand
+JSON_STRING = rb'(?s)"[^"\\]*(?:\\.[^"\\]*)*"'  # compiled where it is used, as few need it
 
 Fields = dict[str, Any]
 T = TypeVar("T")
@@ -706,7 +672,7 @@ def check_size(content: bytes) -> None:
     ``[{},{},{}]`` does, at thirty times as many; strings do not.
     """
     if len(content) > MAX_UNCHECKED_BYTES:
-        bare = JSON_STRING.sub(b"", content)
+        bare = re.sub(JSON_STRING, b"", content)
         if sum(map(bare.count, (b"{", b"[", b","))) > MAX_JSON_VALUES:
             raise ProtocolError("received a message of too many parts")
 
@@ -852,6 +818,22 @@ class Error(NamedTuple):
 
 
 # files
+
+MAX_BATCH_ENTRIES = 1000  # of files and folders in an offer
+FILE_SIZES = range(2**63)
+# The years from 1000 BC to 11,000, further than any file system goes.
+MTIMES_NS = range(-(2**68), 2**68 + 1)
+PERMISSIONS = range(0o1000)
+MAX_RUN_CHARS = 32
+MAX_HELD_LENGTHS = 100  # of one file that a server may ask about
+# Measured with tests/bench/files.py: 1 MiB stays in a core's cache while it is received, hashed
+# and written; smaller blocks cost more hand-overs, larger ones more trips to memory.
+SEGMENT_BYTES = 1024 * 1024
+PARTIAL_SUFFIX = ".socketpair-part"  # of the names of files that are not complete
+# Lengths of segments that are none.
+END_OF_FILE = 0
+GIVEN_UP = 0xFFFFFFFF
+STILL_HERE = 0xFFFFFFFE
 
 
 class Entry(NamedTuple):
@@ -1063,6 +1045,24 @@ class Results(NamedTuple):
 
 
 # sound
+
+SAMPLE_BYTES = 2
+SAMPLE_RATES = range(1_000, 384_001)
+CHANNEL_COUNTS = range(1, 33)
+# A server that cannot keep up joins blocks, up to this.
+MAX_BLOCK_MS = 1_000
+BLOCK_HEADER = struct.Struct("!QQ")
+END_OF_STREAM = 2**64 - 1
+TIME_REPLY = 2**64 - 2  # in place of the number of a first sample frame
+TIMES = struct.Struct("!QQ")
+SYNC_MS = range(10, 10_001)
+OPUS_RATE = 48_000  # Opus' own, whatever it was made of
+OPUS_KBIT_PER_S = range(6, 511)
+OPUS_CHANNELS = (1, 2)
+OPUS_FRAMES = 480  # sample frames in a packet: 10 ms
+MAX_OPUS_FRAMES = 5_760  # a packet never holds more (RFC 6716)
+OPUS_WHOLE, OPUS_PART = 0, 1
+OPUS_PART_HEADER = struct.Struct("!BHH")
 
 
 class AudioFormat(NamedTuple):

@@ -3475,6 +3475,23 @@ def find_status(main: Callable[[Sequence[str]], int]) -> int:
         with contextlib.suppress(OSError):
             complain(f"{where}{describe_error(error)}")
         return EXIT_FAILED
+    except Exception as error:
+        if sys.flags.dev_mode:  # python3 -X dev
+            raise
+        complain(describe_unexpected(error))
+        return EXIT_FAILED
+
+
+def describe_unexpected(error: Exception) -> str:
+    """Return what to tell of an error that nobody has dealt with."""
+    if is_exhausted(error):
+        return "out of memory or threads: close other programs, and try again"
+    return f"internal error: {escape(repr(error))} (python3 -X dev shows where)"
+
+
+def is_exhausted(error: Exception) -> bool:
+    """Return whether the system has no more memory, or no more threads, to give."""
+    return isinstance(error, MemoryError) or "start new thread" in str(error)
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:

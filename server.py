@@ -3867,8 +3867,7 @@ class Server:
 
     def _explain(self, connection: Connection, error: Exception) -> None:
         """Log what nobody has dealt with: the machine is at an end, or there is a mistake."""
-        # What threading raises where the system gives no more threads.
-        if isinstance(error, MemoryError) or "start new thread" in str(error):
+        if common.is_exhausted(error):
             reason = "dropped: out of memory or threads"
             self._turned_away.write(connection.peer, reason, logging.ERROR)
             with contextlib.suppress(SocketPairError, MemoryError):

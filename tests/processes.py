@@ -54,6 +54,11 @@ class Result:
         """The lines of standard error."""
         return self.stderr.splitlines()
 
+    def check_no_mistake(self) -> None:
+        """Fail where the program met an error that it does not know."""
+        assert "Traceback" not in self.stderr, self.stderr
+        assert "internal error" not in self.stderr, self.stderr
+
 
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment that scripts run in, the same on every machine."""
@@ -409,7 +414,7 @@ def send(
     """Run a client to its end; it must never show a traceback."""
     with start_client(port, *args, **options) as client:
         result = client.wait(timeout)
-    assert "Traceback" not in result.stderr, result.stderr
+    result.check_no_mistake()
     return result
 
 
@@ -417,5 +422,5 @@ def run_script(script: str, *args: str, **options: Any) -> Result:
     """Run a script to its end; it must never show a traceback."""
     with Process(script, *args, **options) as process:
         result = process.wait()
-    assert "Traceback" not in result.stderr, result.stderr
+    result.check_no_mistake()
     return result

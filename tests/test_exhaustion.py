@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -81,6 +81,27 @@ def test_running_out_of_memory_or_threads_ends_one_client_and_is_no_internal_err
             assert "busy" in raw.greet().receive()["error"]
         wait_for(lambda: "dropped: out of memory or threads" in caplog.text)
     assert "internal error" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory or threads: "),
+        (RuntimeError("can't start new thread"), "out of memory or threads: "),
+        (KeyError("\x1b[31m"), r"internal error: KeyError('\x1b[31m')"),
+    ],
+)
+def test_what_nobody_has_dealt_with_is_one_line(
+    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_argv: Sequence[str]) -> int:
+        raise error
+
+    assert common.find_status(fail) == common.EXIT_FAILED
+    printed = capsys.readouterr()
+    assert printed.err.startswith(said)
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
 
 
 def test_a_server_whose_output_nobody_reads_takes_files_all_the_same(

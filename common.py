@@ -2249,34 +2249,6 @@ class Passing(NamedTuple):
         return self.audio.frames_in(self.block_ms)
 
 
-class Stream(Protocol):
-    """Sound flowing through an open device."""
-
-    def is_active(self) -> bool:
-        """Return whether the sound system still takes it for flowing."""
-
-    def close(self) -> None:
-        """Release the device. Idempotent."""
-
-
-class System(Protocol):
-    """What opens devices: PortAudio in this process, or in one of its own.
-
-    `sizes_buffers` tells whether longer blocks make a card's buffer larger.
-    """
-
-    sizes_buffers: bool
-
-    def restart(self) -> None:
-        """Forget all devices and streams, and see which devices there are now."""
-
-    def open(self, direction: Direction, device: Device, passing: Passing) -> Stream:
-        """Have sound flow through the device of that name; raises AudioUnavailable."""
-
-    def close(self) -> None:
-        """Release all devices. Idempotent."""
-
-
 # --- sound card: PortAudio ------------------------------------------------------------------
 
 GAP_FLAGS = 0x02 | 0x04  # of a callback: paInputOverflow, paOutputUnderflow
@@ -2345,7 +2317,7 @@ class SoundSystem:
     sound system hangs.
     """
 
-    sizes_buffers = True
+    sizes_buffers = True  # longer blocks make a card's buffer larger
 
     def __init__(self) -> None:
         pyaudio = import_pyaudio()
@@ -2396,7 +2368,7 @@ class SoundSystem:
             return [d for d in devices if d.number == number] or devices
         return devices
 
-    def open(self, direction: Direction, device: Device, passing: Passing) -> Stream:
+    def open(self, direction: Direction, device: Device, passing: Passing) -> PortAudioStream:
         """Have PortAudio's own thread call `passing.exchange` for every block.
 
         Raises AudioUnavailable where there is no device of that name and sound system now, or it
@@ -2482,8 +2454,8 @@ def hide_jack() -> dict[str, str]:
 class JackProcess:
     """A process of its own in which PortAudio uses JACK: what ends it does not end this one.
 
-    It runs `serve_jack`, and ends with `close`, or with this process. A `Stream`, once it has
-    answered to a request to open a device.
+    It runs `serve_jack`, and ends with `close`, or with this process. Once it has answered to a
+    request to open a device, sound flows through it as through a PortAudioStream.
     """
 
     def __init__(self, request: Mapping[str, Any]) -> None:
@@ -2535,7 +2507,7 @@ class JackProcess:
 class JackSystem:
     """The devices that PortAudio has only where it uses JACK, in addition to those `known`."""
 
-    sizes_buffers = False
+    sizes_buffers = False  # see SoundSystem
 
     def __init__(self, known: Sequence[Device]) -> None:
         self._known = known
@@ -2559,7 +2531,7 @@ class JackSystem:
         new.sort(key=lambda device: device.host_api == "ALSA")  # whose JACK part is a bridge
         return [device._replace(number=first + place) for place, device in enumerate(new)]
 
-    def open(self, direction: Direction, device: Device, passing: Passing) -> Stream:
+    def open(self, direction: Direction, device: Device, passing: Passing) -> JackProcess:
         """Open the device in a process of its own; raises AudioUnavailable with its words."""
         how = {"audio": passing.audio, "block_ms": passing.block_ms}
         process = JackProcess({"kind": direction.kind, "device": device, **how})
@@ -2644,6 +2616,9 @@ CARD_RETRY_S = 1.0
 CARD_CLOSE_S = 1.0
 # A card that has so many gaps within so long has too small a buffer for its machine.
 GAPS, GAPS_S = 4, 30.0
+
+System = SoundSystem | JackSystem
+Stream = PortAudioStream | JackProcess
 
 
 class Opening(NamedTuple):

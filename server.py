@@ -1440,10 +1440,7 @@ class Here(NamedTuple):
 
 
 class LookUp:
-    """Finds what is here already of the entries of one batch; nothing is written yet.
-
-    No path is looked up twice.
-    """
+    """Finds what is here already of the entries of one batch, each path once; writes nothing."""
 
     def __init__(self, batch: Batch, since: float) -> None:
         self._batch = batch
@@ -1468,7 +1465,8 @@ class LookUp:
         if entry.path not in self._found:
             # Partial files first: one that gets its name meanwhile is a finished one then.
             left = list(self._reopen_partials(folder, name))
-            self._found[entry.path] = left, self._find_finished(folder, name)
+            sizes = self._disk.with_fitting(folder, name, lambda name: self._sizes(folder, name))
+            self._found[entry.path] = left, sizes
         partials, sizes = self._found[entry.path]
         candidates = [name for name, size in sizes if size == entry.size][-MAX_CANDIDATES:]
         if partials or candidates:
@@ -1486,11 +1484,8 @@ class LookUp:
                 self._batch.partials.append(partial)
                 yield partial
 
-    def _find_finished(self, folder: Folder, offered: str) -> list[tuple[str, int]]:
-        """Return the names and sizes of the finished files of a name, and of that with a number."""
-        return self._disk.with_fitting(folder, offered, lambda name: self._sizes(folder, name))
-
     def _sizes(self, folder: Folder, name: str) -> list[tuple[str, int]]:
+        """Return the names and sizes of the finished files of a name, and of that with a number."""
         sizes = []
         for number, each in self._disk.numbered(folder, name, MAX_CANDIDATES):
             try:
@@ -1523,7 +1518,8 @@ class Comparison:
         held = {index: each for index, each in enumerate(looked_up) if isinstance(each, LookedUp)}
         same = self._ask(batch, held) if held else {}
         chosen = choose_beginnings(same)
-        end_others(batch, held.values(), chosen.values(), same.values())
+        compared = {partial for each in held.values() for partial in each.partials}
+        end_others(batch.holder, compared, same.values(), chosen.values())
         return [
             decide(batch, each, same[index], chosen.get(index))
             if isinstance(each, LookedUp)
@@ -1574,15 +1570,11 @@ class Comparison:
 
 
 def choose_beginnings(same: dict[int, Here]) -> dict[int, Beginning]:
-    """Return where to go on with each entry that is not here: the longest beginnings first.
-
-    A partial file is for one entry alone.
-    """
+    """Return the longest beginning for each entry that is not here, a partial file for one only."""
     chosen: dict[int, Beginning] = {}
     taken: set[PartialFile] = set()
-    matches = [
-        (each, index) for index, here in same.items() if not here.names for each in here.beginnings
-    ]
+    missing = {index: here.beginnings for index, here in same.items() if not here.names}
+    matches = [(each, index) for index, found in missing.items() for each in found]
     for each, index in sorted(matches, key=lambda match: -match[0].length):
         if index not in chosen and each.partial not in taken:
             chosen[index] = each
@@ -1591,16 +1583,12 @@ def choose_beginnings(same: dict[int, Here]) -> dict[int, Beginning]:
 
 
 def end_others(
-    batch: Batch,
-    held: Iterable[LookedUp],
-    chosen: Iterable[Beginning],
-    same: Iterable[Here],
+    holder: Holder, compared: set[PartialFile], same: Iterable[Here], chosen: Iterable[Beginning]
 ) -> None:
     """Remove the partial files that were not chosen, but what may be another client's."""
     matched = {each.partial for here in same for each in here.beginnings}
-    compared = {partial for each in held for partial in each.partials}
     for partial in compared - {each.partial for each in chosen}:
-        if partial in matched or partial.is_of(batch.holder):
+        if partial in matched or partial.is_of(holder):
             partial.discard()
         else:
             partial.close()
@@ -1785,10 +1773,7 @@ class UnderWay:
 
 
 class Content:
-    """The bytes of one file on a connection: segments, then the SHA-256 of the whole.
-
-    `received` counts them, those that were here before included.
-    """
+    """The bytes of one file on a connection: segments, then the SHA-256 of the whole."""
 
     def __init__(self, connection: Connection, size: int | None, offset: int) -> None:
         self._connection = connection
@@ -1797,7 +1782,7 @@ class Content:
         self._ahead = (
             common.RECEIVE_BYTES if size is not None and size < common.RECEIVE_BYTES else 0
         )
-        self.received = offset
+        self.received = offset  # with those that were here before
         self.is_over = False
 
     def read(self, blocks: Blocks) -> bytes:
@@ -1850,10 +1835,7 @@ MAX_SETTLED = 100_000
 
 
 class Store:
-    """Where files go, whether they replace others of their name, and who sends them just now.
-
-    All methods are for any thread.
-    """
+    """Where files go, whether they replace others, and who sends just now. For any thread."""
 
     def __init__(self, folder: str, overwrite: bool = False) -> None:
         self.folder = folder
@@ -1914,10 +1896,7 @@ def spell_path(path: str) -> str:
 
 
 def handle_file_client(connection: Connection, store: Store) -> None:
-    """Take all the files that one client sends; blocks until it is done or gone.
-
-    Whatever goes wrong ends in a line of the log, never in an exception: other clients go on.
-    """
+    """Take all the files that one client sends; blocks until it is done. Errors are logged."""
     reception = Reception(connection, store)
     try:
         with store.attend(reception):
@@ -1982,10 +1961,9 @@ class Batch:
         return self._run, found.st_dev, found.st_ino
 
     def reserve_guesses(self, number: int, most_s: float = 0.0) -> float | None:
-        """Return in how many seconds as many entries with one path may be compared.
+        """Return in how many seconds that `number` of entries with one path may be compared.
 
-        Until they turn out to be the same, they count as guesses at what is here. None if that is
-        in more than `most_s`.
+        They count as guesses at what is here until they are the same. None means never.
         """
         if self._guesses:
             return 0.0
@@ -1993,11 +1971,8 @@ class Batch:
         self._guesses = 0 if wait_s is None else number
         return wait_s
 
-    def set_space_aside(self, compared: Sequence[Wanted | Outcome]) -> list[Wanted | Outcome]:
-        """Refuse what cannot fit, file by file, before any of it is sent."""
-        return [self._promise(each) if isinstance(each, Wanted) else each for each in compared]
-
-    def _promise(self, wanted: Wanted) -> Wanted | Outcome:
+    def set_space_aside(self, wanted: Wanted) -> Wanted | Outcome:
+        """Refuse what cannot fit before any of it is sent."""
         needed = (wanted.entry.size or 0) - wanted.offset
         try:
             folder = self.folders.nearest(folder_of(wanted.entry)) if needed > 0 else None
@@ -2106,13 +2081,13 @@ class Reception:
         with contextlib.closing(Batch(self._store, self, offer.run or self.peer)) as batch:
             with self._in_turn():
                 looked_up = self._look_up(batch, offer)
-            compared = batch.set_space_aside(self._comparison.compare(batch, looked_up))
-            self._connection.send(
-                common.Start(
-                    [each.offset if isinstance(each, Wanted) else each for each in compared]
-                )
-            )
-            for index, each in enumerate(compared):
+            decided = [
+                batch.set_space_aside(each) if isinstance(each, Wanted) else each
+                for each in self._comparison.compare(batch, looked_up)
+            ]
+            start = [each.offset if isinstance(each, Wanted) else each for each in decided]
+            self._connection.send(common.Start(start))
+            for index, each in enumerate(decided):
                 if isinstance(each, Wanted):
                     self._transfer(batch, index, each)
             self._tell_results()
@@ -2171,10 +2146,7 @@ class Reception:
             return batch.fail(entry.path, error)
 
     def _receive_file(self, batch: Batch, wanted: Wanted, content: Content) -> Outcome:
-        """Take a file's bytes and give it its name; return what has become of it.
-
-        Raises OSError for what fails on this side, Refused where it is not to be kept, GivenUp.
-        """
+        """Take a file's bytes and give it its name; raises OSError, Refused and GivenUp."""
         under_way = self._begin(batch, wanted)
         self.large = under_way if is_large(wanted.entry) else None
         try:
@@ -2266,10 +2238,7 @@ class CaptureQueue:
         self._line = common.TimeLine(audio.rate)
 
     def put(self, samples: bytes, ago_s: float = 0.0) -> None:
-        """Hand over a block of about ``CAPTURE_BLOCK_MS``, numbered. Never blocks.
-
-        Its last frame was captured `ago_s` before the call.
-        """
+        """Hand over a block, whose last frame was captured `ago_s` before. Never blocks."""
         next_frame = self._next_frame + self.audio.frames_of(samples)
         captured_s = self._line.see(next_frame, time.monotonic() - ago_s)
         if self._blocks.qsize() < self._limit_blocks:
@@ -2286,9 +2255,9 @@ class CaptureQueue:
         self._blocks.put(None)
 
     def take(self, timeout_s: float) -> AudioBlock | None:
-        """Return all consecutive sound that has gathered, as one block; None at the end.
+        """Return all sound without a gap that has gathered, as one block; None at the end.
 
-        Blocks for the first of it, up to `timeout_s`; an empty block if none came by then.
+        Blocks up to `timeout_s`; an empty block if none came by then.
         """
         try:
             first = self._held or self._blocks.get(timeout=timeout_s)
@@ -2594,10 +2563,9 @@ def parse_wav_format(fields: bytes) -> AudioFormat:
 
 
 def known_wav_size(file: BinaryIO, size: int) -> int | None:
-    """Return the size that a WAV file tells of its samples, None where that is a placeholder.
+    """Return `size`, or None where a recorder was killed before it could write the true one.
 
-    Recorders write the true one at their end: one that was killed has left 0 or a very large
-    number there. `file` is where the samples begin.
+    `file` is where the samples begin.
     """
     there = os.fstat(file.fileno()).st_size - file.tell()
     if (size == 0 or size >= WAV_UNKNOWN_BYTES) and size != there:
@@ -2678,10 +2646,7 @@ SoundFile = PlainWav | DecodedFile
 
 
 def decode_frames(container: Any) -> Iterator[Any]:
-    """Give the frames of a container's first sound, without packets that are damaged.
-
-    Raises Unplayable at the end where the last of them was.
-    """
+    """Give the frames of a container's first sound, but damaged ones; raises Unplayable."""
     if not container.streams.audio:
         raise Unplayable("there is no sound in it")
     damage = None
@@ -2781,10 +2746,7 @@ class SoundLoop:
             self._parts.put(error)
 
     def read(self, size: int) -> bytes:
-        """Return the next `size` bytes, fewer just before the end of a file that is broken.
-
-        Blocks for the disk. Raises there what is wrong: Unplayable or OSError.
-        """
+        """Return `size` bytes, fewer where the file breaks off; raises Unplayable, OSError."""
         while len(self._unread) < size and not self._error:
             part = self._parts.get()
             if isinstance(part, Exception):
@@ -3030,10 +2992,7 @@ class Listener:
         self.connection.stop_reading()
 
     def take_requests(self) -> None:
-        """Take the client's requests for the time; blocks until it has left, or is to leave.
-
-        Raises ProtocolError where it sends anything else, or too much.
-        """
+        """Take requests for the time until the client has left; raises ProtocolError."""
         while not self.gone.is_set():
             try:
                 with self.connection.limit(SILENCE_S):
@@ -3051,10 +3010,7 @@ class Listener:
             self._requests.append((request.asked_ns, time.monotonic_ns()))
 
     def finish(self, reason: str) -> None:
-        """Send what is unsent, the end of the sound, and `reason`; blocks a while at most.
-
-        Raises ConnectionLost.
-        """
+        """Send what is unsent, and why the sound ended; blocks a while. Raises ConnectionLost."""
         with self.connection.limit(LISTENER_TIMEOUT_S):
             self.connection.write(common.StreamEnd(reason).encode())
 
@@ -3169,9 +3125,9 @@ class Broadcaster:
 def handle_audio_client(
     connection: Connection, broadcaster: Broadcaster, opus_kbit: int | None = None
 ) -> None:
-    """Let a client listen until it leaves or the sound ends; its thread waits here.
+    """Let a client, which has its welcome, listen until it leaves or the sound ends.
 
-    The welcome is out. Whatever goes wrong with this client is logged, and ends it alone.
+    Its thread waits here. Errors are logged.
     """
     listener = None
     try:
@@ -3412,10 +3368,6 @@ def find_own_address(families: Sequence[socket.AddressFamily]) -> str | None:
             # Sends nothing, but has the system choose the address that it would send from.
             sock.connect(ELSEWHERE[family])
             return str(sock.getsockname()[0])
-    with contextlib.suppress(OSError, UnicodeError):  # UnicodeError: a name that none should be
-        for family, _, _, _, address in socket.getaddrinfo(socket.gethostname(), None):
-            if family in families and not common.is_loopback(str(address[0])):
-                return str(address[0])
     with contextlib.suppress(ImportError, OSError):  # two machines on one cable, without a router
         for interface in common.own_interfaces():
             needs_zone = interface.version == 6 and interface.is_link_local
@@ -3607,16 +3559,13 @@ BUSY = common.Error("this server is busy: try again later")
 
 
 class Client:
-    """One connection, from when it was accepted until its thread ends.
-
-    `eviction` is why it had to make way, if it had to. Both are for `Clients` to change.
-    """
+    """One connection, from when it was accepted until its thread ends; `Clients` changes it."""
 
     def __init__(self, connection: Connection, crowd: str) -> None:
         self.connection = connection
         self.crowd = crowd
         self.is_served = False
-        self.eviction = ""
+        self.eviction = ""  # why it had to make way, if it had to
 
     def evict(self, reason: str) -> None:
         """Break the connection, so that its thread ends."""
@@ -3681,11 +3630,6 @@ class Clients:
             self._clients.pop(client, None)
             self._changed.notify_all()
 
-    def wait_for_one_to_end(self, seconds: float) -> None:
-        """Block until a client has ended, for `seconds` at most."""
-        with self._changed:
-            self._changed.wait(seconds)
-
     def drop_pending(self) -> None:
         """Evict all that are at the handshake."""
         with self._changed:
@@ -3697,9 +3641,9 @@ class Clients:
         with self._changed:
             return len(self._served())
 
-    def finish(self, seconds: float | None = None) -> None:
+    def finish(self, seconds: float = math.inf) -> None:
         """Wait until all clients have ended, or for `seconds`; evict those that are idle."""
-        deadline = Deadline(math.inf if seconds is None else seconds)
+        deadline = Deadline(seconds)
         with self._changed:
             while self._clients and deadline.remaining():
                 idle_s = [self._evict_if_idle(client) for client in self._served()]
@@ -3826,7 +3770,7 @@ class Server:
         except (OSError, MemoryError) as error:
             self._turned_away.write("a connection", f"cannot be accepted: {describe_error(error)}")
             # Out of descriptors, most likely.
-            self.clients.wait_for_one_to_end(ACCEPT_RETRY_S)
+            time.sleep(ACCEPT_RETRY_S)
             return
         # As an IPv6 socket shows an IPv4 address.
         host = str(address[0]).removeprefix("::ffff:")
@@ -3916,10 +3860,7 @@ LOG_CLOSE_S = 2.0
 
 
 class BackgroundLog(logging.Handler):
-    """Has `writers` write each line in a thread of its own, so that nobody waits for a reader.
-
-    What does not fit into the queue any more is left out, and counted in a line.
-    """
+    """Has `writers` write in a thread of its own; of too many lines, the rest are counted."""
 
     def __init__(self, writers: Sequence[logging.Handler]) -> None:
         super().__init__()
@@ -4267,8 +4208,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the server with the command line's arguments; return its exit status."""
     args = parse_arguments(argv)
     common.INTERRUPTS.take()
-    if sys.platform != "win32":
-        raise_open_file_limit()
+    raise_open_file_limit()
     mode = "audio" if args.list_devices else args.mode or common.ask_mode()
     if mode == "audio":
         common.quiet_libraries(args.verbose)
@@ -4278,10 +4218,9 @@ def main(argv: Sequence[str]) -> int:
         return (serve_files if mode == "file" else serve_audio)(args, background)
 
 
-if sys.platform != "win32":
-
-    def raise_open_file_limit() -> None:
-        """Let this process open as many files as the system allows: each connection is one."""
+def raise_open_file_limit() -> None:
+    """Let this process open as many files as the system allows: each connection is one."""
+    if sys.platform != "win32":
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -2707,6 +2707,10 @@ class InStep:
         """Whether `late_s` is to be acted upon: nothing looks as if it were about to step."""
         return self.is_ready and not self._leaving.is_off
 
+    def note_underrun(self) -> None:
+        """Note that the sound card plays later than before, as it ran dry."""
+        self._leaving.interrupt()
+
     def forget_card(self) -> None:
         """Begin a new line of what leaves the loudspeaker."""
         self._leaving = common.TimeLine(self._card_rate)
@@ -2777,6 +2781,11 @@ class SyncedPlayout(Playout):
         if samples:
             frames = self.audio.frames_of(samples)
             self.step.note_block(frames, self._tape.end, captured_s, now_s)
+
+    def note_underrun(self) -> None:
+        """Count a dropout of the sound card, after which it plays later than before."""
+        super().note_underrun()
+        self.step.note_underrun()
 
     def restart(self) -> None:
         """Resume with a sound card that was away, or stood still for long."""

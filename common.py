@@ -1842,6 +1842,7 @@ class Connection(ByteStream):
 
 # The median of the sightings of so long: a thread that is held up now and then does not move it.
 LINE_WINDOW_S = 0.2
+LINE_GAP_WINDOW_S = 0.1  # after a gap, while sound is heard at a wrong time
 # How fast a time line follows these: fast at first, then slowly enough to stay still.
 LINE_START_BANDWIDTH_HZ = 0.5
 LINE_SETTLING = 0.4  # of the time since the start: bandwidth x time
@@ -1852,7 +1853,7 @@ LINE_SPEED_BANDWIDTH_HZ = 0.06
 LINE_MAX_SPEED_ERROR = 500e-6
 # What is off by more is a step (an xrun, a suspended machine) if the next window agrees with it, or
 # so many do not.
-LINE_STEP_S = 0.003
+LINE_STEP_S = 0.0015
 LINE_STEP_WINDOWS = 5
 
 
@@ -1869,16 +1870,22 @@ class TimeLine:
         self._stretch = 0.0  # how much longer a sample frame takes than by the rate's name
         self._frame = 0
         self._time_s = -math.inf
-        self._age_s = 0.0  # since it has stepped
+        self._age_s = 0.0  # without the time in which it was off
         self._window_s = 0.0
         self._errors_s: list[float] = []  # in this window
         self._off_windows = 0
         self._off_s = 0.0  # by how much the last of them
+        self._is_interrupted = False
 
     @property
     def is_off(self) -> bool:
-        """Whether the last window was off by too much: a step, if the next one is."""
-        return self._off_windows > 0
+        """Whether it is about to step: it was interrupted, or the last window looked like it."""
+        return self._is_interrupted or self._off_windows > 0
+
+    def interrupt(self) -> None:
+        """Step to what the next sightings say, however little that is: the card had a gap."""
+        self._errors_s, self._window_s = [], 0.0
+        self._is_interrupted = True
 
     def see(self, frame: int, time_s: float) -> float:
         """Note that `frame` was seen to pass at `time_s`; return when it does by the line.
@@ -1893,23 +1900,29 @@ class TimeLine:
             self._window_s += frames / self._rate
         self._frame = frame
         self._errors_s.append(time_s - self._time_s)
-        if self._window_s >= LINE_WINDOW_S:
+        if self._window_s >= (LINE_GAP_WINDOW_S if self._is_interrupted else LINE_WINDOW_S):
             self._end_window()
         return self._time_s
 
     def _end_window(self) -> None:
         error_s, span_s = sorted(self._errors_s)[len(self._errors_s) // 2], self._window_s
         self._errors_s, self._window_s = [], 0.0
-        if abs(error_s) <= LINE_STEP_S:
+        if self._is_interrupted:
+            self._step(error_s)
+        elif abs(error_s) <= LINE_STEP_S:
             self._off_windows = 0
             self._age_s += span_s
             self._correct(error_s, span_s)
-            return
-        agrees = self._off_windows > 0 and abs(error_s - self._off_s) < LINE_STEP_S / 2
-        self._off_windows, self._off_s = self._off_windows + 1, error_s
-        if agrees or self._off_windows == LINE_STEP_WINDOWS:
-            self._time_s += error_s
-            self._age_s, self._off_windows = 0.0, 0
+        else:
+            agrees = self._off_windows > 0 and abs(error_s - self._off_s) < LINE_STEP_S / 2
+            self._off_windows, self._off_s = self._off_windows + 1, error_s
+            if agrees or self._off_windows == LINE_STEP_WINDOWS:
+                self._step(error_s)
+
+    def _step(self, error_s: float) -> None:
+        """Leave out an error that the card's speed has not made."""
+        self._time_s += error_s
+        self._age_s, self._off_windows, self._is_interrupted = 0.0, 0, False
 
     def _correct(self, error_s: float, span_s: float) -> None:
         bandwidth_hz = min(LINE_START_BANDWIDTH_HZ, LINE_SETTLING / self._age_s)

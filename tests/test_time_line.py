@@ -67,3 +67,21 @@ def test_wrong_times_for_some_seconds_do_not_teach_a_speed_that_no_card_has() ->
         wrong_s = 1.2e-3 * max(0.0, frame / RATE - 10)  # as a stalled sound system tells them
         line.see(frame, frame / RATE + wrong_s)
         assert abs(line.speed - 1) < 510e-6
+
+
+@pytest.mark.parametrize("step_s", [0.0005, 0.002, 0.02, 0.5])
+def test_after_a_gap_the_line_is_right_at_once_and_the_speed_stays(step_s: float) -> None:
+    line, speed = TimeLine(RATE), 1 + 200e-6
+    for frame in range(0, 60 * RATE, 480):
+        line.see(frame, frame / (RATE * speed))
+    line.interrupt()
+    learnt = line.speed
+    for frame in range(60 * RATE, 62 * RATE, 480):
+        true_s = frame / (RATE * speed) + step_s
+        # The card takes three blocks at once, and tells a wrong delay meanwhile.
+        wrong_s = -0.6 * step_s if frame < 60 * RATE + 3 * 480 else 0.0
+        seen_s = line.see(frame, true_s + wrong_s)
+        if frame >= 60.1 * RATE:
+            assert not line.is_off
+            assert abs(seen_s - true_s) < 100e-6
+    assert abs(line.speed - learnt) < 5e-6

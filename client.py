@@ -59,7 +59,6 @@ import math
 import queue
 import re
 import select
-import shlex
 import socket
 import stat
 import struct
@@ -1282,22 +1281,12 @@ class SignsOfLife:
 
 
 class Content:
-    """What a file, or standard input, holds from where the server needs it, read step by step.
+    """What an open file, or standard input, holds, read step by step. Raises OSError."""
 
-    Use it in a ``with`` block. Raises OSError, and OfferAgain or FileChanged where it is not what
-    was offered.
-    """
-
-    def __init__(self, transfer: UnderWay) -> None:
-        self._source = transfer.source
-        self.is_stdin = transfer.source.path == STDIN
-        self._file = open_source(transfer)
-
-    def __enter__(self) -> Content:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __init__(self, source: Source, file: FileIO) -> None:
+        self.is_stdin = source.path == STDIN
+        self._source = source
+        self._file = file
 
     def read_into(self, view: memoryview) -> int:
         """Fill `view`, as far as that takes no longer than ``PACE_S``.
@@ -1405,9 +1394,10 @@ class ContentSender:
         size, digest = transfer.source.entry.size, transfer.digest or hashlib.sha256()
         left = sys.maxsize if size is None else size - transfer.offset
         with self._signs.by(self._send_still_here):
-            content = Content(transfer)
-        with content:
-            self.stdin_is_begun |= transfer.source.path == STDIN
+            file = open_source(transfer)
+        with file:
+            content = Content(transfer.source, file)
+            self.stdin_is_begun |= content.is_stdin
             with blocks_for(size, digest.update) as blocks:
                 while left and (sent := self._send_step(content, blocks, left)):
                     if is_decided():
@@ -4116,6 +4106,8 @@ def clean_paths(answer: str) -> list[str]:
         path = path[1:-1]
     path = os.path.expanduser(path)
     if os.name == "posix" and not os.path.lexists(path):
+        import shlex  # noqa: PLC0415  (only a prompt needs it)
+
         # Dragged into a terminal: "My\ File", or "'My File' 'another'".
         with contextlib.suppress(ValueError):
             words = list(map(os.path.expanduser, shlex.split(answer)))

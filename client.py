@@ -3071,7 +3071,9 @@ def load_converters() -> None:
 
 # --- sound: recordings ----------------------------------------------------------------------
 
-RECORDING_QUEUE_BYTES = 32 * 1024 * 1024  # five minutes of 48 kHz mono
+RECORDING_QUEUE_BYTES = 32 * 1024 * 1024  # three minutes of 48 kHz mono
+# What a block takes besides its samples: one may have none.
+BLOCK_BYTES = 256
 RECORDING_CLOSE_S = 10.0
 MAX_RECORDINGS = 1_000  # of one name: the parts of a server's sound that changes its format
 WAV_LIMIT_BYTES = 2**32 - 1
@@ -3143,7 +3145,7 @@ class RecordingOutput:
         while self._waiting_bytes > RECORDING_QUEUE_BYTES or not self._written.empty():
             self._waiting_bytes -= self._written.get()
         self._blocks.put((samples, gap_frames))
-        self._waiting_bytes += len(samples)
+        self._waiting_bytes += BLOCK_BYTES + len(samples)
 
     def resume(self, _sync: Sync | None, /) -> None:
         """Nothing to do: what was missed meanwhile comes as a gap."""
@@ -3156,7 +3158,7 @@ class RecordingOutput:
             except SocketPairError as error:
                 self._error = error
             finally:
-                self._written.put(len(block[0]))
+                self._written.put(BLOCK_BYTES + len(block[0]))
 
     def _write(self, samples: bytes, gap_frames: int) -> None:
         self._missed.milliseconds += self._audio.milliseconds(gap_frames)
@@ -3642,6 +3644,25 @@ RECONNECT_WAIT_S = 0.5
 # While a cable is out an attempt goes nowhere: let there soon be another.
 RECONNECT_TIMEOUT_S = 1.5
 MAX_GAP_MS = 3_600_000
+# How fast a server's sound may come, by this machine's clock, and how far ahead of it.
+MAX_SPEED = 1.05
+MAX_AHEAD_S = 5.0
+
+
+class Budget:
+    """How much sound a server can have captured since this was made: more is none.
+
+    By two clocks, as only one of them goes on while this machine is suspended.
+    """
+
+    def __init__(self) -> None:
+        self._began_s = time.monotonic(), time.time()
+
+    def left_s(self, heard_s: float) -> float:
+        """Return how many seconds may still come after so many; below 0 where they were more."""
+        steady_s, wall_s = self._began_s
+        elapsed_s = max(time.monotonic() - steady_s, time.time() - wall_s)
+        return elapsed_s * MAX_SPEED + MAX_AHEAD_S - heard_s
 
 
 class Timeline:
@@ -3689,9 +3710,10 @@ class Listening:
         self.outputs: list[Output] = []
         self.heard_s = 0.0  # received, with its gaps
         self._seconds = FOREVER_S if seconds is None else seconds
-        self._deadline = Deadline(self._seconds)
+        self._deadline = self._last_deadline = Deadline(self._seconds)
         self._console = console
         self._timeline = Timeline()
+        self._budget = Budget()
         self._audio: AudioFormat | None = None
         self._latest_samples = b""
         self._meter = LevelMeter()
@@ -3747,6 +3769,7 @@ class Listening:
         self._timeline.begin(stream)
         if self._audio is None:
             self._deadline = Deadline(self._seconds)  # however long all that took
+            self._last_deadline = Deadline(self._seconds * MAX_SPEED + MAX_AHEAD_S)
         self._open_outputs(audio, sync)
         self._problem_told = False
         what = audio.describe() + (f", Opus at {opus_kbit} kbit/s" if opus_kbit else "")
@@ -3787,18 +3810,26 @@ class Listening:
             self._console.complain(f"{error}; recording without playing")
 
     def _is_enough(self, audio: AudioFormat) -> bool:
-        """Return whether ``--seconds`` have been heard, or have gone by in silence."""
-        is_silent = not self._latest_samples and not self._deadline.remaining()
-        return is_silent or not self._wanted_frames(audio)
+        """Return whether ``--seconds`` have been heard, or have gone by, in silence at first."""
+        deadline = self._last_deadline if self._latest_samples else self._deadline
+        return not deadline.remaining() or not self._wanted_frames(audio)
 
     def _wanted_frames(self, audio: AudioFormat) -> int:
         """Return how much is left of ``--seconds``."""
         return max(0, round((self._seconds - self.heard_s) * audio.rate))
 
     def _pass_on(self, block: AudioBlock, audio: AudioFormat) -> None:
-        """Give a block to the outputs, up to the last frame that is wanted."""
+        """Give a block to the outputs, up to the last frame that is wanted.
+
+        Raises ProtocolError where no server can have captured so much.
+        """
         wanted_frames = self._wanted_frames(audio)
+        left_s = self._budget.left_s(self.heard_s) - audio.frames_of(block.samples) / audio.rate
+        if left_s < 0:
+            raise ProtocolError("received more sound than there can have been")
         gap_frames = min(self._timeline.advance(block, audio), wanted_frames)
+        # Some is left for what comes behind a gap.
+        gap_frames = min(gap_frames, max(0, round((left_s - MAX_AHEAD_S / 2) * audio.rate)))
         samples = block.samples[: (wanted_frames - gap_frames) * audio.frame_bytes]
         self.heard_s += (gap_frames + audio.frames_of(samples)) / audio.rate
         for output in self.outputs:

@@ -14,10 +14,12 @@ import client
 import common
 import server
 from common import AudioBlock, AudioFormat
+from peers import FakeServer, RawPeer, message
 from sound import (
     LIMIT_S,
     MONO,
 )
+from waiting import background, wait_for
 
 
 def test_ctrl_c_at_any_moment_of_recording_leaves_it_able_to_end(tmp_path: Path) -> None:
@@ -76,6 +78,77 @@ def test_seconds_count_over_formats_and_cut_gaps() -> None:
     assert listening.heard_s == 1.5
     listening._pass_on(AudioBlock(600 * 8_000, 0, bytes(400)), stereo)
     assert listening.heard_s == 2.0
+
+
+def test_no_more_sound_is_taken_than_there_can_have_been() -> None:
+    listening = client.Listening(client.Address("", 0), [], None, common.Console(quiet=True))
+    listening._pass_on(AudioBlock(0, 0, bytes(96_000)), MONO)
+    listening._pass_on(AudioBlock(3_000 * 48_000, 0, bytes(96_000)), MONO)
+    assert listening._budget.left_s(listening.heard_s) > client.MAX_AHEAD_S / 2 - 0.1
+    with pytest.raises(common.ProtocolError, match="more sound"):
+        for second in range(3_001, 6_000):
+            listening._pass_on(AudioBlock(second * 48_000, 0, bytes(96_000)), MONO)
+
+
+def test_seconds_end_also_where_hardly_anything_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "MAX_AHEAD_S", 0.2)
+    may_end = threading.Event()
+
+    def trickle(peer: RawPeer) -> None:
+        peer.receive()
+        sound = {"rate": 48_000, "channels": 1, "stream": "one"}
+        peer.send(message("welcome", protocol=common.PROTOCOL, mode="audio", **sound))
+        number = 0
+        while not may_end.wait(0.05):
+            peer.send(AudioBlock(number, 0, bytes(2)).encode())
+            number += 1
+
+    with FakeServer(trickle) as fake:
+        status = client.start_audio_client(
+            client.Address("127.0.0.1", fake.port),
+            output=str(tmp_path / "heard.wav"),
+            record=None,
+            latency_ms=None,
+            delay_ms=0.0,
+            opus_kbit=None,
+            seconds=0.5,
+            quiet=True,
+        )
+        may_end.set()
+    assert status == common.EXIT_OK
+
+
+class Stuck:
+    """A writer that writes nothing until it may."""
+
+    def __init__(self) -> None:
+        self.may = threading.Event()
+
+    def write(self, _samples: bytes) -> None:
+        """See `client.Writer`."""
+        self.may.wait(LIMIT_S)
+
+    def close(self) -> None:
+        """See `client.Writer`."""
+
+
+def test_blocks_without_samples_fill_the_queue_of_a_recording_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client, "RECORDING_QUEUE_BYTES", 100_000)
+    writer = Stuck()
+    output = client.RecordingOutput(writer, MONO, client.Missed())
+
+    def write() -> None:
+        for _ in range(1_000):
+            output.write(b"", 0)
+
+    with background(write):
+        wait_for(lambda: output._waiting_bytes > client.RECORDING_QUEUE_BYTES)
+        writer.may.set()
+    output.close()
 
 
 def test_captured_sound_is_joined_up_to_a_gap() -> None:

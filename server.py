@@ -272,7 +272,8 @@ MAX_OPEN_FOLDERS = 32
 # By one batch: one for each entry, and those above the first.
 MAX_NEW_FOLDERS = common.MAX_BATCH_ENTRIES + MAX_FOLDER_DEPTH
 # Until all that it should hold has arrived, and its own permissions are told.
-UNFINISHED_MODE = 0o700
+# On Linux the sticky bit tells it then from a folder that is to stay so, also after a restart.
+UNFINISHED_MODE = 0o1700
 CLOSE_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
 # With O_PATH, where the system has it, permission to search a folder is enough.
 FOLDER_FLAGS = (
@@ -317,6 +318,7 @@ class Folder:
         self.device = found.st_dev
         self.identity = (found.st_dev, found.st_ino)
         self.mtime_ns = found.st_mtime_ns
+        self.is_unfinished = found.st_mode & 0o1777 == UNFINISHED_MODE
 
     @classmethod
     def open(cls, path: str) -> Folder:
@@ -2138,8 +2140,8 @@ class Reception:
         try:
             folder = batch.folders.make(entry.path, making_mode(entry))
             mode = None
-            if disk.unfinished.forget(folder.identity):
-                mode = (mode_of(entry) | UNFINISHED_MODE) & ~disk.umask
+            if disk.unfinished.forget(folder.identity) or folder.is_unfinished:
+                mode = (mode_of(entry) | stat.S_IRWXU) & ~disk.umask
             folder.finish(entry.mtime_ns, mode)
             return Outcome("saved", disk.rules_in(folder).fit(name_of(entry)))
         except (Refused, OSError) as error:

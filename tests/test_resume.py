@@ -18,6 +18,8 @@ from support import (
     RawPeer,
     Server,
     contents,
+    half_way,
+    linux,
     make_file,
     make_partial,
     message,
@@ -186,6 +188,21 @@ def test_the_client_comes_back_to_a_server_that_was_killed(inbox: Path, tmp_path
         assert link.passed < 44 * MIB
     assert result.status == 0, result
     assert contents(inbox) == {"file.bin": source.read_bytes()}
+
+
+@linux
+def test_a_folder_begun_by_a_server_that_was_killed_gets_its_permissions(
+    inbox: Path, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    make_file(tree / "large", 40 * MIB)
+    tree.chmod(0o755)
+    with Server(inbox) as first, half_way(first, tree):
+        first.kill()
+    assert (inbox / "tree").stat().st_mode & 0o777 == 0o700, "nobody else's until it is whole"
+    with Server(inbox) as second:
+        assert second.send(tree).status == 0
+    assert (inbox / "tree").stat().st_mode & 0o7777 == 0o755
 
 
 def test_a_server_that_comes_back_with_another_code_is_asked_once(

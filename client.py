@@ -2897,7 +2897,7 @@ class Speaker:
 
     def open(self, audio: AudioFormat, sync: Sync | None) -> SpeakerOutput:
         """Open the card at the sound's own rate, or at its own where it does not do that."""
-        own = self._card.own_format
+        own = self._card.device.own_format
         try:
             return self._open_as(AudioFormat(audio.rate, own.channels), audio, sync)
         except AudioUnavailable:

@@ -2870,23 +2870,9 @@ class SoundCard:
 
         self._thread = threading.Thread(target=keep, name="sound card", daemon=True)
         self._thread.start()
-        self._device = self._mail.take_answer()
+        self.device = self._mail.take_answer()
 
-    @property
-    def name(self) -> str:
-        """The device's name, fit for a terminal."""
-        return self._device.shown
-
-    @property
-    def own_format(self) -> AudioFormat:
-        """The device's default rate, and the most channels it has up to two."""
-        return self._device.own_format
-
-    def open(
-        self,
-        passing: Passing,
-        on_return: Callable[[float], object] = lambda lost_s: None,
-    ) -> None:
+    def open(self, passing: Passing, on_return: Callable[[float], object]) -> None:
         """Let sound flow: a thread of PortAudio's calls `passing.exchange` from now on.
 
         So it does `on_return`, before the first block after the device was away, with for how

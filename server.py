@@ -2312,7 +2312,7 @@ class Microphone:
     """Captures from a sound card from the first moment on. Raises AudioUnavailable."""
 
     def __init__(self, card: common.SoundCard, audio: AudioFormat) -> None:
-        self.name = card.name
+        self.name = card.device.shown
         self.captured = CaptureQueue(audio)
         self._card = card
         self._silence = Silence(audio)
@@ -2353,7 +2353,8 @@ def open_microphone(wanted: str | None, rate: int | None, channels: int | None) 
             contextlib.closing(common.SoundCard(common.MICROPHONE, wanted, log.warning))
         )
         usual = AudioFormat(rate or DEFAULT_RATE, channels or 1)
-        own = AudioFormat(rate or card.own_format.rate, channels or card.own_format.channels)
+        own = card.device.own_format
+        own = AudioFormat(rate or own.rate, channels or own.channels)
         try:
             microphone = Microphone(card, usual)
         except AudioUnavailable:

@@ -319,6 +319,7 @@ class Folder:
         self.identity = (found.st_dev, found.st_ino)
         self.mtime_ns = found.st_mtime_ns
         self.is_unfinished = found.st_mode & 0o1777 == UNFINISHED_MODE
+        self.heritage = found.st_mode & stat.S_ISGID  # has what is in it belong to its group
 
     @classmethod
     def open(cls, path: str) -> Folder:
@@ -2141,7 +2142,7 @@ class Reception:
             folder = batch.folders.make(entry.path, making_mode(entry))
             mode = None
             if disk.unfinished.forget(folder.identity) or folder.is_unfinished:
-                mode = (mode_of(entry) | stat.S_IRWXU) & ~disk.umask
+                mode = (mode_of(entry) | stat.S_IRWXU) & ~disk.umask | folder.heritage
             folder.finish(entry.mtime_ns, mode)
             return Outcome("saved", disk.rules_in(folder).fit(name_of(entry)))
         except (Refused, OSError) as error:

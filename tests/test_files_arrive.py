@@ -202,6 +202,15 @@ def is_empty(pipe: IO[bytes]) -> bool:
     return fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)) == bytes(4)
 
 
+@linux
+def test_folders_in_a_folder_of_a_group_are_of_that_group(server: Server, tmp_path: Path) -> None:
+    make_file(tmp_path / "tree" / "below" / "file", 10)
+    server.folder.chmod(0o2770)
+    assert server.send(tmp_path / "tree").status == 0
+    for folder in ("tree", "tree/below"):
+        assert (server.folder / folder).stat().st_mode & stat.S_ISGID, folder
+
+
 @pytest.mark.parametrize("name", ["../out", "/abs", "a/../../b", ".", "..", "x\n\x1b[2J/../y"])
 def test_a_name_for_standard_input_leads_nowhere_else(
     server: Server, tmp_path: Path, name: str

@@ -154,10 +154,14 @@ def escape(text: str, limit: int = 500) -> str:
     shown = text if len(text) <= limit else text[: limit - 3] + "..."
     if shown.isprintable():
         return shown
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in shown
-    )
+    return "".join(char if char.isprintable() else spell_out(char) for char in shown)
+
+
+def spell_out(char: str) -> str:
+    r"""Return what stands for a character in Python's strings; ``\xff`` for a byte of no text."""
+    is_byte = "\udc80" <= char <= "\udcff"  # so Python keeps in a name what is not UTF-8
+    char = chr(ord(char) - 0xDC00) if is_byte else char
+    return char.encode("unicode_escape").decode("ascii")
 
 
 def cells(text: str) -> int:

@@ -474,6 +474,7 @@ LOOK_UP_S = 1.0
 # Linux's virtual files (/proc, /sys) have no blocks, and say that they have 0 or 4096 bytes.
 MAX_DOUBTFUL_BYTES = 4096
 LEADS_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 STDIN = "-"
 
 
@@ -498,11 +499,6 @@ class Source(NamedTuple):
         """Return the path at the server of what is called `name` in its place."""
         folder, slash, _ = self.name.rpartition("/")
         return folder + slash + name
-
-    def look_up_again(self, found: os.stat_result | None) -> Source:
-        """Return it as a file with these properties, or as one of unknown size."""
-        entry = describe_file(self.name, found) if found else self.entry._replace(size=None)
-        return Source(self.path, entry, found, self.offers + 1)
 
 
 class Problem(NamedTuple):
@@ -541,13 +537,8 @@ def has_size(path: str, size: int) -> bool:
 
 
 def open_file(path: str) -> FileIO:
-    """Open a file, without buffer. Raises OSError."""
-    return open(path, "rb", buffering=0, opener=open_without_waiting)
-
-
-def open_without_waiting(path: str, flags: int) -> int:
-    """Return a descriptor of a file; also of one that is a pipe by now, to which nobody writes."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    """Open a file without buffer; at once, even if it is a pipe by now. Raises OSError."""
+    return open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | AT_ONCE))
 
 
 def look_up_named(paths: Iterable[str], name: str | None) -> Iterator[Source | Problem]:
@@ -900,24 +891,19 @@ OFFERED_AGAIN = NotSent("")  # as what it is now
 
 
 class Report:
-    """Tells the user what becomes of what was named, and keeps count. For any thread.
+    """Tells the user what becomes of what was named. For any thread.
 
-    A file that was named has a line of its own; those in a folder share the folder's.
+    A file that was named has a line of its own; those in a folder share the folder's. `failed`
+    counts the files and folders that have failed.
     """
 
     def __init__(self, console: Console, verbose: bool) -> None:
         self._console = console
         self._verbose = verbose
         self._lock = threading.Lock()
-        self._failed = 0
+        self.failed = 0
         # What has become of what is in each folder that was named.
         self._folders: defaultdict[str, Counter[str]] = defaultdict(Counter)
-
-    @property
-    def failed(self) -> int:
-        """How many files and folders have failed."""
-        with self._lock:
-            return self._failed
 
     def _tally(self, name: str) -> Counter[str]:
         return self._folders[name.partition("/")[0]]
@@ -926,7 +912,7 @@ class Report:
         """Report what was not sent, or was not saved."""
         path, name, reason, is_failure = problem
         with self._lock:
-            self._failed += is_failure
+            self.failed += is_failure
             if is_in_folder(path, name):
                 self._tally(name)["failed"] += is_failure
         self._console.complain(f"{escape(name if path == STDIN else path)}: {reason}")
@@ -1155,7 +1141,7 @@ class Sender:
         """Send all that is named; blocks until each file in it is decided.
 
         Comes back to a lost server after growing waits; raises ConnectionLost in the end,
-        PeerRefused and ProtocolError at once.
+        PeerRefused, ProtocolError and WrongCode at once.
         """
         connection, welcome = connect(self._address, FILE_HELLO)
         is_single = len(named) == 1 and not named[0].entry.is_folder
@@ -1688,11 +1674,11 @@ def check_offer(source: Source, now: os.stat_result) -> None:
 
 
 def offer_again(source: Source, found: os.stat_result | None) -> OfferAgain | FileChanged:
-    """Return what to raise for a file that is as `found` rather than as it was offered."""
-    is_file = found is None or stat.S_ISREG(found.st_mode)
-    if is_file and source.offers < MAX_OFFERS:
-        return OfferAgain(source.look_up_again(found))
-    return FileChanged()
+    """Return what to raise for a file that is as `found`, or of unknown size if that is None."""
+    if (found and not stat.S_ISREG(found.st_mode)) or source.offers >= MAX_OFFERS:
+        return FileChanged()
+    entry = describe_file(source.name, found) if found else source.entry._replace(size=None)
+    return OfferAgain(Source(source.path, entry, found, source.offers + 1))
 
 
 # --- sound: the clocks ----------------------------------------------------------------------
@@ -3934,7 +3920,6 @@ EXAMPLES = """examples:
 """
 
 
-MAX_WORDS = 20  # that a name which has come apart at its spaces is looked for in
 MODE_OPTIONS = {
     "file": ["name", "retry"],
     "audio": ["output", "record", "latency", "delay", "opus", "seconds", "list_devices"],
@@ -3957,19 +3942,6 @@ def add_file_arguments(parser: argparse.ArgumentParser) -> None:
 def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of audio mode."""
     sound = parser.add_argument_group("audio mode")
-    add_destination_arguments(sound)
-    add_playing_arguments(sound)
-    sound.add_argument(
-        "--seconds",
-        type=common.number(float, 0.001, FOREVER_S),
-        metavar="S",
-        help="stop after S seconds",
-    )
-    sound.add_argument("--list-devices", action="store_true", help="show the loudspeakers and exit")
-
-
-def add_destination_arguments(sound: argparse._ArgumentGroup) -> None:
-    """Add those about where the sound goes."""
     sound.add_argument(
         "--output",
         type=destination_name,
@@ -3982,6 +3954,14 @@ def add_destination_arguments(sound: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         help="write it to a file as well: .wav, .flac or .opus",
     )
+    add_playing_arguments(sound)
+    sound.add_argument(
+        "--seconds",
+        type=common.number(float, 0.001, FOREVER_S),
+        metavar="S",
+        help="stop after S seconds",
+    )
+    sound.add_argument("--list-devices", action="store_true", help="show the loudspeakers and exit")
 
 
 def add_playing_arguments(sound: argparse._ArgumentGroup) -> None:
@@ -4097,7 +4077,7 @@ def refuse_misplaced(parser: argparse.ArgumentParser, args: argparse.Namespace) 
             others = [each for each in args.paths if each != path]
             command = common.command_line("client.py", args.mode or "file", *others, *options)
             parser.error(f"{path!r} is an address, not a file: did you mean {command}")
-    whole = " ".join(args.paths[:MAX_WORDS])
+    whole = " ".join(args.paths)
     if len(args.paths) > 1 and os.path.lexists(whole) and not any(map(os.path.lexists, args.paths)):
         parser.error(
             f"no such files: did you mean {common.command_line('client.py', 'file', whole)}"

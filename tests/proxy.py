@@ -21,6 +21,14 @@ UP, DOWN = 0, 1  # towards the server, and back
 Hook = Callable[[int, int, bytes], bytes]
 
 
+def free_port() -> int:
+    """Return a port on which nothing listens."""
+    with socket.socket() as sock:
+        sock.bind((HOST, 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
 class Cut(Exception):
     """Raised by a hook to break the connection, once `last` has been passed on."""
 

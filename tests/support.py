@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import os
 import random
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ from processes import (
     send,
     start_client,
 )
-from proxy import DOWN, HOST, UP, Cut, Proxy
+from proxy import DOWN, HOST, UP, Cut, Proxy, free_port
 from waiting import LIMIT_S, background, wait_for
 
 __all__ = [
@@ -59,6 +58,7 @@ __all__ = [
     "background",
     "environment",
     "frame",
+    "free_port",
     "message",
     "run_script",
     "send",
@@ -185,14 +185,6 @@ def finished(folder: Path) -> dict[str, bytes]:
 def control_codes(text: str) -> set[str]:
     """Return the control codes in `text`, but for line ends."""
     return {char for char in text if not char.isprintable() and char != "\n"}
-
-
-def free_port() -> int:
-    """Return a port on which nothing listens."""
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager

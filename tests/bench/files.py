@@ -53,7 +53,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HOST = "127.0.0.1"
+sys.path.insert(0, str(ROOT / "tests"))
+from proxy import HOST, free_port  # noqa: E402
+
 KIB = 1024
 MIB = 1024 * KIB
 SMALL_SIZE = 4 * KIB
@@ -194,13 +196,6 @@ def seconds_of(command: list[str]) -> float:
     start = time.perf_counter()
     check(command)
     return time.perf_counter() - start
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on just now."""
-    with socket.create_server((HOST, 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def wait_for_port(port: int, server: subprocess.Popen[bytes]) -> None:

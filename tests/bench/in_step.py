@@ -24,7 +24,6 @@ import contextlib
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -38,7 +37,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 from likeness import Signal, lag, to_signal  # noqa: E402
-from proxy import DOWN, Proxy  # noqa: E402
+from proxy import DOWN, Proxy, free_port  # noqa: E402
 from sound_card import (  # noqa: E402
     MICROPHONE_MONITOR,
     RATE,
@@ -122,13 +121,6 @@ WAYS = [
     Way("ours, 200 ms, poor Wi-Fi", ["pulseaudio"], sync_ms=200, poor=True),
     Way("snapcast, 400 ms, poor Wi-Fi", ["snapserver", "snapclient"], snapcast_ms=400, poor=True),
 ]
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def make_noise(seconds: float, claps: bool) -> bytes:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
+from proxy import free_port  # noqa: E402
 from sound_card import (  # noqa: E402
     MICROPHONE_MONITOR,
     RATE,
@@ -192,7 +193,7 @@ def measure(way: Way, card: VirtualSoundCard, chirps: bytes) -> Result:
 
 def ours(_card: VirtualSoundCard) -> list[list[str]]:
     """Return the commands of this project's two scripts."""
-    port = "50907"
+    port = str(free_port())
     return [
         [sys.executable, str(ROOT / "server.py"), "audio", "--port", port],
         [sys.executable, str(ROOT / "client.py"), "audio", "--port", port],

@@ -42,7 +42,7 @@ import latency  # noqa: E402
 
 from client import Playout  # noqa: E402
 from common import AudioFormat  # noqa: E402
-from proxy import DOWN, Proxy  # noqa: E402
+from proxy import DOWN, Proxy, free_port  # noqa: E402
 from simulation import MONO, PoorWifi, Simulation, sinad_db, tone  # noqa: E402
 from sound_card import (  # noqa: E402
     MICROPHONE_FEED,
@@ -55,7 +55,6 @@ from sound_card import (  # noqa: E402
 )
 
 SKIPPED_S = 15.0
-SERVER_PORT, SNAPSERVER_PORT = 50_917, 51_704
 WIFI_S = 180.0
 # What is quieter than the tone by so much, for so long, is a silence.
 SILENT_SHARE = 0.1
@@ -188,36 +187,41 @@ def relayed(port: int, seed: int) -> Iterator[int]:
         yield proxy.port
 
 
-def ours(port: int) -> Callable[[VirtualSoundCard], list[list[str]]]:
-    """Return a function that gives the commands, the client connecting to `port`."""
+Commands = Callable[[int, int], Callable[[VirtualSoundCard], list[list[str]]]]
+
+
+def ours(port: int, relay_port: int) -> Callable[[VirtualSoundCard], list[list[str]]]:
+    """Return a function that gives the commands, the client connecting to `relay_port`."""
     python = sys.executable
     return lambda _card: [
-        [python, str(ROOT / "server.py"), "audio", "--port", str(SERVER_PORT)],
-        [python, str(ROOT / "client.py"), "audio", "--port", str(port)],
+        [python, str(ROOT / "server.py"), "audio", "--port", str(port)],
+        [python, str(ROOT / "client.py"), "audio", "--port", str(relay_port)],
     ]
 
 
-def snapcast(buffer_ms: int, port: int) -> Callable[[VirtualSoundCard], list[list[str]]]:
-    """Return a function that gives the commands, snapclient connecting to `port`."""
+def snapcast(buffer_ms: int) -> Commands:
+    """Return a function as `ours`, for snapcast with this buffer."""
 
-    def commands(card: VirtualSoundCard) -> list[list[str]]:
-        server, feed, client = latency.snapcast(buffer_ms)(card)
-        server += [f"--stream.port={SNAPSERVER_PORT}"]
-        return [server, feed, [*client, "-p", str(port)]]
+    def at(port: int, relay_port: int) -> Callable[[VirtualSoundCard], list[list[str]]]:
+        def commands(card: VirtualSoundCard) -> list[list[str]]:
+            server, feed, client = latency.snapcast(buffer_ms)(card)
+            server += [f"--stream.port={port}"]
+            return [server, feed, [*client, "-p", str(relay_port)]]
 
-    return commands
+        return commands
+
+    return at
 
 
-def measure_wifi(
-    commands: Callable[[int], Callable[[VirtualSoundCard], list[list[str]]]], port: int, seed: int
-) -> Heard:
+def measure_wifi(commands: Commands, seed: int) -> Heard:
     """Return what came of ``WIFI_S`` on a poor Wi-Fi, from 2 s after the first sound on."""
     with without_priority():
         signal = make_signal(WIFI_S, seed)
     with ExitStack() as stack:
         card = stack.enter_context(VirtualSoundCard())
+        port = free_port()
         relay_port = stack.enter_context(relayed(port, seed))
-        way = latency.Way("", [], commands(relay_port))
+        way = latency.Way("", [], commands(port, relay_port))
         player = card.play(signal)
         stack.callback(stop_process, player)
         stack.enter_context(latency.running(way, card, card.folder / "way.log"))
@@ -232,20 +236,12 @@ def measure_wifi(
 def run_wifi(arguments: argparse.Namespace) -> None:
     """Print the table of the poor Wi-Fi."""
     print(f"{'':<24}{'seed':>6}{'dropouts':>10}{'silent ms':>12}{'median':>10}{'p95 ms':>10}")
-    rows: list[tuple[str, Callable[[int], Callable[[VirtualSoundCard], list[list[str]]]], int]]
-    rows = [("ours", ours, SERVER_PORT)]
+    rows: list[tuple[str, Commands]] = [("ours", ours)]
     if shutil.which("snapserver"):
-        for buffer_ms in arguments.snapcast:
-            rows.append(
-                (
-                    f"snapcast ({buffer_ms} ms)",
-                    lambda port, buffer_ms=buffer_ms: snapcast(buffer_ms, port),  # type: ignore[misc]
-                    SNAPSERVER_PORT,
-                )
-            )
+        rows += [(f"snapcast ({ms} ms)", snapcast(ms)) for ms in arguments.snapcast]
     for seed in range(arguments.seeds):
-        for name, commands, port in rows:
-            print(f"{name:<24}{seed:>6}{measure_wifi(commands, port, seed).row()}", flush=True)
+        for name, commands in rows:
+            print(f"{name:<24}{seed:>6}{measure_wifi(commands, seed).row()}", flush=True)
 
 
 # --- in virtual time ------------------------------------------------------------------------

@@ -167,15 +167,22 @@ class FoundServer(NamedTuple):
 def find_servers(mode: str | None) -> list[FoundServer]:
     """Return the servers on the local network, those in `mode` if it is given.
 
-    Those that answer come first, then by name. Blocks for ``FIND_S``, and for their answers.
-    Raises SocketPairError if there is no way to ask.
+    Those that answer come first, then the first of each host, then by name. Blocks for ``FIND_S``,
+    and for their answers. Raises SocketPairError if there is no way to ask.
     """
     services, own = browse(), common.own_interfaces()
     announced = {look_at_announcement(service, own) for service in services}
     found = [each for each in announced if each and mode in (None, each.announced.mode)]
     answers = ask_servers(list({(each.host, each.port) for each in found}))
     asked = [each._replace(answer=answers.get((each.host, each.port), "")) for each in found]
-    return sorted(asked, key=lambda each: (not each.answer, each.announced.name, each))
+    by_name = sorted(asked, key=lambda each: (not each.answer, each.announced.name, each))
+    of_host: Counter[str] = Counter()
+
+    def order(server: FoundServer) -> tuple[bool, int]:
+        of_host[server.host] += 1  # one host alone cannot fill what is shown
+        return not server.answer, of_host[server.host]
+
+    return sorted(by_name, key=order)
 
 
 def look_at_announcement(

@@ -66,6 +66,22 @@ def test_of_three_thousand_false_servers_the_honest_one_comes_first(
     assert paired.stderr() == ""  # to be asked is no incident
 
 
+def test_the_many_servers_of_one_host_do_not_hide_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    services = [service(f"a false one {port}", "127.1.1.1", port) for port in range(1, 100)]
+    services.append(service("zebra", HOST, 9))
+    monkeypatch.setattr(client, "browse", lambda: services)
+    monkeypatch.setattr(client, "nearest", lambda addresses, own: next(iter(addresses)))
+    monkeypatch.setattr(client, "ask_servers", lambda asked: dict.fromkeys(asked, "no code"))
+    found = client.find_servers("file")
+    assert [each.announced.name for each in found[:3]] == [
+        "a false one 1",
+        "zebra",
+        "a false one 10",
+    ]
+
+
 def test_servers_of_one_name_are_all_shown_by_what_they_answer(
     server: Server, paired: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1658,9 +1658,10 @@ class ByteStream(TimedSocket):
         have = len(buffered) or self._receive_into(view)
         if not have:
             raise self._ended(inside=True)
-        with contextlib.suppress(ConnectionLost), self.limit(seconds):
-            while have < len(view) and (count := self._receive_into(view[have:])):
-                have += count
+        if have < len(view):  # a small file is there already
+            with contextlib.suppress(ConnectionLost), self.limit(seconds):
+                while have < len(view) and (count := self._receive_into(view[have:])):
+                    have += count
         return have
 
     def buffered(self) -> int:

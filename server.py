@@ -465,10 +465,7 @@ class Folders:
         self._new_left = MAX_NEW_FOLDERS
 
     def find(self, path: str) -> Folder | None:
-        """Return the folder at an offered `path` ("" is the root); None where there is none.
-
-        Raises Refused where a link leads out of the root or a file is in the way, and OSError.
-        """
+        """Return the folder at `path` ("" is the root) if there is one; raises Refused, OSError."""
         if path in self._open:
             self._open.move_to_end(path)
             return self._open[path]
@@ -728,10 +725,7 @@ class PartialFile:
 
     @classmethod
     def reopen(cls, folder: Folder, name: str, place: Place, since: float) -> PartialFile | None:
-        """Open the one with the hidden `name`, left by an earlier run; None if it is of no use.
-
-        Blocks while another connection uses it, as `Leases.take` does.
-        """
+        """Open one that is there; None if it is of no use. Blocks as `Leases.take` does."""
         try:
             partial = cls(folder, folder.open_file(name), name, place)
         except OSError:
@@ -976,10 +970,7 @@ class Recent(Generic[K, V]):
 
 
 class RateLimiter:
-    """Lets whoever has a key (an address) do so much at once, and then one thing at a time.
-
-    A token bucket for each of the keys that came last. For any thread.
-    """
+    """A token bucket for each key: so much at once, then one by one. For any thread."""
 
     def __init__(
         self, at_once: int, spacing_s: float, clock: Callable[[], float] = time.monotonic
@@ -991,10 +982,7 @@ class RateLimiter:
         self._lock = threading.Lock()
 
     def reserve(self, key: str = "", most_s: float = 0.0, number: int = 1) -> float | None:
-        """Take so many turns; return in how many seconds the last of them may begin.
-
-        None, and nothing is taken, if that is in more than `most_s`.
-        """
+        """Take turns; return in how many seconds the last may begin; None if over `most_s`."""
         with self._lock:
             left = self._left(key) - number
             wait_s = max(0.0, -left * self._spacing_s)
@@ -2328,16 +2316,12 @@ class Microphone:
         captured = samples or b""
         self.captured.put(captured, passage.away_s - passage.frames / self.captured.audio.rate)
         if self._silence.is_to_be_told(captured):
-            # The log may block, as PortAudio's thread must not.
-            threading.Thread(target=self._tell_of_silence, name="silence", daemon=True).start()
-
-    def _tell_of_silence(self) -> None:
-        log.warning(
-            "the microphone %s has given nothing but zeros for %d s: is it muted, or another one "
-            "meant (see --list-devices)?",
-            self.name,
-            SILENCE_LIMIT_MS // 1000,
-        )
+            log.warning(
+                "the microphone %s has given nothing but zeros for %d s: is it muted, or another "
+                "one meant (see --list-devices)?",
+                self.name,
+                SILENCE_LIMIT_MS // 1000,
+            )
 
     def close(self) -> None:
         """Stop to capture."""
@@ -2345,10 +2329,7 @@ class Microphone:
 
 
 def open_microphone(wanted: str | None, rate: int | None, channels: int | None) -> Microphone:
-    """Return a microphone at `rate` and `channels`; raises AudioUnavailable.
-
-    What is left out is 48,000 Hz and mono where the device does that, else what it has itself.
-    """
+    """Return a microphone; in 48,000 Hz mono if it can, unless told. Raises AudioUnavailable."""
     with contextlib.ExitStack() as closing:
         card = closing.enter_context(
             contextlib.closing(common.SoundCard(common.MICROPHONE, wanted, log.warning))
@@ -2545,10 +2526,7 @@ def find_wav_samples(file: BinaryIO) -> WavSamples:
 
 
 def parse_wav_format(fields: bytes) -> AudioFormat:
-    """Return what a ``fmt`` chunk says.
-
-    Raises NotPlainWav where that is not 16-bit PCM, Unplayable where it cannot be sound at all.
-    """
+    """Return what a ``fmt`` chunk says; raises NotPlainWav, or Unplayable for what is no sound."""
     if len(fields) < WAV_FORMAT.size:
         raise NotPlainWav("WAV with a broken header")
     encoding, channels, rate, _, frame_bytes, bits = WAV_FORMAT.unpack_from(fields)
@@ -2593,10 +2571,7 @@ def describe_content(beginning: bytes) -> str:
 
 
 class DecodedFile:
-    """A file that FFmpeg reads, by package ``av``, decoded and converted to the wanted format.
-
-    The rate and the channels that are not wanted otherwise are the file's own.
-    """
+    """A file that FFmpeg reads (package ``av``), converted if not wanted in its own format."""
 
     def __init__(self, path: str, rate: int | None, channels: int | None) -> None:
         """Raise Unplayable where it cannot be read, ImportError without ``av``."""
@@ -3320,10 +3295,7 @@ NO_SUCH_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
 
 def open_sockets(host: str, port: int) -> list[socket.socket]:
-    """Return sockets that listen on all addresses of `host`; raises SocketPairError.
-
-    Port 0 means any, the same for all of them.
-    """
+    """Return sockets that listen on all addresses of `host`, one port; raises SocketPairError."""
     sockets: list[socket.socket] = []
     passed_over = None
     try:
@@ -3831,10 +3803,7 @@ class Server:
         try:
             with connection.limit(common.HANDSHAKE_TIMEOUT_S):
                 hello = self._gate.let_in(connection, client.crowd)
-                answer = self._answer(hello, client)
-                if isinstance(answer, common.Error):
-                    turn_away(connection, answer)
-                connection.send(answer)
+                connection.send(self._find_place(hello, client))
         except SocketPairError as error:
             reason = f"dropped: {client.eviction}" if client.eviction else str(error)
             level = error.log_level if isinstance(error, TurnedAway) else logging.WARNING
@@ -3842,18 +3811,20 @@ class Server:
             return None
         return hello
 
-    def _answer(self, hello: Hello, client: Client) -> Welcome | common.Error:
-        """Return the answer to a client; after a Welcome, it has a place."""
-        mode = self._endpoint.mode
+    def _find_place(self, hello: Hello, client: Client) -> Welcome:
+        """Return the welcome for a client, which has a place then; raises TurnedAway if not."""
+        connection, mode = client.connection, self._endpoint.mode
         if hello.mode != mode:
-            return common.Error(f"this server is in {mode} mode: start the client in {mode} mode")
+            problem = f"this server is in {mode} mode: start the client in {mode} mode"
+            turn_away(connection, common.Error(problem))
         try:
             welcome = self._welcome(hello, client.crowd)
         except Refused as refusal:
-            return common.Error(str(refusal))
+            turn_away(connection, common.Error(str(refusal)))
         if not self.clients.admit(client):
             clients = common.count(self._max_clients, "client")
-            return common.Error(f"this server is busy with {clients}: try again later")
+            problem = f"this server is busy with {clients}: try again later"
+            turn_away(connection, common.Error(problem))
         return welcome
 
 

@@ -34,15 +34,20 @@ def test_no_server_is_one_line(tmp_path: Path) -> None:
     assert line.endswith(f"{ROOT / 'server.py'} file --port {port}")
 
 
-@pytest.mark.parametrize(
-    "host", ["no.such.host.invalid", "a\x1b[2J", "", "..", "x" * 300, "ü" * 70]
-)
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a\x1b[2J", "..", "x" * 300, "ü" * 70])
 def test_a_host_that_does_not_exist_is_one_line(tmp_path: Path, host: str) -> None:
     source = make_file(tmp_path / "file", 10)
     result = send(1, source, f"--host={host}")
     assert result.status == 1
     assert len(result.error_lines) == 1
     assert control_codes(result.stderr) == set()
+
+
+@pytest.mark.parametrize("script", ["client.py", "server.py"])
+def test_an_empty_host_is_a_wrong_argument(script: str) -> None:
+    result = run_script(script, "file", "--host=")
+    assert result.status == 2
+    assert "an empty name: no machine has it" in result.stderr
 
 
 def test_a_port_in_use_is_one_line(server: Server, tmp_path: Path) -> None:

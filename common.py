@@ -2140,14 +2140,21 @@ class AudioUnavailable(SocketPairError):
 
 
 class Direction(NamedTuple):
-    """Which way sound goes through a sound card, and the words for it."""
+    """Which way sound goes through a sound card, in PortAudio's word, and in the user's."""
 
-    kind: str
+    kind: str  # "input" or "output"; so is the option called
     noun: str
-    option: str
-    channels_field: str
-    default_field: str
-    advice: str
+
+    @property
+    def option(self) -> str:
+        """The option that chooses another device."""
+        return f"--{self.kind}"
+
+    @property
+    def none_found(self) -> str:
+        """What there is to say without any device."""
+        advice = f"plug one in, or use {self.option} FILE.wav or {self.option} -"
+        return f"no {self.noun} found: {advice}"
 
     def seconds_away(self, times: Mapping[str, float]) -> float:
         """Return how long before its first frame is heard, or after it was captured, a block is.
@@ -2160,23 +2167,8 @@ class Direction(NamedTuple):
         return times["output_buffer_dac_time"] - times["current_time"]
 
 
-MICROPHONE = Direction(
-    kind="input",
-    noun="microphone",
-    option="--input",
-    channels_field="maxInputChannels",
-    default_field="defaultInputDevice",
-    advice="plug one in, or use --input FILE.wav or --input -",
-)
-SPEAKER = Direction(
-    kind="output",
-    noun="loudspeaker",
-    option="--output",
-    channels_field="maxOutputChannels",
-    default_field="defaultOutputDevice",
-    advice="plug one in, or use --output FILE.wav or --output -",
-)
-DIRECTIONS = {direction.kind: direction for direction in (MICROPHONE, SPEAKER)}
+MICROPHONE = Direction("input", "microphone")
+SPEAKER = Direction("output", "loudspeaker")
 
 
 class Passage(NamedTuple):
@@ -2377,12 +2369,13 @@ class SoundSystem:
             name = name.decode("utf-8", "surrogateescape")
         api = self._portaudio.get_host_api_info_by_index(fields["hostApi"])["name"]
         rate = round(fields["defaultSampleRate"])
-        return Device(number, name, str(api), fields[direction.channels_field], rate)
+        return Device(number, name, str(api), fields[f"max{direction.kind.title()}Channels"], rate)
 
     def default(self, direction: Direction, devices: Sequence[Device]) -> Sequence[Device]:
         """Return those of `devices` that are used when none is named, the first one first."""
         with contextlib.suppress(OSError):
-            number = self._portaudio.get_default_host_api_info()[direction.default_field]
+            default = self._portaudio.get_default_host_api_info()
+            number = default[f"default{direction.kind.title()}Device"]
             return [d for d in devices if d.number == number] or devices
         return devices
 
@@ -2537,7 +2530,7 @@ class JackSystem:
         """Return those devices, numbered after the known ones; blocks while PortAudio starts."""
         if sys.platform in ("win32", "darwin"):
             return []
-        process = JackProcess({"kind": direction.kind})
+        process = JackProcess({"direction": direction})
         try:
             found = [Device(*fields) for fields in process.receive_answer()]
         except AudioUnavailable:
@@ -2552,7 +2545,7 @@ class JackSystem:
     def open(self, direction: Direction, device: Device, passing: Passing) -> JackProcess:
         """Open the device in a process of its own; raises AudioUnavailable with its words."""
         how = {"audio": passing.audio, "block_ms": passing.block_ms}
-        process = JackProcess({"kind": direction.kind, "device": device, **how})
+        process = JackProcess({"direction": direction, "device": device, **how})
         try:
             process.receive_answer()
         except BaseException:
@@ -2576,7 +2569,7 @@ def serve_jack(argv: Sequence[str]) -> int:
 
     link, request = Connection(sys.stdin.fileno()), json.loads(argv[0])
     threading.Thread(target=end_with_peer, args=(link.fileno(),), daemon=True).start()
-    direction = DIRECTIONS[request["kind"]]
+    direction = Direction(*request["direction"])
     try:
         system = SoundSystem()
         if "device" not in request:
@@ -2603,7 +2596,7 @@ def exchange_until_lost(
         answered.wait()
         try:
             link.send_bytes(JACK_HEADER.pack(*passage) + (samples or b""))
-            return link.recv_bytes() if direction is SPEAKER else None
+            return link.recv_bytes() if direction == SPEAKER else None
         except (EOFError, OSError):  # the other process has ended
             os._exit(EXIT_OK)
 
@@ -2919,7 +2912,7 @@ def find_device(direction: Direction, wanted: str | None) -> tuple[System, Devic
     if found := choose_device(direction, wanted, with_jack, with_jack):
         return jack, found
     if wanted is None or not (devices or with_jack):
-        raise AudioUnavailable(f"no {direction.noun} found: {direction.advice}")
+        raise AudioUnavailable(direction.none_found)
     raise AudioUnavailable(
         f"no {direction.noun} matches {escape(wanted)!r}; there are: "
         f"{describe_choice([*devices, *with_jack])}"
@@ -2948,7 +2941,7 @@ def describe_devices(
 ) -> str:
     """Return a table of `devices`, with a star at the first of `default`."""
     if not devices:
-        return f"no {direction.noun} found: {direction.advice}"
+        return direction.none_found
     width = max(len(device.host_api) for device in devices)
     lines = [
         f"{'':2}{'no.':>4}  {'channels':>8}  {'rate':>7}  {'system':<{width}}  {direction.noun}"

@@ -1278,6 +1278,7 @@ class Content:
 
     def __init__(self, source: Source, file: FileIO) -> None:
         self.is_stdin = source.path == STDIN
+        self.is_over = False  # a terminal tells of its end only once
         self._source = source
         self._file = file
 
@@ -1287,12 +1288,13 @@ class Content:
         Return the bytes read: none at the end. Blocks until there are some.
         """
         have, deadline = 0, Deadline(PACE_S)
-        while have < len(view):
+        while have < len(view) and not self.is_over:
             if self.is_stdin and have and not has_stdin(deadline.remaining()):
                 break
             size = self._file.readinto(view[have:]) or 0
             have += size
-            if not (size and deadline.remaining()):
+            self.is_over = not size
+            if not deadline.remaining():
                 break
         return have
 
@@ -1403,7 +1405,7 @@ class ContentSender:
         """Send the next of a file, `most` bytes at most; return how many: none at its end."""
         start_s = time.monotonic()
         block = blocks.take()[: min(most, self._step_bytes)]
-        if content.is_stdin:
+        if content.is_stdin and not content.is_over:
             self._wait_for_stdin()
         with self._signs.by(self._send_still_here):
             size = content.read_into(block)

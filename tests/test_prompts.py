@@ -222,6 +222,14 @@ def test_tab_completes_names_in_a_terminal(server: Server, tmp_path: Path) -> No
         assert client.wait().status == 0
 
 
+def test_what_is_typed_as_standard_input_ends_at_the_first_ctrl_d(server: Server) -> None:
+    with server.client("-", "--name", "typed", terminal=True) as client:
+        client.type("one line\n\x04")
+        client.expect("Saved as typed")
+        assert client.wait().status == 0
+    assert contents(server.folder) == {"typed": b"one line\n"}
+
+
 def test_tab_completes_below_the_home_folder(server: Server, tmp_path: Path) -> None:
     pytest.importorskip("readline", reason="this Python was built without readline")
     make_file(tmp_path / "home" / "unmistakable.txt", 100)

@@ -127,7 +127,7 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
-    from zeroconf import ServiceInfo, Zeroconf
+    from zeroconf import ServiceInfo
 
     Floats = NDArray[np.floating[Any]]  # 32-bit, frames by channels, 1.0 for full scale
 
@@ -214,15 +214,14 @@ def browse() -> list[ServiceInfo]:
         ) from None
     services: queue.SimpleQueue[ServiceInfo] = queue.SimpleQueue()
 
-    def note(zeroconf: Zeroconf, service_type: str, name: str, **_: object) -> None:
+    def note(service_type: str, name: str, **_: object) -> None:
         # Servers tell all of themselves at once. What has not come with the name is not asked
         # for: anyone can announce names that nobody answers for.
         with contextlib.suppress(Exception):  # of a name that none should be
-            service = make_service(service_type, name)
-            if services.qsize() < MAX_ANNOUNCED and service.load_from_cache(zeroconf):
+            service = zeroconf.ServiceInfo(service_type, name)
+            if services.qsize() < MAX_ANNOUNCED and service.load_from_cache(network):
                 services.put(service)
 
-    make_service = zeroconf.ServiceInfo
     try:
         with contextlib.closing(common.open_network()) as network:
             zeroconf.ServiceBrowser(network, common.SERVICE_TYPE, handlers=[note])

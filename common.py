@@ -1277,6 +1277,12 @@ class Deadline:
         return max(0.0, self._end - time.monotonic())
 
 
+class Limits(threading.local):
+    """By when each thread's waits in a socket have to end."""
+
+    deadline: Deadline | None = None
+
+
 class TimedSocket:
     """A connected stream socket with a limit to every wait.
 
@@ -1289,7 +1295,7 @@ class TimedSocket:
         self.sent_bytes = 0
         self._socket = sock
         self._unsent = memoryview(b"")  # of what the system has been given the beginning of
-        self._deadline: Deadline | None = None
+        self._limits = Limits()
         self._heard_s = self._progress_s = time.monotonic()
         self._moved_bytes = 0  # since `_progress_s`
         self._breakage = "it ended in the middle of a frame"  # or as the system says, once
@@ -1337,19 +1343,19 @@ class TimedSocket:
     def limit(self, seconds: float) -> Iterator[None]:
         """Let everything inside the ``with`` block take `seconds` together, not each.
 
-        An outer limit stays in force. For the only thread that uses the stream meanwhile.
+        An outer limit stays in force. What other threads do meanwhile is not limited.
         """
-        outer = self._deadline
+        outer = self._limits.deadline
         if outer is None or outer.remaining() > seconds:
-            self._deadline = Deadline(seconds)
+            self._limits.deadline = Deadline(seconds)
         try:
             yield
         finally:
-            self._deadline = outer
+            self._limits.deadline = outer
 
     def _wait(self, *, to_write: bool) -> None:
         """Block until the socket can be read, or written; raises PeerStalled."""
-        limit = self._deadline
+        limit = self._limits.deadline
         if limit is None:
             self._wait_while_draining(to_write=to_write)
         elif not wait_for_socket(self._socket, limit.remaining(), to_write=to_write):
@@ -1596,7 +1602,7 @@ class ByteStream(TimedSocket):
         last words be lost. Takes no longer than a `limit` that it stands in.
         """
         self._end_tls()
-        deadline = self._deadline or Deadline(LINGER_TIMEOUT_S)
+        deadline = self._limits.deadline or Deadline(LINGER_TIMEOUT_S)
         with contextlib.suppress(OSError, ConnectionLost), self.limit(deadline.remaining()):
             self._socket.shutdown(socket.SHUT_WR)
             while self._receive_raw(RECEIVE_BYTES) and deadline.remaining():

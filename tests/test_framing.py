@@ -230,6 +230,19 @@ def test_an_inner_limit_does_not_end_the_outer_one() -> None:
             connection.read(1)
 
 
+def test_a_limit_of_one_thread_does_not_end_what_another_waits_for() -> None:
+    data = bytes(32 * 1024 * 1024)
+    with connected() as (connection, far), contextlib.ExitStack() as writing:
+        with connection.limit(0.5):
+            writing.enter_context(background(lambda: connection.write(data)))
+            with pytest.raises(PeerStalled):
+                connection.read(1)
+        far.settimeout(60)
+        left = len(data)
+        while left:
+            left -= len(far.recv(left))
+
+
 def test_a_peer_that_takes_nothing_ends_a_write() -> None:
     with connected() as (connection, _far), connection.limit(0.5), pytest.raises(PeerStalled):
         connection.write(bytes(64 * 1024 * 1024))

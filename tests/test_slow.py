@@ -69,10 +69,12 @@ def test_one_call_of_a_disk_that_takes_too_long_costs_no_connection(
     inbox.mkdir()
     if is_held:
         make_file(inbox / "tree" / "file", 100 * KIB)
-    monkeypatch.setattr(common, "PROGRESS_TIMEOUT_S", 3.0)  # of the server, in this process
+    monkeypatch.setattr(common, "PROGRESS_TIMEOUT_S", 5.0)  # of the server, in this process
     with FakeServer(honest_server(inbox)) as fake:
         arguments = ("file", "--port", str(fake.port), "--retry", "0", str(source.parent))
-        result = run_script("client.py", *arguments, wrapper=slowed(call, 8_000, source, which="1"))
+        result = run_script(
+            "client.py", *arguments, wrapper=slowed(call, 12_000, source, which="1")
+        )
     assert result.status == 0, result
     assert contents(inbox / "tree") == {"file": source.read_bytes()}
 

@@ -297,11 +297,7 @@ HAS_OPEN_FOLDERS = {os.open, os.mkdir, os.stat, os.link, os.unlink, os.rename, o
 
 
 class SymbolicLink(Exception):
-    """What stands where a folder was expected is a link to `target`."""
-
-    def __init__(self, target: str) -> None:
-        super().__init__(target)
-        self.target = target
+    """What stands where a folder was expected is a link; its target is the text."""
 
 
 class Folder:
@@ -506,7 +502,7 @@ class Folders:
                 links_left -= 1
                 if not links_left:
                     raise Refused("too many symbolic links there") from None
-                left += reversed(follow_link(self._disk.root, above.parts, link.target))
+                left += reversed(follow_link(self._disk.root, above.parts, str(link)))
                 folder = self._root(mode)
         self._note(path, folder, above)
         return folder
@@ -620,14 +616,20 @@ class Holder(Protocol):
         """Let others have its turn inside the ``with`` block, in which it waits."""
 
 
+FileName = tuple[tuple[int, int], str]  # the identity of its folder, and its name there
+
+
 class Leases:
-    """Which partial files are in use, and by whom. All methods are for any thread."""
+    """Which partial files are in use, and by whom. All methods are for any thread.
+
+    A file is taken by its name, before it is there: another connection may find it at once.
+    """
 
     def __init__(self) -> None:
-        self._holders: dict[tuple[int, int], Holder] = {}
+        self._holders: dict[FileName, Holder] = {}
         self._changed = threading.Condition()
 
-    def take(self, file: tuple[int, int], holder: Holder, since: float) -> bool:
+    def take(self, file: FileName, holder: Holder, since: float) -> bool:
         """Have `holder` use a file; return False if another does, and goes on doing so.
 
         Blocks until some seconds after `since`, a time.monotonic(): a client that was cut off
@@ -641,7 +643,7 @@ class Leases:
         with holder.aside():
             return self._wait_and_take(file, holder, since)
 
-    def _wait_and_take(self, file: tuple[int, int], holder: Holder, since: float) -> bool:
+    def _wait_and_take(self, file: FileName, holder: Holder, since: float) -> bool:
         with self._changed:
             while (other := self._holders.get(file)) is not None:
                 silent_s, waited_s = other.silent_s(), time.monotonic() - since
@@ -655,7 +657,7 @@ class Leases:
             self._holders[file] = holder
         return True
 
-    def release(self, file: tuple[int, int]) -> None:
+    def release(self, file: FileName) -> None:
         """Note that a file is not used any more."""
         with self._changed:
             self._holders.pop(file, None)
@@ -694,7 +696,7 @@ class PartialFile:
         self.size = 0
         self.digest = hashlib.sha256()  # of all that it holds
         self._place = place
-        self._lease: tuple[int, int] | None = None
+        self._lease: FileName | None = None
 
     # opening
 
@@ -702,12 +704,9 @@ class PartialFile:
     def create(cls, folder: Folder, place: Place) -> PartialFile:
         """Make an empty one with a hidden name."""
         while True:
-            name = place.new_hidden_name()
-            descriptor = folder.open_file(name, FILE_FLAGS | os.O_CREAT | os.O_EXCL)
-            partial = cls(folder, descriptor, name, place)
-            if partial._keep_others_out(time.monotonic()):
+            partial = cls(folder, -1, place.new_hidden_name(), place)
+            if partial._open(FILE_FLAGS | os.O_CREAT | os.O_EXCL, time.monotonic()):
                 return partial
-            partial.close()
 
     @classmethod
     def create_nameless(cls, folder: Folder, place: Place, mode: int) -> PartialFile:
@@ -726,24 +725,33 @@ class PartialFile:
     @classmethod
     def reopen(cls, folder: Folder, name: str, place: Place, since: float) -> PartialFile | None:
         """Open one that is there; None if it is of no use. Blocks as `Leases.take` does."""
-        try:
-            partial = cls(folder, folder.open_file(name), name, place)
-        except OSError:
-            return None
+        partial = cls(folder, -1, name, place)
         with contextlib.suppress(OSError):  # it has just got its name
-            is_own = is_own_file(os.fstat(partial.descriptor))
-            if is_own and partial._keep_others_out(since) and partial._is_in_place():
+            is_open = partial._open(FILE_FLAGS, since)
+            if is_open and is_own_file(os.fstat(partial.descriptor)) and partial._is_in_place():
                 partial.size = os.fstat(partial.descriptor).st_size
                 return partial
         partial.close()
         return None
 
-    def _keep_others_out(self, since: float) -> bool:
-        found = os.fstat(self.descriptor)
-        file = (found.st_dev, found.st_ino)
+    def _open(self, flags: int, since: float) -> bool:
+        """Open it and keep others out; return False, and leave it closed, if one has it."""
+        try:
+            if self._take_lease(self.name, since):
+                self.descriptor = self.folder.open_file(self.name, flags)
+                if lock_file(self.descriptor) and self.folder.has(self.name):
+                    return True
+        except OSError:
+            self.close()
+            raise
+        self.close()
+        return False
+
+    def _take_lease(self, name: str, since: float) -> bool:
+        file = (self.folder.identity, name)
         if self._place.disk.leases.take(file, self._place.holder, since):
             self._lease = file
-        return self._lease is not None and lock_file(self.descriptor)
+        return self._lease is not None
 
     def _is_in_place(self) -> bool:
         """Return whether it still has its hidden name, and no other.
@@ -856,7 +864,8 @@ class PartialFile:
         if self.name:
             return
         name = self._place.new_hidden_name()
-        self._keep_others_out(time.monotonic())
+        self._take_lease(name, time.monotonic())
+        lock_file(self.descriptor)
         try:
             self._link(name)
         except OSError as error:
@@ -1590,9 +1599,7 @@ def decide(
 ) -> Wanted | Outcome:
     """Return what is done with an entry, knowing what is the same as at the client."""
     for name in same.names:
-        batch.note_settled(stage.folder, name)
-        batch.note_already(stage.folder, name)
-        return Outcome("already", name)
+        return batch.settle("already", stage.folder, name)
     if beginning is None:
         batch.differed = True
         return Wanted(stage.entry)
@@ -1635,9 +1642,6 @@ def making_mode(entry: Entry) -> int:
 class Tampered(Refused):
     """Another program has written to a partial file."""
 
-    def __init__(self) -> None:
-        super().__init__("another program writes to its hidden file here")
-
 
 class UnderWay:
     """A file whose bytes are arriving, until it has its name."""
@@ -1674,7 +1678,7 @@ class UnderWay:
         ):
             raise Refused("its SHA-256 does not match: it changed while it was sent")
         if not self.partial.is_untouched():
-            raise Tampered
+            raise Tampered("another program writes to its hidden file here")
         self.partial.set_metadata(self.entry.mtime_ns, mode_of(self.entry))
         try:
             return self._disk.with_fitting(
@@ -1685,9 +1689,9 @@ class UnderWay:
 
     def _take_name(self, name: str) -> Outcome:
         """Give it `name`, or that with a number, unless the same is there already."""
-        if self.partial.move_to(name) or self._replace(name):
-            return self._settled("saved", name)
         folder = self.partial.folder
+        if self.partial.move_to(name) or self._replace(name):
+            return self._batch.settle("saved", folder, name)
         # With --overwrite no look-up has read them.
         back = MAX_CANDIDATES if self._batch.store.overwrite else 0
         for number, each in self._disk.numbered(folder, name, back):
@@ -1696,12 +1700,8 @@ class UnderWay:
                 break
             if self._is_same(each):
                 self.partial.discard()
-                return self._settled("already", each)
-        return self._settled("saved", each)
-
-    def _settled(self, kind: str, name: str) -> Outcome:
-        self._batch.note_settled(self.partial.folder, name)
-        return Outcome(kind, name)
+                return self._batch.settle("already", folder, each)
+        return self._batch.settle("saved", folder, each)
 
     def _replace(self, name: str) -> bool:
         """Replace a file, but not one that this run has sent, or found here, under a like name."""
@@ -1927,21 +1927,20 @@ class Batch:
         self._log(logging.WARNING, "failed", f"failed {escape(path)}: {reason}")
         return Outcome("failed", reason)
 
-    def note_already(self, folder: Folder, name: str) -> None:
-        """Log that an entry is there already."""
-        path = self.store.spell(folder, name)
-        self._log(logging.INFO, "are there already", f"offers what is there already: {path}")
-
     def _log(self, level: int, kind: str, text: str) -> None:
         self._lines[level, kind] += 1
         if self._lines[level, kind] <= LINES_A_BATCH:
             log.log(level, "%s %s", self._peer, text)
 
-    def note_settled(self, folder: Folder, name: str) -> None:
-        """Note a file that the client is told it has here; one that is gone needs no note."""
+    def settle(self, kind: str, folder: Folder, name: str) -> Outcome:
+        """Return that the client has a file here, "saved" or "already", which is noted."""
         if self.store.overwrite:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # one that is gone needs no note
                 self.store.settled.note(self._settled_key(folder, name), True)
+        if kind == "already":
+            path = self.store.spell(folder, name)
+            self._log(logging.INFO, "are there already", f"offers what is there already: {path}")
+        return Outcome(kind, name)
 
     def is_settled(self, folder: Folder, name: str) -> bool:
         """Return whether the client has been told so in this run. Raises OSError."""
@@ -2150,8 +2149,8 @@ class Reception:
         finally:
             self.large = None
         self._count += 1
-        if log.isEnabledFor(logging.INFO):
-            self._log_decided(batch, under_way, outcome)
+        if outcome.kind == "saved" and log.isEnabledFor(logging.INFO):
+            self._log_saved(under_way, outcome.text)
         return outcome
 
     def _begin(self, batch: Batch, wanted: Wanted) -> UnderWay:
@@ -2179,14 +2178,10 @@ class Reception:
 
     # decided
 
-    def _log_decided(self, batch: Batch, under_way: UnderWay, outcome: Outcome) -> None:
-        folder = under_way.partial.folder
-        if outcome.kind == "already":
-            batch.note_already(folder, outcome.text)
-            return
+    def _log_saved(self, under_way: UnderWay, name: str) -> None:
         # The path is the only word of the client's, and the last: nothing in a name can be taken
         # for another part of the line by whoever reads it.
-        path = self._store.spell(folder, outcome.text)
+        path = self._store.spell(under_way.partial.folder, name)
         log.info(f"{self.peer} sent {under_way.describe_sent()}, saved as {path}")
 
     def _tell_results(self) -> None:
@@ -3007,18 +3002,13 @@ class Broadcaster:
         self.meter = common.LevelMeter()
         self.missed_blocks = 0
         self.served_count = 0
-        self._listeners: tuple[Listener, ...] = ()
+        self.listeners: tuple[Listener, ...] = ()  # now; for any thread to look at
         self._pcm = PcmEncoding()
         self._opus: dict[int, OpusEncoding] = {}  # by kbit/s
         self._lock = threading.Lock()
         self.sent_s = 0.0
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="broadcaster", daemon=True)
-
-    @property
-    def listener_count(self) -> int:
-        """How many listen now. For any thread."""
-        return len(self._listeners)
 
     def start(self) -> None:
         """Begin to send."""
@@ -3053,7 +3043,7 @@ class Broadcaster:
         with self._lock:
             listener = Listener(connection, self._encoding(opus_kbit))
             # A new tuple, not a changed list: the broadcaster goes through the old one unlocked.
-            self._listeners = (*self._listeners, listener)
+            self.listeners = (*self.listeners, listener)
             self.served_count += 1
             if self._ended:
                 listener.end()
@@ -3069,10 +3059,10 @@ class Broadcaster:
     def remove(self, listener: Listener) -> None:
         """Send no more to `listener`. Idempotent."""
         with self._lock:
-            self._listeners = tuple(other for other in self._listeners if other is not listener)
+            self.listeners = tuple(other for other in self.listeners if other is not listener)
             self.missed_blocks += listener.missed_blocks
             listener.missed_blocks = 0
-            used = {other.encoding for other in self._listeners}
+            used = {other.encoding for other in self.listeners}
             self._opus = {kbit: opus for kbit, opus in self._opus.items() if opus in used}
 
     def _run(self) -> None:
@@ -3087,12 +3077,12 @@ class Broadcaster:
         self._send_round(None, time.monotonic())
         with self._lock:
             self._ended = True
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener.end()
 
     def _send_round(self, block: AudioBlock | None, now_s: float) -> None:
         """Send `block` to every listener, encoded once for all that want it so; None at the end."""
-        listeners = self._listeners
+        listeners = self.listeners
         encodings = {listener.encoding for listener in listeners}
         frames = {each: each.encode(block) if block else each.finish() for each in encodings}
         for listener in listeners:
@@ -4129,7 +4119,7 @@ def make_audio_server(
 def show_until_ended(broadcaster: Broadcaster, console: Console) -> None:
     """Keep the status line up to date until the sound ends; blocks."""
     while not broadcaster.join(common.STATUS_INTERVAL_S):
-        listeners = count(broadcaster.listener_count, "listener")
+        listeners = count(len(broadcaster.listeners), "listener")
         console.show_status(f"{broadcaster.meter.show()}  {listeners}")
 
 

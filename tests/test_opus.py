@@ -262,7 +262,7 @@ def test_listeners_of_one_bit_rate_share_an_encoder_as_long_as_there_are_any(
     assert len({one.encoding, another.encoding, as_pcm.encoding}) == 3
     broadcaster.remove(one)
     assert broadcaster.add(connection, 96).encoding is other.encoding
-    for listener in broadcaster._listeners:
+    for listener in broadcaster.listeners:
         broadcaster.remove(listener)
     assert broadcaster.add(connection, 96).encoding is not other.encoding
 

@@ -306,3 +306,23 @@ def test_what_is_about_to_replace_a_file_is_in_use(root: Path) -> None:
     assert os.listdir(root) == ["x"]
     assert (root / "x").read_bytes() == b"new"
     assert (root / "x").stat().st_mode & 0o777 == 0o644 & ~place.disk.umask
+
+
+def test_a_partial_file_is_in_use_from_the_moment_that_it_is_there(root: Path) -> None:
+    """Another connection that finds it then would continue, name or remove it."""
+    place = place_of(root, "x")
+    found = []
+
+    class Watched(Folder):
+        def open_file(self, name: str, flags: int = 0) -> int:
+            descriptor = super().open_file(name, flags)
+            if flags & os.O_CREAT:
+                again = Place(place.name, Client(), place.disk)
+                found.append(PartialFile.reopen(open_root(root), name, again, 0.0))
+            return descriptor
+
+    partial = PartialFile.create(Watched.open(str(root)), place)
+    assert found == [None]
+    partial.write(memoryview(b"new"))
+    assert partial.move_to("x")
+    assert os.listdir(root) == ["x"]

@@ -1298,7 +1298,8 @@ class TimedSocket:
         self._limits = Limits()
         self._heard_s = self._progress_s = time.monotonic()
         self._moved_bytes = 0  # since `_progress_s`
-        self._breakage = "it ended in the middle of a frame"  # or as the system says, once
+        # Why reading has ended too early. The system tells its own reason only once.
+        self._breakage = "it ended in the middle of a frame"
         sock.setblocking(False)
         self.set_option(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.set_option(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -1307,7 +1308,7 @@ class TimedSocket:
                 self.set_option(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def set_option(self, level: int, option: int, value: int | bytes) -> None:
-        """Have the system treat the socket otherwise, where it can."""
+        """Set an option of the socket, where the system has it."""
         with contextlib.suppress(OSError):
             self._socket.setsockopt(level, option, value)
 

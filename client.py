@@ -3641,6 +3641,8 @@ MAX_GAP_MS = 3_600_000
 # How fast a server's sound may come, by this machine's clock, and how far ahead of it.
 MAX_SPEED = 1.05
 MAX_AHEAD_S = 5.0
+# How much longer --seconds may take, say as a machine is busy, than the clock says.
+MAX_BEHIND_S = 60.0
 
 
 class Budget:
@@ -3763,7 +3765,7 @@ class Listening:
         self._timeline.begin(stream)
         if self._audio is None:
             self._deadline = Deadline(self._seconds)  # however long all that took
-            self._last_deadline = Deadline(self._seconds * MAX_SPEED + MAX_AHEAD_S)
+            self._last_deadline = Deadline(self._seconds + MAX_BEHIND_S)
         self._open_outputs(audio, sync)
         self._problem_told = False
         what = audio.describe() + (f", Opus at {opus_kbit} kbit/s" if opus_kbit else "")

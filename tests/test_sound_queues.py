@@ -93,7 +93,7 @@ def test_no_more_sound_is_taken_than_there_can_have_been() -> None:
 def test_seconds_end_also_where_hardly_anything_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "MAX_AHEAD_S", 0.2)
+    monkeypatch.setattr(client, "MAX_BEHIND_S", 0.2)
     may_end = threading.Event()
 
     def trickle(peer: RawPeer) -> None:

@@ -1814,9 +1814,9 @@ def clamp(value: float, most: float) -> float:
 # catches up by a block.
 ARRIVALS_WINDOW_S = 3.0
 LATENESS_WINDOW_S = 0.1
-RECENT_WINDOWS = 450
+RECENT_WINDOWS = 200
 REMEMBERED_WINDOWS = 1800
-RECURRING = 3.0
+RECURRING = 4.0
 # Of the sound card's own buffer, how much may go by before a dropout is accepted as one. So much
 # less has to be in reserve.
 PATIENCE_S = 0.0025
@@ -1840,9 +1840,9 @@ class Arrivals:
     Lateness is measured from a line that goes with the server's clock: the earliest arrivals,
     without their steps (another route, or sound that was lost before it was numbered). The
     reserve is the worst lateness of the last ``RECENT_WINDOWS``, of ``LATENESS_WINDOW_S`` each:
-    known at once when it grows, forgotten 45 s after. What was worse in the time before, up to
+    known at once when it grows, forgotten 20 s after. What was worse in the time before, up to
     ``REMEMBERED_WINDOWS``, still counts where the recent worst is of its kind: beyond what is
-    usual by a third as much. So rare stalls are not forgotten between two of them, but with the
+    usual by a quarter as much. So rare stalls are not forgotten between two of them, but with the
     last one.
 
     As long as there are few windows, what others would bring is estimated: the greatest of many

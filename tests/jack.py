@@ -41,7 +41,18 @@ class JackServer:
 
     def __init__(self, rate: int = 44_100, period: int = 256) -> None:
         self.name, self._lock = take_name()
-        self._command = ["jackd", "--no-realtime", "-n", self.name, "-d", "dummy"]
+        # It ends with this process, as the next server of its name would be taken for it.
+        self._command = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "jackd",
+            "--no-realtime",
+            "-n",
+            self.name,
+            "-d",
+            "dummy",
+        ]
         self._command += ["-r", str(rate), "-p", str(period)]
         self._process: subprocess.Popen[bytes] | None = None
 

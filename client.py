@@ -2935,7 +2935,7 @@ class SpeakerOutput:
         self._advice = StepAdvice(console)
         self._exchanged = threading.Condition()  # guards the playout, and tells of what was written
         block_ms, longest_ms = find_blocks_ms(wait_s)
-        passing = common.Passing(self._playout.card, block_ms, longest_ms, self._exchange)
+        passing = common.Passing(self._playout.card, block_ms, self._exchange, longest_ms)
         card.open(passing, self._return)
 
     def _exchange(self, _samples: bytes | None, passage: common.Passage) -> bytes:

@@ -2252,18 +2252,13 @@ class Passing(NamedTuple):
     """Sound that is to pass a card: of this format, `block_ms` at once through `exchange`.
 
     PortAudio makes a card's buffer of some three such blocks, and PyAudio lets nothing else be
-    chosen. A card that runs dry again and again gets `longest_block_ms` at once.
+    chosen. A card that runs dry again and again gets `longest_block_ms` at once, if that is more.
     """
 
     audio: AudioFormat
     block_ms: float
-    longest_block_ms: float
     exchange: Exchange
-
-    @property
-    def block_frames(self) -> int:
-        """The sample frames of a block."""
-        return self.audio.frames_in(self.block_ms)
+    longest_block_ms: float = 0.0
 
 
 # --- sound card: PortAudio ------------------------------------------------------------------
@@ -2409,7 +2404,7 @@ class SoundSystem:
                 rate=audio.rate,
                 channels=audio.channels,
                 format=self._sample_format,
-                frames_per_buffer=passing.block_frames,
+                frames_per_buffer=audio.frames_in(passing.block_ms),
                 stream_callback=callback,
                 **{direction.kind: True, f"{direction.kind}_device_index": now.number},
             )
@@ -2608,8 +2603,7 @@ def exchange_until_lost(
             os._exit(EXIT_OK)
 
     device, audio = Device(*request["device"]), AudioFormat(*request["audio"])
-    block_ms = request["block_ms"]
-    stream = system.open(direction, device, Passing(audio, block_ms, block_ms, exchange))
+    stream = system.open(direction, device, Passing(audio, request["block_ms"], exchange))
     answer(link, {"devices": [device]})
     answered.set()
     while stream.is_active():
@@ -2732,7 +2726,7 @@ class OpenCard(NamedTuple):
     def wants_longer_blocks(self) -> bool:
         """Return whether it runs dry again and again, and its blocks may be longer."""
         passing = self.opening.passing
-        return self.flow.has_many_gaps() and passing.block_ms < passing.longest_block_ms
+        return passing.block_ms < passing.longest_block_ms and self.flow.has_many_gaps()
 
     def is_decided(self) -> bool:
         """Return whether sound has begun to flow, or will not."""
@@ -2776,7 +2770,8 @@ class CardKeeper:
             return self._mail.requests.get()
         self._mail.answer(self._device)
         while (request := self._wait(functools.partial(self._is_to_be_opened_anew, card))) is None:
-            following = self._lengthen(card) or self._bring_back(card)
+            is_short = self._is_too_short(card)
+            following = self._lengthen(card) if is_short else self._bring_back(card)
             if not isinstance(following, OpenCard):
                 return following
             card = following
@@ -2784,22 +2779,25 @@ class CardKeeper:
         return request
 
     def _is_to_be_opened_anew(self, card: OpenCard) -> bool:
-        return card.is_lost() or (self._system.sizes_buffers and card.wants_longer_blocks())
+        return card.is_lost() or self._is_too_short(card)
 
-    def _lengthen(self, card: OpenCard) -> OpenCard | None:
-        """Open a card that runs dry with longer blocks; return None for one that has gone."""
-        if card.is_lost():
-            return None
+    def _is_too_short(self, card: OpenCard) -> bool:
+        """Return whether the buffer of a card that is there is, and can be larger."""
+        return self._system.sizes_buffers and card.wants_longer_blocks() and not card.is_lost()
+
+    def _lengthen(self, card: OpenCard) -> OpenCard | Opening | Closing:
+        """Open a card with longer blocks; where that fails, do as `_bring_back`."""
         card.stream.close()
         opening = card.opening.with_longer_blocks()
-        with contextlib.suppress(AudioUnavailable):
+        try:
             longer = self._open_again(opening, card.flow.last_s)
-            self._complain(
-                f"{self._what} ran dry {GAPS} times in {GAPS_S:.0f} s: it gets "
-                f"{opening.passing.block_ms:g} ms at once from now on"
-            )
-            return longer
-        return None
+        except AudioUnavailable:
+            return self._bring_back(card)
+        self._complain(
+            f"{self._what} ran dry {GAPS} times in {GAPS_S:.0f} s: it gets "
+            f"{opening.passing.block_ms:g} ms at once from now on"
+        )
+        return longer
 
     def _bring_back(self, card: OpenCard) -> OpenCard | Opening | Closing:
         """Wait for a card that has gone; return it, or the next request."""

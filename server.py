@@ -2302,8 +2302,7 @@ class Microphone:
         self.captured = CaptureQueue(audio)
         self._card = card
         self._silence = Silence(audio)
-        passing = common.Passing(audio, CAPTURE_BLOCK_MS, CAPTURE_BLOCK_MS, self._hand_over)
-        card.open(passing, self.captured.skip)
+        card.open(common.Passing(audio, CAPTURE_BLOCK_MS, self._hand_over), self.captured.skip)
 
     def start(self) -> None:
         """Nothing to do: it captures already."""

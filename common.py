@@ -1059,6 +1059,7 @@ BLOCK_HEADER = struct.Struct("!QQ")
 END_OF_STREAM = 2**64 - 1
 TIME_REPLY = 2**64 - 2  # in place of the number of a first sample frame
 TIMES = struct.Struct("!QQ")
+CLOCK_NS = range(2**63)  # what a clock can show
 SYNC_MS = range(10, 10_001)
 OPUS_RATE = 48_000  # Opus' own, whatever it was made of
 OPUS_KBIT_PER_S = range(6, 511)
@@ -1193,7 +1194,7 @@ class TimeRequest(NamedTuple):
     @classmethod
     def decode(cls, fields: Fields) -> TimeRequest:
         """See `Message`."""
-        return cls(require_number(fields, "asked_ns", FILE_SIZES))
+        return cls(require_number(fields, "asked_ns", CLOCK_NS))
 
 
 class TimeReply(NamedTuple):

@@ -3597,6 +3597,11 @@ class Clients:
             self._clients.pop(client, None)
             self._changed.notify_all()
 
+    def wait_for_one_to_end(self, seconds: float) -> None:
+        """Block until a client has ended, for `seconds` at most."""
+        with self._changed:
+            self._changed.wait(seconds)
+
     def drop_pending(self) -> None:
         """Evict all that are at the handshake."""
         with self._changed:
@@ -3737,7 +3742,7 @@ class Server:
         except (OSError, MemoryError) as error:
             self._turned_away.write("a connection", f"cannot be accepted: {describe_error(error)}")
             # Out of descriptors, most likely.
-            time.sleep(ACCEPT_RETRY_S)
+            self.clients.wait_for_one_to_end(ACCEPT_RETRY_S)
             return
         # As an IPv6 socket shows an IPv4 address.
         host = str(address[0]).removeprefix("::ffff:")

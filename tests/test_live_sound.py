@@ -11,6 +11,7 @@ import pytest
 import client
 import common
 from sound import (
+    Script,
     are_lost_and_found,
     hears_tone,
     let_pass,
@@ -44,6 +45,15 @@ def test_other_formats_keep_their_pitch(card: VirtualSoundCard, arguments: tuple
         assert hears_tone(card)
 
 
+def stall(
+    player: Script, card: VirtualSoundCard, sender: Script, seconds: int, folder: Path
+) -> None:
+    """Stop `player` while `sender` sends so much sound."""
+    player.signal(signal.SIGSTOP)
+    let_pass(card, sender, seconds, folder)
+    player.signal(signal.SIGCONT)
+
+
 def test_the_delay_is_bounded_and_a_stall_is_a_dropout_and_leaves_none(
     card: VirtualSoundCard, tmp_path: Path
 ) -> None:
@@ -51,9 +61,7 @@ def test_the_delay_is_bounded_and_a_stall_is_a_dropout_and_leaves_none(
         player.wait_for("Listening")
         assert hears_tone(card)
         assert measure_delay_s(card) < 0.4
-        player.signal(signal.SIGSTOP)
-        let_pass(card, sender, 2, tmp_path)  # the stall itself
-        player.signal(signal.SIGCONT)
+        stall(player, card, sender, 2, tmp_path)
         assert hears_tone(card)
         assert measure_delay_s(card) < 0.4
         player.signal(signal.SIGINT)
@@ -69,9 +77,7 @@ def test_a_loudspeaker_that_keeps_running_dry_gets_more_sound_at_once(
         assert hears_tone(card)
 
         def has_helped() -> bool:
-            player.signal(signal.SIGSTOP)
-            let_pass(card, sender, 1, tmp_path)
-            player.signal(signal.SIGCONT)
+            stall(player, card, sender, 1, tmp_path)
             return "it gets 10 ms at once from now on" in player.text()
 
         wait_for(has_helped, "the loudspeaker has run dry again and again")

@@ -384,15 +384,23 @@ class Server(Process):
         return send(self.port if port is None else port, *args, **options)
 
     def held(self) -> tuple[int, int]:
-        """Return the counts of the threads and the descriptors that it has."""
+        """Return the counts of the threads and the descriptors that it has once it has started."""
+        wait_for(self._has_started, "its start")
         return self.threads(), self.descriptors()
+
+    def _has_started(self) -> bool:
+        """Return whether it waits for clients, and does not look through its folder any more."""
+        folder = f"/proc/{self.popen.pid}/fd"
+        with contextlib.suppress(FileNotFoundError):  # one that has just been closed
+            targets = [os.readlink(f"{folder}/{number}") for number in os.listdir(folder)]
+            return "anon_inode:[eventpoll]" in targets and not any(map(os.path.isdir, targets))
+        return False
 
     def wait_until_idle(self, held: tuple[int, int]) -> None:
         """Wait until it has released all that it did not hold at first."""
-        threads, descriptors = held
         wait_for(
-            lambda: self.threads() <= threads and self.descriptors() <= descriptors,
-            what=f"at most {threads} threads and {descriptors} descriptors",
+            lambda: (self.threads(), self.descriptors()) == held,
+            what=f"{held} threads and descriptors",
         )
 
     def check_serves(self, tmp_path: Path) -> None:

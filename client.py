@@ -2244,10 +2244,6 @@ class Playout:
         """Play what is left, however little: no more will come."""
         self._draining = True
 
-    def note_underrun(self) -> None:
-        """Count a dropout of the sound card: it ran dry before it asked for the next frames."""
-        self.statistics.dropouts += self._playing
-
     def restart(self) -> None:
         """Resume with a sound card that was away, or stood still for long."""
         self._reads = EarliestLine(READS_WINDOW_S)
@@ -2301,11 +2297,17 @@ class Playout:
         there = self._tape.end - self._next
         return self._playing and not self._draining and there < self._frames_for(frames)
 
-    def read(self, frames: int, now_s: float, ahead_s: float = 0.0) -> bytes:
+    def read(
+        self, frames: int, now_s: float, ahead_s: float = 0.0, has_run_dry: bool = False
+    ) -> bytes:
         """Return exactly `frames` to play, which the card wants at `now_s`; silence if need be.
 
-        The first of them is heard `ahead_s` later.
+        The first of them is heard `ahead_s` later. With `has_run_dry` the card had nothing left to
+        play before it asked. No sound system tells that of every card: a long time without a read
+        counts as well.
         """
+        if has_run_dry or (self._playing and self._has_stood_still(now_s)):
+            self._note_underrun()
         if self._next < self._tape.first and self._playing:  # the card stood still
             self.restart()
         self._note_read(frames, now_s, ahead_s)
@@ -2317,9 +2319,16 @@ class Playout:
         sound = self._resampler.read(frames)
         return to_samples(sound, self.card.channels)
 
+    def _has_stood_still(self, now_s: float) -> bool:
+        return now_s - self._read_s > STOOD_STILL_S
+
+    def _note_underrun(self) -> None:
+        """Count a dropout of the sound card."""
+        self.statistics.dropouts += self._playing
+
     def _note_read(self, frames: int, now_s: float, _ahead_s: float) -> None:
         self._asked_frames += frames * self._step
-        if now_s - self._read_s > STOOD_STILL_S:
+        if self._has_stood_still(now_s):
             self._reads = EarliestLine(READS_WINDOW_S)
         self._read_s = now_s
         self._reads.note(now_s, now_s - self._asked_frames / self.audio.rate)
@@ -2766,11 +2775,6 @@ class SyncedPlayout(Playout):
             frames = self.audio.frames_of(samples)
             self.step.note_block(frames, self._tape.end, captured_s, now_s)
 
-    def note_underrun(self) -> None:
-        """Count a dropout of the sound card, after which it plays later than before."""
-        super().note_underrun()
-        self.step.note_underrun()
-
     def restart(self) -> None:
         """Resume with a sound card that was away, or stood still for long."""
         super().restart()
@@ -2787,6 +2791,11 @@ class SyncedPlayout(Playout):
         if not (self._playing and self.step.is_ready):
             return f"not in step yet  {needed}"
         return f"{self._find_error_s() * 1000:+.2f} ms off  {needed}"
+
+    def _note_underrun(self) -> None:
+        """Count a dropout of the sound card, after which it plays later than before."""
+        super()._note_underrun()
+        self.step.note_underrun()
 
     def _note_read(self, frames: int, now_s: float, ahead_s: float) -> None:
         super()._note_read(frames, now_s, ahead_s)
@@ -2945,12 +2954,10 @@ class SpeakerOutput:
         sound card ask for several blocks at once, often just before the sound comes that was
         held up as well.
         """
-        now_s, (frames, ahead_s, is_after_gap) = time.monotonic(), passage
+        now_s = time.monotonic()
         with self._exchanged:
-            if is_after_gap:
-                self._playout.note_underrun()
-            self._exchanged.wait_for(lambda: not self._playout.lacks(frames), PATIENCE_S)
-            return self._playout.read(frames, now_s, ahead_s)
+            self._exchanged.wait_for(lambda: not self._playout.lacks(passage.frames), PATIENCE_S)
+            return self._playout.read(passage.frames, now_s, passage.away_s, passage.is_after_gap)
 
     def _return(self, _lost_s: float) -> None:
         """Begin anew with a card that is back; PortAudio's thread calls this."""

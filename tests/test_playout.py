@@ -126,6 +126,20 @@ def test_an_outage_is_not_kept_in_reserve() -> None:
     assert lead_ms(simulation) < 10
 
 
+@pytest.mark.parametrize("still_s", [0.5, 3.0])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_card_that_stood_still_has_dropped_out_though_all_sound_is_there(
+    still_s: float, told: bool
+) -> None:
+    playout = Playout(MONO, MONO)
+    simulation = Simulation(playout)
+    simulation.run(3)
+    now_s = simulation.now_s + still_s
+    playout.write(tone(MONO, 0, int(still_s * MONO.rate)), 0, now_s)
+    playout.read(240, now_s, has_run_dry=told)
+    assert playout.statistics.dropouts == 1
+
+
 @pytest.mark.parametrize("latency_ms", [0, 20, 300])
 def test_a_latency_that_the_user_fixed_stays(latency_ms: float) -> None:
     playout = Playout(MONO, MONO, latency_ms / 1000)

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -216,7 +217,7 @@ def describe_error(error: Exception) -> str:
             return str(reason).replace("_", " ").lower()
         # What create_server() adds in brackets is for programmers.
         return (error.strerror or str(error)).partition(" (while")[0].lower()
-    return str(error)
+    return "out of memory" if isinstance(error, MemoryError) else str(error)
 
 
 def python_name() -> str:
@@ -3218,6 +3219,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 FLUSH_TIMEOUT_S = 2.0
 POKE_WAITS_S = (0.02, 0.2)
 
@@ -3463,12 +3465,14 @@ def find_status(main: Callable[[Sequence[str]], int]) -> int:
 def describe_unexpected(error: Exception) -> str:
     """Return what to tell of an error that nobody has dealt with."""
     if is_exhausted(error):
-        return "out of memory or threads: close other programs, and try again"
+        return "out of memory, threads or open files: close other programs, and try again"
     return f"internal error: {escape(repr(error))} (python3 -X dev shows where)"
 
 
 def is_exhausted(error: Exception) -> bool:
-    """Return whether the system has no more memory, or no more threads, to give."""
+    """Return whether the system has no more memory, threads or open files to give."""
+    if isinstance(error, OSError):
+        return error.errno in EXHAUSTED
     return isinstance(error, MemoryError) or "start new thread" in str(error)
 
 

@@ -217,15 +217,12 @@ class NameRules(NamedTuple):
             yield number, self.shorten(stem, f" ({number}){suffix}") if number else name
 
     def learn(self, error: OSError) -> NameRules:
-        """Return the stricter rules that a refusal of a name tells of; raises it if none."""
-        learnt = {
+        """Return the rules that a refusal of a name tells of: stricter ones, or the same."""
+        return {
             errno.EINVAL: self._replace(is_windows=True),
             errno.ENAMETOOLONG: self._replace(max_length=SHORT_NAME_BYTES),
             errno.EILSEQ: self._replace(is_unicode=True),
         }.get(error.errno or 0, self)
-        if learnt == self:
-            raise error
-        return learnt
 
 
 USUAL_RULES = NameRules()
@@ -785,8 +782,9 @@ class PartialFile:
     def make_room(self) -> None:
         """Give back, from its end, as much as is kept free on its disk; no `write` after that."""
         with contextlib.suppress(OSError):
-            reserve = reserve_of(self.folder.disk_usage()[0])
-            os.ftruncate(self.descriptor, self.size - min(reserve, self.size))
+            left = max(0, self.size - reserve_of(self.folder.disk_usage()[0]))
+            os.ftruncate(self.descriptor, left)
+            self.size = left
 
     def is_of(self, holder: Holder) -> bool:
         """Return whether it was made for a client with the address of `holder`."""
@@ -919,12 +917,14 @@ class PartialFile:
 
     def close(self) -> None:
         """Close and release it, and leave it as it is. Idempotent."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
-        if self._lease:
-            self._place.disk.leases.release(self._lease)
-            self._lease = None
+        descriptor, self.descriptor = self.descriptor, -1
+        lease, self._lease = self._lease, None
+        try:
+            if descriptor >= 0:
+                os.close(descriptor)
+        finally:
+            if lease:
+                self._place.disk.leases.release(lease)
 
 
 # --- what clients share ---------------------------------------------------------------------
@@ -1307,7 +1307,10 @@ class Disk:
             try:
                 return use(rules.fit(offered))
             except OSError as error:
-                self.rules[folder.device] = rules.learn(error)
+                learnt = rules.learn(error)
+                if learnt == rules:
+                    raise
+            self.rules[folder.device] = learnt
 
     def numbered(self, folder: Folder, name: str, back: int = 0) -> Iterator[tuple[int, str]]:
         """Yield 0 and `name`, then numbered names from `back` before the first free one, about."""
@@ -2380,7 +2383,7 @@ class PacedInput:
                 self.captured.end(f"there was no sound on {self.name}", failed=True)
             else:
                 self.captured.end(f"{self.name} is at its end")
-        except (OSError, SocketPairError) as error:
+        except Exception as error:  # noqa: BLE001  (is told)
             reason = describe_error(error)
             self.captured.end(f"{self.name} cannot be read any further ({reason})", failed=True)
 
@@ -2717,11 +2720,11 @@ class SoundLoop:
         try:
             for part in over_and_over(self._sound):
                 self._parts.put(part)
-        except (OSError, Unplayable) as error:
+        except Exception as error:  # noqa: BLE001  (whoever reads raises it)
             self._parts.put(error)
 
     def read(self, size: int) -> bytes:
-        """Return `size` bytes, fewer where the file breaks off; raises Unplayable, OSError."""
+        """Return `size` bytes, fewer where the file breaks off; raises whatever reading it does."""
         while len(self._unread) < size and not self._error:
             part = self._parts.get()
             if isinstance(part, Exception):
@@ -3067,6 +3070,16 @@ class Broadcaster:
             self._opus = {kbit: opus for kbit, opus in self._opus.items() if opus in used}
 
     def _run(self) -> None:
+        try:
+            self._send_all()
+        except Exception as error:  # noqa: BLE001  (is told)
+            self.captured.end(common.describe_unexpected(error), failed=True)
+        with self._lock:
+            self._ended = True
+        for listener in self.listeners:
+            listener.end()
+
+    def _send_all(self) -> None:
         while (block := self.captured.take(timeout_s=KEEPALIVE_INTERVAL_S)) is not None:
             started_s = time.monotonic()
             self.meter.hear(block.samples)
@@ -3076,10 +3089,6 @@ class Broadcaster:
             if (round_s := time.monotonic() - started_s) > CAPTURE_BLOCK_MS / 1000:
                 time.sleep(min(round_s, LONGEST_REST_S))
         self._send_round(None, time.monotonic())
-        with self._lock:
-            self._ended = True
-        for listener in self.listeners:
-            listener.end()
 
     def _send_round(self, block: AudioBlock | None, now_s: float) -> None:
         """Send `block` to every listener, encoded once for all that want it so; None at the end."""
@@ -3694,6 +3703,10 @@ class Server:
         self.clients = Clients(max_clients, find_max_pending())
         self._advertising = contextlib.ExitStack()
         self._waker, self._woken = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        for sock in (self._woken, *endpoint.sockets):
+            sock.setblocking(False)
+            self._selector.register(sock, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._accept_all, name="accept", daemon=True)
 
     def start(self, announce: bool) -> None:
@@ -3711,6 +3724,7 @@ class Server:
         self.clients.drop_pending()
         if self._thread.ident is None:
             self._woken.close()
+            self._selector.close()
         else:
             self._thread.join()
         for sock in self._endpoint.sockets:
@@ -3720,18 +3734,24 @@ class Server:
 
     def _accept_all(self) -> None:
         """Accept until `stop`: the whole life of the accepting thread."""
-        with self._woken, selectors.DefaultSelector() as selector:
-            selector.register(self._woken, selectors.EVENT_READ)
-            for sock in self._endpoint.sockets:
-                sock.setblocking(False)
-                selector.register(sock, selectors.EVENT_READ)
-            while True:
-                ready = [key.fileobj for key, _ in selector.select()]
-                if self._woken in ready:
-                    return
+        with self._woken, self._selector:
+            while self._woken not in (ready := self._wait_for_clients()):
                 for sock in self._endpoint.sockets:
                     if sock in ready:
                         self._accept(sock)
+
+    def _wait_for_clients(self) -> list[object]:
+        """Block until there are connections to accept; return the sockets that have some."""
+        try:
+            return [key.fileobj for key, _ in self._selector.select()]
+        except (OSError, MemoryError) as error:
+            self._rest(error)
+            return []
+
+    def _rest(self, error: Exception) -> None:
+        """Log that the machine is at an end, of descriptors most likely; wait for a client's."""
+        self._turned_away.write("a connection", f"cannot be accepted: {describe_error(error)}")
+        self.clients.wait_for_one_to_end(ACCEPT_RETRY_S)
 
     def _accept(self, listening: socket.socket) -> None:
         """Take one connection, and give it its thread."""
@@ -3740,9 +3760,7 @@ class Server:
         except (BlockingIOError, ConnectionError):  # it has gone again
             return
         except (OSError, MemoryError) as error:
-            self._turned_away.write("a connection", f"cannot be accepted: {describe_error(error)}")
-            # Out of descriptors, most likely.
-            self.clients.wait_for_one_to_end(ACCEPT_RETRY_S)
+            self._rest(error)
             return
         # As an IPv6 socket shows an IPv4 address.
         host = str(address[0]).removeprefix("::ffff:")
@@ -3784,7 +3802,7 @@ class Server:
     def _explain(self, connection: Connection, error: Exception) -> None:
         """Log what nobody has dealt with: the machine is at an end, or there is a mistake."""
         if common.is_exhausted(error):
-            reason = "dropped: out of memory or threads"
+            reason = "dropped: out of memory, threads or open files"
             self._turned_away.write(connection.peer, reason, logging.ERROR)
             with contextlib.suppress(SocketPairError, MemoryError):
                 connection.offer(common.encode_message(BUSY))

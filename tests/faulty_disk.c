@@ -2,7 +2,7 @@
 
    FAULTS holds words: CALL=ERRNO fails a call (link, flock, rename, unlink, tmpfile), CALL=kill
    kills the program there (rename), names=fat and names=short refuse what FAT or an encrypted folder cannot hold, free=0 knows no free space,
-   size=N makes a write beyond N bytes fail as on FAT.
+   size=N makes a write beyond N bytes fail as on FAT, full=N as on a full disk.
 
    cc -shared -fPIC -o faulty_disk.so faulty_disk.c -ldl */
 #define _GNU_SOURCE
@@ -106,8 +106,10 @@ int openat(int folder, const char *path, int flags, ...) {
 }
 
 ssize_t write(int file, const void *data, size_t size) {
-    const char *limit = setting("size");
-    if (limit && lseek(file, 0, SEEK_CUR) >= 0 && lseek(file, 0, SEEK_CUR) + (off_t)size > atoll(limit)) return errno = EFBIG, -1;
+    off_t end = lseek(file, 0, SEEK_CUR) + (off_t)size; /* less than size where there is no place */
+    const char *limit;
+    if ((limit = setting("size")) && end >= (off_t)size && end > atoll(limit)) return errno = EFBIG, -1;
+    if ((limit = setting("full")) && end >= (off_t)size && end > atoll(limit)) return errno = ENOSPC, -1;
     return NEXT(write)(file, data, size);
 }
 

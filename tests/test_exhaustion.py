@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import gc
 import logging
 import os
 import queue
 import random
+import selectors
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,7 +73,10 @@ def test_a_client_is_told_that_the_server_is_busy_where_there_is_no_thread_for_i
     assert "busy" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("can't start new thread"), OSError(errno.EMFILE, "Too many")],
+)
 def test_running_out_of_memory_or_threads_ends_one_client_and_is_no_internal_error(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -79,15 +86,47 @@ def test_running_out_of_memory_or_threads_ends_one_client_and_is_no_internal_err
     with caplog.at_level(logging.INFO, "socket-pair"), serving(handle) as port:
         with RawClient(port) as raw:
             assert "busy" in raw.greet().receive()["error"]
-        wait_for(lambda: "dropped: out of memory or threads" in caplog.text)
+        wait_for(lambda: "dropped: out of memory, threads or open files" in caplog.text)
     assert "internal error" not in caplog.text
+
+
+def test_a_server_that_cannot_wait_for_clients_just_now_takes_them_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    errors = iter([OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError()])
+    select = selectors.DefaultSelector.select
+
+    def fail_first(*args: Any) -> Any:
+        if error := next(errors, None):
+            raise error
+        return select(*args)
+
+    monkeypatch.setattr(selectors.DefaultSelector, "select", fail_first)
+    with serving() as port, RawClient(port) as raw:
+        raw.greet()
+        assert next(errors, None) is None
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors")
+def test_folders_that_cannot_be_entered_are_closed_at_once(inbox: Path) -> None:
+    make_file(inbox / "a" / "b" / "file", 1)
+    disk = server.Disk(str(inbox))
+    before = len(os.listdir("/proc/self/fd"))
+    gc.disable()
+    try:
+        for number in range(50):
+            with contextlib.suppress(server.Refused):
+                server.Folders(disk).find(f"a/b/file/{number}")
+            assert len(os.listdir("/proc/self/fd")) <= before + 1
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (MemoryError(), "out of memory or threads: "),
-        (RuntimeError("can't start new thread"), "out of memory or threads: "),
+        (MemoryError(), "out of memory, threads or open files: "),
+        (RuntimeError("can't start new thread"), "out of memory, threads or open files: "),
         (KeyError("\x1b[31m"), r"internal error: KeyError('\x1b[31m')"),
     ],
 )

@@ -110,6 +110,16 @@ def test_a_file_too_large_for_the_file_system_fails_in_one_line_and_leaves_nothi
     assert contents(inbox) == {"small": small.read_bytes()}
 
 
+def test_what_a_full_disk_has_to_give_back_leaves_nothing_hidden(
+    inbox: Path, tmp_path: Path, faulty_disk: Path
+) -> None:
+    large = make_file(tmp_path / "large", 3 * MIB)
+    with serve(inbox, faulty_disk, f"full={MIB}") as server:
+        result = server.send(large)
+        assert result.error_lines == [f"{large}: at the server: no space left on device"]
+        assert os.listdir(inbox) == []
+
+
 RECORD = """
 import sys, client, common
 files = client.RecordingFiles(sys.argv[1], common.Console(quiet=True))

@@ -178,6 +178,36 @@ def test_captured_sound_that_nobody_takes_is_bounded() -> None:
     assert frames <= MONO.frames_in(server.CAPTURE_LIMIT_MS)
 
 
+def test_a_broadcaster_that_can_send_no_more_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(server.PcmEncoding, "encode", fail)
+    captured = server.CaptureQueue(MONO)
+    broadcaster = server.Broadcaster(captured)
+    sending, reading = socket.socketpair()
+    with common.Connection(sending, "near") as connection, reading:
+        listener = broadcaster.add(connection)
+        broadcaster.start()
+        captured.put(bytes(240))
+        assert broadcaster.join(LIMIT_S)
+        assert listener.gone.is_set()
+    assert captured.failed
+    assert captured.end_reason.startswith("out of memory")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyError("?")])
+def test_an_input_that_fails_in_any_way_ends(error: Exception) -> None:
+    def fail(_size: int) -> bytes:
+        raise error
+
+    source = server.PacedInput("a file", fail, server.CaptureQueue(MONO))
+    source.start()
+    assert source.captured.take(LIMIT_S) is None
+    assert source.captured.failed
+    assert source.captured.end_reason.startswith("a file cannot be read any further (")
+
+
 def test_a_slow_listener_gets_whole_blocks_and_misses_whole_blocks() -> None:
     with socket.create_server(("127.0.0.1", 0)) as acceptor:
         far = socket.create_connection(acceptor.getsockname())

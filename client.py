@@ -19,8 +19,9 @@ sound: the reserve      ``Arrivals``: how late sound comes, and how much to keep
 sound: playout          ``Playout``: plays evenly what arrives unevenly, and soon
 sound: server's clock   ``ServerClock``: what it shows, from requests and replies
 sound: in step          ``InStep``, ``SyncedPlayout``: each sample frame when it is due
-sound: outputs          ``Destination``, ``Output``, and the sound card: ``Speaker``
-sound: recordings       ``RecordingFiles``, ``Pipe``: WAV, FLAC and Opus, standard output
+sound: outputs          ``Speaker``: a sound card, as a destination; ``SpeakerOutput``
+sound: recordings       ``RecordingFiles``, ``Pipe``: WAV, FLAC and Opus, standard output;
+                        ``find_destinations``: which of all these the user wants
 sound: Opus             ``OpusDecoder``: what comes as Opus, as PCM
 sound: listening        ``start_audio_client``, ``Listening``: receives, comes back; ``Timeline``
 command line            ``main`` asks for what the arguments leave open
@@ -67,7 +68,7 @@ import time
 import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import common
 from common import (
@@ -2843,46 +2844,8 @@ class ReaderGone(SocketPairError):
     """Whoever read standard output has closed it: nobody wants more."""
 
 
-class Destination(Protocol):
-    """Where the user wants the sound; found to be there before a server is."""
-
-    def open(self, audio: AudioFormat, sync: Sync | None, /) -> Output:
-        """Return what takes sound of this format; raises SocketPairError where it cannot be had.
-
-        Blocks while it is opened. The output before it has been closed.
-        """
-
-    def close(self) -> None:
-        """Release what is held without an output. Idempotent."""
-
-
-class Output(Protocol):
-    """Takes received sound of one format."""
-
-    def write(self, samples: bytes, gap_frames: int, captured_s: float, /) -> None:
-        """Take `samples`, before which `gap_frames` were missed.
-
-        The last of them was captured at `captured_s` by the server's clock.
-        """
-
-    def resume(self, sync: Sync | None, /) -> None:
-        """Continue with the sound of another connection, perhaps of a server started anew."""
-
-    def drain(self) -> None:
-        """Let everything taken come out, at its own speed; blocks until it has."""
-
-    def close(self) -> None:
-        """Take no more. Raises SocketPairError where something taken did not come out."""
-
-    def status(self) -> str:
-        """Return a few words about now, for the status line."""
-
-    def summary(self) -> str:
-        """Return a few words about the whole, for the end."""
-
-
 class Speaker:
-    """A sound card, as a destination.
+    """A sound card, as a `Destination`.
 
     The constructor loads what converts the sound and finds the card, which takes a while; it
     raises AudioUnavailable where there is no such loudspeaker. `delay_ms` is how much later than
@@ -2899,7 +2862,10 @@ class Speaker:
         self._card = SoundCard(common.SPEAKER, wanted, console.complain)
 
     def open(self, audio: AudioFormat, sync: Sync | None) -> SpeakerOutput:
-        """Open the card at the sound's own rate, or at its own where it does not do that."""
+        """Open the card at the sound's own rate, or at its own where it does not do that.
+
+        An output that there was is at its end.
+        """
         own = self._card.device.own_format
         try:
             return self._open_as(AudioFormat(audio.rate, own.channels), audio, sync)
@@ -2923,7 +2889,7 @@ class Speaker:
         return SpeakerOutput(self._card, wait_s, make_playout, sync, self._console)
 
     def close(self) -> None:
-        """Close the card."""
+        """Release the card. Idempotent."""
         self._card.close()
 
 
@@ -2990,8 +2956,7 @@ class SpeakerOutput:
         time.sleep(CARD_BUFFER_S)
 
     def close(self) -> None:
-        """Close the card."""
-        self._card.close()
+        """Nothing to do: the `Speaker` has the card, and another output takes it over."""
 
     def status(self) -> str:
         """Return how the playing goes, and the dropouts so far."""
@@ -3092,23 +3057,6 @@ OTHER_ENDINGS = (
 Written = TypeVar("Written")
 
 
-class Create(Protocol):
-    """Makes a new file for a `Writer`: `RecordingFiles.create`."""
-
-    def __call__(self, begin: Callable[[BinaryIO], Written]) -> Written:
-        """Return what `begin` returns, which writes the beginning of the file."""
-
-
-class Writer(Protocol):
-    """Writes sound of one format somewhere; every method raises SocketPairError if it cannot."""
-
-    def write(self, samples: bytes) -> None:
-        """Write all of `samples`; blocks until they are taken."""
-
-    def close(self) -> None:
-        """Finish what was written."""
-
-
 class Missed:
     """How much sound a destination has not got, over all its outputs."""
 
@@ -3194,24 +3142,28 @@ class RecordingOutput:
 
 
 class RecordingFiles:
-    """Files that sound is recorded into, as a destination: the first as it was named.
+    """Files that sound is recorded into, as a `Destination`: the first as it was named.
 
     A file that is there already stays: ``talk.wav`` becomes ``talk (1).wav``. So do the next
-    files, which follow when one is full, or the server came back in another format. Raises
-    SocketPairError where there can be no such file.
+    files, which follow when one is full, or the server came back in another format. The constructor
+    raises SocketPairError where there can be no such file, or its package is missing.
     """
 
     def __init__(self, path: str, console: Console) -> None:
         self._path = os.path.expanduser(path)
         self._console = console
         self._missed = Missed()
-        self._writer = find_writer(path)
+        if os.path.isdir(self._path):
+            raise SocketPairError(f"cannot record into {escape(path)}: it is a folder")
         if not os.path.isdir(os.path.dirname(self._path) or "."):
             raise SocketPairError(f"cannot record into {escape(path)}: there is no such folder")
+        if (ending := ending_of(path)) != ".wav":
+            check_av(ending)
+        self._writer = WRITERS[ending]
 
     def open(self, audio: AudioFormat, _sync: Sync | None = None, /) -> RecordingOutput:
         """Return an output into the next file."""
-        return RecordingOutput(self._writer(self.create, audio), audio, self._missed)
+        return RecordingOutput(self._writer(self, audio), audio, self._missed)
 
     def create(self, begin: Callable[[BinaryIO], Written]) -> Written:
         """Make the next file, of which `begin` writes the beginning; return what `begin` does.
@@ -3227,9 +3179,6 @@ class RecordingFiles:
                 return written
         shown = escape(self._path)
         raise SocketPairError(f"there are {MAX_RECORDINGS:,} recordings {shown}: give another name")
-
-    def close(self) -> None:
-        """Nothing to do: each output closes its file."""
 
 
 def create_file(path: str, begin: Callable[[BinaryIO], Written]) -> Written:
@@ -3304,15 +3253,18 @@ def told_as_recording() -> Iterator[None]:
 
 
 class WavWriter:
-    """Writes a WAV file that is valid after every write, and the next where one is full."""
+    """Writes a WAV file that is valid after every write, and the next where one is full.
 
-    def __init__(self, create: Create, audio: AudioFormat) -> None:
-        self._create = create
+    Every method of a `Writer` raises SocketPairError where it cannot write.
+    """
+
+    def __init__(self, files: RecordingFiles, audio: AudioFormat) -> None:
+        self._files = files
         self._audio = audio
         self._open_next()
 
     def _open_next(self) -> None:
-        self._file, self._wav = self._create(self._begin)
+        self._file, self._wav = self._files.create(self._begin)
         # The sizes in a WAV file have 32 bits.
         self._room_frames = (WAV_LIMIT_BYTES - WAV_HEADER_BYTES) // self._audio.frame_bytes
 
@@ -3350,12 +3302,12 @@ class EncodedWriter:
     codec: str
     options: Mapping[str, str] = {"flush_packets": "1"}
 
-    def __init__(self, create: Create, audio: AudioFormat) -> None:
+    def __init__(self, files: RecordingFiles, audio: AudioFormat) -> None:
         if audio.channels > len(LAYOUTS):
             raise SocketPairError(f"{self.container} cannot hold {audio.describe()}: record .wav")
         self._audio = audio
         self._layout = LAYOUTS[audio.channels - 1]
-        self._file, self._container, self._stream = create(self._begin)
+        self._file, self._container, self._stream = files.create(self._begin)
 
     def _begin(self, file: BinaryIO) -> tuple[BinaryIO, Any, Any]:
         import av  # noqa: PLC0415  (only such recordings need it)
@@ -3419,7 +3371,7 @@ class OpusWriter(EncodedWriter):
         return stream
 
 
-WRITERS: Mapping[str, Callable[[Create, AudioFormat], Writer]] = {
+WRITERS: Mapping[str, Callable[[RecordingFiles, AudioFormat], Writer]] = {
     ".wav": WavWriter,
     ".flac": FlacWriter,
     ".opus": OpusWriter,
@@ -3429,19 +3381,6 @@ WRITERS: Mapping[str, Callable[[Create, AudioFormat], Writer]] = {
 def ending_of(path: str) -> str:
     """Return the ending of a file's name, which tells its kind, in lower case."""
     return os.path.splitext(path)[1].lower()
-
-
-def find_writer(path: str) -> Callable[[Create, AudioFormat], Writer]:
-    """Return what writes files with the ending of `path`, one of ``WRITERS``.
-
-    Raises SocketPairError where there can be no such file, or its package is missing.
-    """
-    ending = ending_of(path)
-    if os.path.isdir(os.path.expanduser(path)):
-        raise SocketPairError(f"cannot record into {escape(path)}: it is a folder")
-    if ending != ".wav":
-        check_av(ending)
-    return WRITERS[ending]
 
 
 def check_av(what: str) -> None:
@@ -3456,7 +3395,7 @@ def check_av(what: str) -> None:
 
 
 class Pipe:
-    """Standard output, as a destination. Raises SocketPairError where it takes no sound."""
+    """Standard output, as a `Destination`. Raises SocketPairError where it takes no sound."""
 
     def __init__(self) -> None:
         if sys.stdout is None:
@@ -3476,9 +3415,6 @@ class Pipe:
             )
         self._has_sound = True
         return RecordingOutput(PipeWriter(), audio, self._missed)
-
-    def close(self) -> None:
-        """Leave standard output open, as whoever opened it closes it."""
 
 
 class PipeWriter:
@@ -3515,36 +3451,33 @@ def write_all(file: Any, data: bytes) -> None:
             view = view[written:]
 
 
+Writer = WavWriter | EncodedWriter | PipeWriter
+Output = SpeakerOutput | RecordingOutput  # takes received sound of one format
+Destination = Speaker | RecordingFiles | Pipe  # found to be there before a server is
+
+
 def find_destinations(
-    output: str | None,
-    record: str | None,
-    find_card: Callable[[str | None], Speaker],
-    console: Console,
+    args: argparse.Namespace, console: Console, closing: contextlib.ExitStack
 ) -> Iterator[Destination]:
-    """Give where ``--output`` and ``--record`` want the sound.
+    """Give where ``--output`` and ``--record`` want the sound; `closing` releases what is held.
 
-    Raises SocketPairError where one cannot be had.
+    Raises SocketPairError where one cannot be had; a recording does without a loudspeaker.
     """
-    if output == STDOUT:
+    if args.output == STDOUT:
         yield Pipe()
-    elif output is not None and output.lower().endswith(tuple(WRITERS)):
-        yield RecordingFiles(output, console)
+    elif args.output is not None and ending_of(args.output) in WRITERS:
+        yield RecordingFiles(args.output, console)
     else:
-        yield from find_speaker(lambda: find_card(output), console, is_needed=record is None)
-    if record is not None:
-        yield RecordingFiles(record, console)
-
-
-def find_speaker(
-    find_card: Callable[[], Speaker], console: Console, *, is_needed: bool
-) -> Iterator[Speaker]:
-    """Give a loudspeaker; none where it is not needed, after a line that says why."""
-    try:
-        yield find_card()
-    except AudioUnavailable as error:
-        if is_needed:
-            raise
-        console.complain(f"{error}; recording without playing")
+        try:
+            speaker = Speaker(args.output, args.latency, args.delay, console)
+            closing.callback(speaker.close)
+            yield speaker
+        except AudioUnavailable as error:
+            if args.record is None:
+                raise
+            console.complain(f"{error}; recording without playing")
+    if args.record is not None:
+        yield RecordingFiles(args.record, console)
 
 
 # --- sound: Opus ----------------------------------------------------------------------------
@@ -3702,7 +3635,7 @@ class Listening:
     def __init__(
         self,
         address: Address,
-        destinations: list[Destination],
+        destinations: Sequence[Destination],
         seconds: float | None,
         console: Console,
         opus_kbit: int | None = None,
@@ -3796,8 +3729,7 @@ class Listening:
             for output in self.outputs:
                 output.resume(sync)
             return
-        for output in self.outputs:
-            output.close()
+        self.close()
         self.outputs = []
         self._audio = audio
         for destination in self._destinations:
@@ -3811,6 +3743,12 @@ class Listening:
             if len(self._destinations) == 1:
                 raise
             self._console.complain(f"{error}; recording without playing")
+
+    def close(self) -> None:
+        """Close all outputs, also where one fails. Raises SocketPairError."""
+        with contextlib.ExitStack() as closing:
+            for output in self.outputs:
+                closing.callback(output.close)
 
     def _is_enough(self, audio: AudioFormat) -> bool:
         """Return whether ``--seconds`` have been heard, or have gone by, in silence at first."""
@@ -3856,44 +3794,27 @@ class Listening:
         return ", ".join([heard, *filter(None, (output.summary() for output in self.outputs))])
 
 
-def start_audio_client(  # noqa: PLR0913 - the command line's options
-    address: Address,
-    *,
-    output: str | None,
-    record: str | None,
-    latency_ms: float | None,
-    delay_ms: float,
-    opus_kbit: int | None,
-    seconds: float | None,
-    quiet: bool,
-) -> int:
-    """Play or record a server's sound until it ends, `seconds` are over, or Ctrl+C.
+def start_audio_client(address: Address, args: argparse.Namespace) -> int:
+    """Play or record a server's sound until it ends, ``--seconds`` are over, or Ctrl+C.
 
-    Blocks until then; a server that is not there is waited for. Returns the exit status, and
-    has told the user whatever went wrong. See ``--help`` for `output` and `record`.
+    Blocks until then; a server that is not there is waited for. `args` are the command line's.
+    Returns the exit status, and has told the user whatever went wrong.
     """
-    console = Console(quiet, data_on_stdout=output == STDOUT)
-    destinations: list[Destination] = []
-    listening = Listening(address, destinations, seconds, console, opus_kbit)
+    console = Console(args.quiet, data_on_stdout=args.output == STDOUT)
     try:
-        with contextlib.suppress(ReaderGone), closing_all(listening, destinations):
-            if opus_kbit is not None:
+        with contextlib.suppress(ReaderGone), contextlib.ExitStack() as closing:
+            closing.callback(console.end_status)
+            if args.opus is not None:
                 check_av("--opus")
-            find_card = functools.partial(
-                Speaker, latency_ms=latency_ms, delay_ms=delay_ms, console=console
-            )
-            destinations += find_destinations(output, record, find_card, console)
+            destinations = list(find_destinations(args, console, closing))
+            listening = Listening(address, destinations, args.seconds, console, args.opus)
+            closing.callback(listening.close)
             if console.has_status:
                 threading.Thread(target=listening.show_status, name="status", daemon=True).start()
             listen_until_stopped(listening)
     except SocketPairError as error:
-        console.end_status()
         console.complain(str(error))
         return EXIT_FAILED
-    except KeyboardInterrupt:
-        console.end_status()
-        raise
-    console.end_status()
     console.say(listening.summarize())
     return EXIT_OK
 
@@ -3907,19 +3828,6 @@ def listen_until_stopped(listening: Listening) -> None:
     except KeyboardInterrupt:
         if not listening.heard_s:
             raise
-
-
-@contextlib.contextmanager
-def closing_all(listening: Listening, destinations: list[Destination]) -> Iterator[None]:
-    """Close all outputs after the ``with`` block, and destinations, also where one fails."""
-    with contextlib.ExitStack() as closing:
-        try:
-            yield
-        finally:
-            for destination in destinations:
-                closing.callback(destination.close)
-            for output in listening.outputs:
-                closing.callback(output.close)
 
 
 # --- command line ---------------------------------------------------------------------------
@@ -4156,22 +4064,6 @@ def complete_paths() -> None:
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
 
 
-def listen(args: argparse.Namespace) -> int:
-    """Run audio mode with the command line's arguments; return the exit status."""
-    if args.list_devices:
-        return common.list_devices(common.SPEAKER)
-    return start_audio_client(
-        Address(args.host, args.port, args.code, args.open),
-        output=args.output,
-        record=args.record,
-        latency_ms=args.latency,
-        delay_ms=args.delay,
-        opus_kbit=args.opus,
-        seconds=args.seconds,
-        quiet=args.quiet,
-    )
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the client with the command line's arguments; return its exit status."""
     args = parse_arguments(argv)
@@ -4181,10 +4073,12 @@ def main(argv: Sequence[str]) -> int:
         found = pick_server(args.mode, data_on_stdout=args.output == STDOUT)
         args.mode, args.host, args.port = found.announced.mode, found.host, found.port
     mode = "audio" if args.list_devices else args.mode or common.ask_mode()
+    address = Address(args.host, args.port, args.code, args.open)
     if mode == "audio":
         common.quiet_libraries(args.verbose)
-        return listen(args)
-    address = Address(args.host, args.port, args.code, args.open)
+        if args.list_devices:
+            return common.list_devices(common.SPEAKER)
+        return start_audio_client(address, args)
     if not args.paths:
         connect(address, FILE_HELLO)[0].close()  # holds no place there while the user types
         args.paths = ask_for_paths()

@@ -132,6 +132,16 @@ def test_the_client_waits_for_a_server_and_comes_back_to_it(card: VirtualSoundCa
             assert hears_tone(card)
 
 
+def test_a_server_that_comes_back_in_another_format_is_heard(card: VirtualSoundCard) -> None:
+    with start_server(card) as sender, start_client(card, port := port_of(sender)) as player:
+        player.wait_for("Listening")
+        assert hears_tone(card)
+        sender.interrupt()
+        with start_server(card, "--port", port, "--rate", "44100", "--channels", "2"):
+            player.wait_for("44100 Hz stereo")
+            assert hears_tone(card)
+
+
 def test_a_sound_card_that_is_unplugged_is_found_again(card: VirtualSoundCard) -> None:
     with start_server(card) as sender, start_client(card, port_of(sender)) as player:
         player.wait_for("Listening")

@@ -136,7 +136,7 @@ def test_a_wav_that_is_full_is_followed_by_another(
     monkeypatch.setattr(client, "WAV_LIMIT_BYTES", client.WAV_HEADER_BYTES + 2_001)
     (tmp_path / "talk.wav").write_bytes(b"somebody else's")
     files = client.RecordingFiles(str(tmp_path / "talk.wav"), common.Console(quiet=True))
-    writer = client.WavWriter(files.create, MONO)
+    writer = client.WavWriter(files, MONO)
     sent = numbered_frames(2_500)
     writer.write(sent[:3_000])
     writer.write(sent[3_000:])

@@ -106,32 +106,22 @@ def test_seconds_end_also_where_hardly_anything_comes(
             number += 1
 
     with FakeServer(trickle) as fake:
-        status = client.start_audio_client(
-            client.Address("127.0.0.1", fake.port),
-            output=str(tmp_path / "heard.wav"),
-            record=None,
-            latency_ms=None,
-            delay_ms=0.0,
-            opus_kbit=None,
-            seconds=0.5,
-            quiet=True,
-        )
+        arguments = ["--quiet", "--seconds", "0.5", "--output", str(tmp_path / "heard.wav")]
+        address = client.Address("127.0.0.1", fake.port)
+        status = client.start_audio_client(address, client.parse_arguments(arguments))
         may_end.set()
     assert status == common.EXIT_OK
 
 
-class Stuck:
+class Stuck(client.PipeWriter):
     """A writer that writes nothing until it may."""
 
     def __init__(self) -> None:
         self.may = threading.Event()
 
     def write(self, _samples: bytes) -> None:
-        """See `client.Writer`."""
+        """Block until it may."""
         self.may.wait(LIMIT_S)
-
-    def close(self) -> None:
-        """See `client.Writer`."""
 
 
 def test_blocks_without_samples_fill_the_queue_of_a_recording_as_well(

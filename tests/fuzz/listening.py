@@ -34,13 +34,12 @@ LISTENED_S = 1.0
 READ_FRAMES = 240
 
 
-class Player:
+class Player(client.Speaker, client.SpeakerOutput):
     """A loudspeaker without a card: a destination and its output around a real playout buffer."""
 
     def __init__(self, delay_s: float) -> None:
         self._delay_s = delay_s
         self._now_s = 0.0
-        self._playout: client.Playout | None = None
 
     def open(self, audio: AudioFormat, sync: client.Sync | None) -> Player:
         """Begin to play sound of this format."""
@@ -58,7 +57,6 @@ class Player:
 
     def write(self, samples: bytes, gap_frames: int, captured_s: float) -> None:
         """Take sound, and have the card read some."""
-        assert self._playout is not None
         self._now_s += 0.0025
         self._playout.write(samples, gap_frames, self._now_s, captured_s)
         played = self._playout.read(READ_FRAMES, self._now_s, 0.01)

@@ -1064,6 +1064,8 @@ def reading(connection: Connection, read: Callable[[], None]) -> Iterator[None]:
 
 DEFAULT_RETRY_S = 60.0
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+# Connections in a row that bring nothing to where it stays, before that counts as no server.
+MAX_FRUITLESS = 10
 RESUMED_LATER = "what has arrived is kept, and the same command goes on from there"
 LAST_WORDS_S = 1.0
 # What is read and sent at once: as much as takes no longer than this.
@@ -1121,6 +1123,10 @@ class Backlog:
 
     def __init__(self, sources: Iterator[Source]) -> None:
         self.run = os.urandom(8).hex()  # tells the server which connections belong together
+        self.decided = 0  # how many files and folders
+        self.offset = 0  # of what is sent of the last batch, the furthest
+        self._reached = (0, 0)
+        self._fruitless = 0
         self._batches = in_batches(sources)
         self._returned: list[Source] = []
 
@@ -1133,6 +1139,13 @@ class Backlog:
         batch = next(in_batches(self._returned), [])
         del self._returned[: len(batch)]
         return batch or next(self._batches, [])
+
+    def is_getting_on(self) -> bool:
+        """Note that a connection is lost; return whether those before have brought anything."""
+        reached = (self.decided, self.offset)
+        self._fruitless = 0 if reached > self._reached else self._fruitless + 1
+        self._reached = max(reached, self._reached)
+        return self._fruitless < MAX_FRUITLESS
 
 
 class Sender:
@@ -1164,7 +1177,7 @@ class Sender:
                     return
                 except ConnectionLost as error:
                     lost = error
-                    if upload.has_moved():
+                    if upload.has_moved() and backlog.is_getting_on():
                         waits = self._waits()
             connection = self._reconnect(waits, lost)
 
@@ -1508,8 +1521,8 @@ class Upload:
         digests: dict[int, Digests] = {}
         if isinstance(answer, Held):
             digests = self._compare(batch, answer)
-            longest = sum(max(lengths, default=0) for _, lengths in answer.entries)
-            hashing_signs = longest // MIN_HASHED_BYTES_PER_S
+            held = sum(batch.sources[index].entry.size or 0 for index, _ in answer.entries)
+            hashing_signs = held // MIN_HASHED_BYTES_PER_S
             answer = self._receive_answer(MAX_LOOK_UP_SIGNS + hashing_signs)
         if isinstance(answer, Held):
             raise ProtocolError("received a second held")
@@ -1560,6 +1573,7 @@ class Upload:
             if verdict:
                 self._report.resumed(batch.sources[index], verdict)
             transfers.append(UnderWay(batch.sources[index], index, verdict, known.get(verdict)))
+        self._backlog.offset = max((each.offset for each in transfers), default=0)
         return transfers
 
     def _decide_unsent(self, batch: Batch, index: int, outcome: Outcome, known: Digests) -> None:
@@ -1608,6 +1622,7 @@ class Upload:
     def _decide(self, batch: Batch, index: int, outcome: Outcome) -> None:
         """Report what the server says has become of a file. Also for the results' thread."""
         source, end = batch.decide(index)
+        self._backlog.decided += 1
         is_saved = outcome.kind == "saved" and not isinstance(end, NotSent)
         self._progress.decide(source, is_saved)
         if not isinstance(end, NotSent):

@@ -12,6 +12,7 @@ from support import (
     ROOT,
     FakeServer,
     RawClient,
+    RawPeer,
     Server,
     control_codes,
     free_port,
@@ -126,6 +127,30 @@ def test_a_server_that_talks_nonsense_is_one_line(tmp_path: Path, answer: bytes,
     assert result.status == 1
     assert told in result.stderr
     assert control_codes(result.stderr) == set()
+
+
+def test_a_server_that_takes_a_part_and_hangs_up_is_not_tried_for_ever(tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file", 3_000_000)
+    start = WELCOME + message("start", entries=[{"offset": 0}])
+
+    def take_a_part(peer: RawPeer) -> None:
+        peer.send(start)
+        peer.read(1_000_000)
+        peer.reset()
+
+    with FakeServer(take_a_part) as fake:
+        result = send(fake.port, source, "--retry=1")
+    assert result.status == 1
+    assert "gave up after 1 s" in result.error_lines[-1]
+
+
+def test_a_server_cannot_hash_longer_than_there_is_to_hash(tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file", 10_000)
+    held = message("held", entries=[[0, [10**18]]])
+    with FakeServer(WELCOME + held + 700 * message("hashing")) as fake:
+        result = send(fake.port, source)
+    assert result.status == 1
+    assert "signs of life without end" in result.stderr
 
 
 def test_a_checksum_is_claimed_only_of_all_that_was_sent(tmp_path: Path) -> None:

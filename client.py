@@ -3098,7 +3098,7 @@ class RecordingOutput:
         self._blocks: queue.SimpleQueue[tuple[bytes, int] | None] = queue.SimpleQueue()
         self._written: queue.SimpleQueue[int] = queue.SimpleQueue()  # bytes of each block that was
         self._waiting_bytes = 0
-        self._error: SocketPairError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="recording", daemon=True)
         self._thread.start()
 
@@ -3119,7 +3119,7 @@ class RecordingOutput:
             try:
                 if not self._error:
                     self._write(*block)
-            except SocketPairError as error:
+            except Exception as error:  # noqa: BLE001  (`write` raises it, or `close`)
                 self._error = error
             finally:
                 self._written.put(BLOCK_BYTES + len(block[0]))
@@ -3287,9 +3287,16 @@ class WavWriter:
         import wave  # noqa: PLC0415  (only recordings need it)
 
         wav = wave.open(file, "wb")  # noqa: SIM115 - open as long as the recording
-        wav.setparams((self._audio.channels, common.SAMPLE_BYTES, self._audio.rate, 0, "NONE", ""))
-        wav.writeframes(b"")
-        file.flush()
+        try:
+            wav.setparams(
+                (self._audio.channels, common.SAMPLE_BYTES, self._audio.rate, 0, "NONE", "")
+            )
+            wav.writeframes(b"")
+            file.flush()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                wav.close()  # which it would do later, with a traceback
+            raise
         return file, wav
 
     def write(self, samples: bytes) -> None:

@@ -127,6 +127,24 @@ files.create(lambda file: file.write(b"sound"))
 """
 
 
+RECORD_SOUND = """
+import sys, client, common
+files = client.RecordingFiles(sys.argv[1], common.Console(quiet=True))
+sys.exit(common.find_status(lambda _: client.WavWriter(files, common.AudioFormat(48_000, 1))))
+"""
+
+
+def test_a_recording_on_a_full_disk_fails_in_one_line(tmp_path: Path, faulty_disk: Path) -> None:
+    environment = {**os.environ, "LD_PRELOAD": str(faulty_disk), "FAULTS": "full=0"}
+    command = [sys.executable, "-c", RECORD_SOUND, str(tmp_path / "talk.wav")]
+    failed = subprocess.run(
+        command, env=environment, cwd=ROOT, check=False, timeout=60, stderr=subprocess.PIPE
+    )
+    assert failed.returncode == 1
+    assert failed.stderr == b"cannot record: no space left on device\n"
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("faults", ["", " rename=kill"])
 def test_without_links_a_recording_has_its_beginning_before_its_name(
     tmp_path: Path, faulty_disk: Path, faults: str

@@ -141,6 +141,21 @@ def test_blocks_without_samples_fill_the_queue_of_a_recording_as_well(
     output.close()
 
 
+class Broken(client.PipeWriter):
+    """A writer that fails in a way that nobody has thought of."""
+
+    def write(self, _samples: bytes) -> None:
+        """Fail."""
+        raise MemoryError
+
+
+def test_a_recording_that_fails_in_any_way_ends_whoever_records() -> None:
+    output = client.RecordingOutput(Broken(), MONO, client.Missed())
+    output.write(bytes(2), 0)
+    with pytest.raises(MemoryError):
+        output.close()
+
+
 def test_captured_sound_is_joined_up_to_a_gap() -> None:
     captured = server.CaptureQueue(MONO)
     for _ in range(3):

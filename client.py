@@ -971,11 +971,13 @@ class Report:
             return
         with self._lock:
             tally = self._folders.pop(source.name, Counter())
+        is_new = tally["already"] < tally["files"] or not tally["files"]
         files = count(tally["files"], "file")
-        text = f"Saved {escape(name)}/ with {files} ({format_bytes(tally['bytes'])})"
+        text = f"{'Saved' if is_new else 'Already there as'} {escape(name)}/ with {files}"
+        text += f" ({format_bytes(tally['bytes'])})"
         if tally["files"]:
             text += ", every SHA-256 matches"
-        if tally["already"]:
+        if tally["already"] and is_new:
             text += f", {tally['already']} there already"
         if tally["failed"]:
             text += f", without {tally['failed']} that failed"
@@ -1100,10 +1102,11 @@ def start_file_client(  # noqa: PLR0913 - the command line's options
     """
     console = Console(quiet)
     report = Report(console, verbose)
+    sender = Sender(address, console, report, retry_s)
     try:
         named = list(report.without_problems(look_up_named(paths, name)))
         if named:
-            Sender(address, console, report, retry_s).send(named)
+            sender.send(named)
     except SocketPairError as error:
         console.end_status()
         console.complain(str(error))
@@ -1111,7 +1114,10 @@ def start_file_client(  # noqa: PLR0913 - the command line's options
     except KeyboardInterrupt:
         line_end = "" if console.is_showing_status else "\n"  # behind the terminal's ^C
         console.end_status()
-        console.complain(f"{line_end}interrupted: the same command goes on from here")
+        if sender.begun:
+            can_resume = any(source.path != STDIN for source in sender.begun)
+            rest = ": the same command goes on from here" if can_resume else ""
+            console.complain(f"{line_end}interrupted{rest}")
         raise
     finally:
         console.end_status()
@@ -1156,6 +1162,7 @@ class Sender:
         self._console = console
         self._report = report
         self._retry_s = retry_s
+        self.begun: Sequence[Source] = ()  # once there was a server
 
     def send(self, named: Sequence[Source]) -> None:
         """Send all that is named; blocks until each file in it is decided.
@@ -1164,6 +1171,7 @@ class Sender:
         PeerRefused, ProtocolError and WrongCode at once.
         """
         connection, welcome = connect(self._address, FILE_HELLO)
+        self.begun = named
         is_single = len(named) == 1 and not named[0].entry.is_folder
         sizes = functools.partial(sizes_in, named, welcome.folder)
         progress = Progress(self._console, is_single, sizes)

@@ -67,6 +67,17 @@ def test_an_empty_folder_arrives(server: Server, tmp_path: Path) -> None:
     assert result.stdout == "Saved empty/ with 0 files (0 bytes)\n"
 
 
+def test_a_folder_that_is_there_already_is_said_to_be(server: Server, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for number in range(3):
+        make_file(tree / f"{number}", 1000, seed=number)
+    assert server.send(tree).status == 0
+    known = "tree/ with 3 files (3.0 kB), every SHA-256 matches"
+    assert server.send(tree).stdout == f"Already there as {known}\n"
+    make_file(tree / "0", 1000, seed=9)
+    assert server.send(tree, "--verbose").stdout.endswith(f"Saved {known}, 2 there already\n")
+
+
 @pytest.mark.parametrize("path", [".", "./", "../here", "../here/"])
 def test_a_folder_named_in_an_odd_way_keeps_its_name(
     server: Server, tmp_path: Path, path: str
@@ -338,7 +349,7 @@ def test_many_results_from_a_deep_folder_arrive(server: Server, tmp_path: Path) 
     tree = tmp_path / "short"
     for number in range(600):
         make_file(tree / f"file {number}", 10, seed=number)
-    for line in ("600 files", "600 there already"):
+    for line in ("Saved short/ with 600 files", "Already there as short/ with 600 files"):
         result = server.send(tree)
         assert result.status == 0, result
         assert line in result.stdout

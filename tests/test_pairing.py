@@ -9,6 +9,7 @@ import pytest
 
 import server
 from pairing import CODE, CONTENT, NAME, OTHER_CODE, visible_files
+from processes import CTRL_C
 from support import HOST, Process, Server, free_port
 
 NOT_INSTALLED = "raise ImportError('not installed')"
@@ -79,6 +80,15 @@ def test_on_a_terminal_the_client_asks_for_the_code(paired: Server, source: Path
         client.type("kq7m 2xfd 9wpa\n")
         client.expect(f"Saved as {NAME}")
         assert client.wait().status == 0
+
+
+def test_ctrl_c_where_the_code_is_asked_for_promises_nothing(paired: Server, source: Path) -> None:
+    with paired.client(source, terminal=True) as client:
+        client.expect("Pairing code: ")
+        client.type(CTRL_C)
+        result = client.wait()
+    assert result.status == 130
+    assert result.stdout.endswith(("Pairing code: \r\n", "Pairing code: ^C\r\n"))
 
 
 @pytest.mark.parametrize("script", ["server.py", "client.py"])

@@ -1780,6 +1780,8 @@ class Content:
         )
         self.received = offset  # with those that were here before
         self.is_over = False
+        self._segment_left = 0
+        self._has_ended = False  # but for its SHA-256
 
     def read(self, blocks: Blocks) -> bytes:
         """Hand all of it to `blocks`; return the client's SHA-256 of the whole.
@@ -1787,28 +1789,38 @@ class Content:
         Blocks until all is there. Raises GivenUp, ProtocolError, whatever `blocks` raises, and
         ConnectionLost once it has handed over all that had come.
         """
-        connection = self._connection
-        while (length := connection.read_length(self._ahead)) != common.END_OF_FILE:
-            if length == common.GIVEN_UP:
-                self.is_over = True
-                raise GivenUp("the client cannot read it, or it has changed there")
-            if length != common.STILL_HERE:
-                self._read_segment(length, blocks)
-        checksum = connection.read(hashlib.sha256().digest_size)
+        while self.has_more():
+            block = blocks.take()[: self._segment_left]
+            count = self._connection.read_some(block, PIECE_S)
+            self.received += count
+            self._segment_left -= count
+            blocks.give(block[:count])
+        checksum = self._connection.read(hashlib.sha256().digest_size)
         self.is_over = True
         return checksum
 
-    def _read_segment(self, length: int, blocks: Blocks) -> None:
+    def has_more(self) -> bool:
+        """Return whether bytes of it come next; blocks until that is known.
+
+        Raises GivenUp, ProtocolError and ConnectionLost.
+        """
+        while not (self._segment_left or self._has_ended):
+            length = self._connection.read_length(self._ahead)
+            if length == common.GIVEN_UP:
+                self.is_over = True
+                raise GivenUp("the client cannot read it, or it has changed there")
+            if length == common.END_OF_FILE:
+                self._has_ended = True
+            elif length != common.STILL_HERE:
+                self._begin_segment(length)
+        return not self._has_ended
+
+    def _begin_segment(self, length: int) -> None:
         if length > SEGMENT_BYTES:
             raise ProtocolError(f"received a segment of {length} bytes")
         if self._size is not None and self.received + length > self._size:
             raise ProtocolError("received more of a file than was offered")
-        while length:
-            block = blocks.take()[:length]
-            count = self._connection.read_some(block, PIECE_S)
-            self.received += count
-            length -= count
-            blocks.give(block[:count])
+        self._segment_left = length
 
     def pass_over(self) -> None:
         """Read and drop the rest."""
@@ -2116,8 +2128,8 @@ class Reception:
         if is_large(entry) or not self._connection.buffered() or self._told.remaining() == 0:
             self._tell_results()  # before what may take a while
         content = Content(self._connection, entry.size, wanted.offset)
-        self._connection.peek(common.LENGTH.size)  # nothing is written before it arrives
         try:
+            content.has_more()  # nothing is made here for a file of which nothing comes
             outcome = self._receive_file(batch, wanted, content)
         except (Refused, GivenUp, OSError) as error:
             outcome = batch.fail(entry.path, error)

@@ -287,6 +287,15 @@ def test_hanging_up_at_any_step_keeps_what_there_was(inbox: Path, said: bytes, h
     assert contents(inbox) == {"file": CONTENT}
 
 
+def test_a_file_of_which_nothing_comes_leaves_no_folder(inbox: Path) -> None:
+    with real_server(inbox) as peer:
+        peer.send(say(Offer([Entry("a/b/lost", 3), Entry("a/c/kept", 1)])))
+        start_of(peer)
+        peer.send(LENGTH.pack(STILL_HERE) + LENGTH.pack(GIVEN_UP) + segments(b"x"))
+        assert [each.kind for each in outcomes_of(peer, 2).values()] == ["failed", "saved"]
+    assert contents(inbox) == {"a/": b"", "a/c/": b"", "a/c/kept": b"x"}
+
+
 def test_one_name_offered_twice_is_saved_twice(inbox: Path) -> None:
     inbox.mkdir()
     with real_server(inbox) as peer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import subprocess
 import sys
@@ -11,10 +12,14 @@ from pathlib import Path
 import pytest
 
 from support import (
+    END_OF_FILE,
+    GIVEN_UP,
     MIB,
     ROOT,
+    RawClient,
     Server,
     contents,
+    frame,
     linux,
     make_file,
     partials,
@@ -118,6 +123,24 @@ def test_what_a_full_disk_has_to_give_back_leaves_nothing_hidden(
         result = server.send(large)
         assert result.error_lines == [f"{large}: at the server: no space left on device"]
         assert os.listdir(inbox) == []
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_slow_segment_costs_that_file_alone(
+    inbox: Path, faulty_disk: Path
+) -> None:
+    offer = [{"path": "large", "size": MIB}, {"path": "small", "size": 5}]
+    with (
+        serve(inbox, faulty_disk, f"full={MIB // 4}") as server,
+        RawClient(server.port).greet() as client,
+    ):
+        assert client.offer(*offer)["entries"] == [{"offset": 0}] * 2
+        segment = frame(bytes(MIB))
+        client.send(segment[: MIB // 2])
+        assert "failed" in client.receive_result()
+        client.send(segment[MIB // 2 :] + GIVEN_UP)
+        client.send(frame(b"small") + END_OF_FILE + hashlib.sha256(b"small").digest())
+        assert "saved" in client.receive_result()
+    assert contents(inbox) == {"small": b"small"}
 
 
 RECORD = """

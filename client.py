@@ -2933,8 +2933,8 @@ class SpeakerOutput:
         self._advice = StepAdvice(console)
         self._exchanged = threading.Condition()  # guards the playout, and tells of what was written
         block_ms, longest_ms = find_blocks_ms(wait_s)
-        passing = common.Passing(self._playout.card, block_ms, self._exchange, longest_ms)
-        card.open(passing, self._return)
+        card_format = self._playout.card
+        card.open(common.Passing(card_format, block_ms, self._exchange, self._return, longest_ms))
 
     def _exchange(self, _samples: bytes | None, passage: common.Passage) -> bytes:
         """Return the next frames; PortAudio's thread calls this.

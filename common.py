@@ -2255,11 +2255,14 @@ class Passing(NamedTuple):
 
     PortAudio makes a card's buffer of some three such blocks, and PyAudio lets nothing else be
     chosen. A card that runs dry again and again gets `longest_block_ms` at once, if that is more.
+    `on_return` is told, before the first block after the device was away, for how many seconds it
+    was. A thread of PortAudio's calls both.
     """
 
     audio: AudioFormat
     block_ms: float
     exchange: Exchange
+    on_return: Callable[[float], object] = lambda lost_s: None
     longest_block_ms: float = 0.0
 
 
@@ -2635,45 +2638,8 @@ System = SoundSystem | JackSystem
 Stream = PortAudioStream | JackProcess
 
 
-class Opening(NamedTuple):
-    """A request to a sound card's thread: let sound flow.
-
-    `on_return` is called before the first block after the device was away, with for how long.
-    """
-
-    passing: Passing
-    on_return: Callable[[float], object]
-
-    def with_longer_blocks(self) -> Opening:
-        """Return a request for a larger buffer of the card."""
-        passing = self.passing
-        return self._replace(passing=passing._replace(block_ms=passing.longest_block_ms))
-
-
 class Closing:
-    """A request to a sound card's thread: close the card, and end."""
-
-
-class CardMail:
-    """What goes to and fro between a sound card's thread and the one that uses the card.
-
-    The first answer is the device that was found, each further one is to an Opening.
-    """
-
-    def __init__(self) -> None:
-        self.requests: queue.SimpleQueue[Opening | Closing] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[Device | Exception] = queue.SimpleQueue()
-
-    def answer(self, answer: Device | Exception) -> None:
-        """Answer with the device, or what went wrong."""
-        self._answers.put(answer)
-
-    def take_answer(self) -> Device:
-        """Return the device, or raise what went wrong; blocks until there is an answer."""
-        answer = take_interruptibly(self._answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    """A request to a sound card's thread: close the card, and end; a Passing is one to open it."""
 
 
 class Flow:
@@ -2717,7 +2683,7 @@ class Flow:
 class OpenCard(NamedTuple):
     """A stream and its sound, as it was requested."""
 
-    opening: Opening
+    passing: Passing
     stream: Stream
     flow: Flow
 
@@ -2727,7 +2693,7 @@ class OpenCard(NamedTuple):
 
     def wants_longer_blocks(self) -> bool:
         """Return whether it runs dry again and again, and its blocks may be longer."""
-        passing = self.opening.passing
+        passing = self.passing
         return passing.block_ms < passing.longest_block_ms and self.flow.has_many_gaps()
 
     def is_decided(self) -> bool:
@@ -2735,42 +2701,35 @@ class OpenCard(NamedTuple):
         return self.flow.has_begun or self.is_lost()
 
 
-class CardKeeper:
+class CardKeeper(NamedTuple):
     """Keeps one device open as it is asked to, and waits for the same one whenever it has gone.
 
     One thread runs it, and only that calls PortAudio: a sound system that hangs holds up whoever
-    asks it.
+    asks it. Each Passing that is requested is answered: by the device, or what went wrong.
     """
 
-    def __init__(
-        self,
-        direction: Direction,
-        system: System,
-        device: Device,
-        mail: CardMail,
-        complain: Callable[[str], object],
-    ) -> None:
-        self._direction = direction
-        self._system = system
-        self._device = device
-        self._mail = mail
-        self._complain = complain
+    direction: Direction
+    system: System
+    device: Device
+    requests: queue.SimpleQueue[Passing | Closing]
+    answers: queue.SimpleQueue[Device | Exception]
+    complain: Callable[[str], object]
 
     def run(self) -> None:
         """Do as requested, until the card is to be closed."""
-        request = self._mail.requests.get()
-        while isinstance(request, Opening):
+        request = self.requests.get()
+        while isinstance(request, Passing):
             request = self._keep_open(request)
-        self._system.close()
+        self.system.close()
 
-    def _keep_open(self, opening: Opening) -> Opening | Closing:
+    def _keep_open(self, passing: Passing) -> Passing | Closing:
         """Keep the device open, and answer; return the next request."""
         try:
-            card = self._open(opening, lambda now_s: None)
+            card = self._open(passing, lambda now_s: None)
         except Exception as error:  # noqa: BLE001 - raised again by take_answer
-            self._mail.answer(error)
-            return self._mail.requests.get()
-        self._mail.answer(self._device)
+            self.answers.put(error)
+            return self.requests.get()
+        self.answers.put(self.device)
         while (request := self._wait(functools.partial(self._is_to_be_opened_anew, card))) is None:
             is_short = self._is_too_short(card)
             following = self._lengthen(card) if is_short else self._bring_back(card)
@@ -2785,62 +2744,62 @@ class CardKeeper:
 
     def _is_too_short(self, card: OpenCard) -> bool:
         """Return whether the buffer of a card that is there is, and can be larger."""
-        return self._system.sizes_buffers and card.wants_longer_blocks() and not card.is_lost()
+        return self.system.sizes_buffers and card.wants_longer_blocks() and not card.is_lost()
 
-    def _lengthen(self, card: OpenCard) -> OpenCard | Opening | Closing:
+    def _lengthen(self, card: OpenCard) -> OpenCard | Passing | Closing:
         """Open a card with longer blocks; where that fails, do as `_bring_back`."""
         card.stream.close()
-        opening = card.opening.with_longer_blocks()
+        passing = card.passing._replace(block_ms=card.passing.longest_block_ms)
         try:
-            longer = self._open_again(opening, card.flow.last_s)
+            longer = self._open_again(passing, card.flow.last_s)
         except AudioUnavailable:
             return self._bring_back(card)
-        self._complain(
+        self.complain(
             f"{self._what} ran dry {GAPS} times in {GAPS_S:.0f} s: it gets "
-            f"{opening.passing.block_ms:g} ms at once from now on"
+            f"{passing.block_ms:g} ms at once from now on"
         )
         return longer
 
-    def _bring_back(self, card: OpenCard) -> OpenCard | Opening | Closing:
+    def _bring_back(self, card: OpenCard) -> OpenCard | Passing | Closing:
         """Wait for a card that has gone; return it, or the next request."""
         # Told first: a sound system that hangs does not let the stream be closed.
-        option = self._direction.option
-        self._complain(f"{self._what} is gone: waiting for it ({option} would take another)")
+        option = self.direction.option
+        self.complain(f"{self._what} is gone: waiting for it ({option} would take another)")
         card.stream.close()
-        returned = self._wait_for_return(card.opening, card.flow.last_s)
+        returned = self._wait_for_return(card.passing, card.flow.last_s)
         if isinstance(returned, OpenCard):
-            self._complain(f"{self._what} is back")
+            self.complain(f"{self._what} is back")
         return returned
 
     @property
     def _what(self) -> str:
-        return f"the {self._direction.noun} {self._device.shown}"
+        return f"the {self.direction.noun} {self.device.shown}"
 
-    def _open_again(self, opening: Opening, lost_s: float) -> OpenCard:
-        return self._open(opening, lambda now_s: opening.on_return(now_s - lost_s))
+    def _open_again(self, passing: Passing, lost_s: float) -> OpenCard:
+        return self._open(passing, lambda now_s: passing.on_return(now_s - lost_s))
 
-    def _open(self, opening: Opening, begin: Callable[[float], object]) -> OpenCard:
-        flow = Flow(opening.passing.exchange, begin)
-        passing = opening.passing._replace(exchange=flow.exchange)
-        stream = self._system.open(self._direction, self._device, passing)
-        return OpenCard(opening, stream, flow)
+    def _open(self, passing: Passing, begin: Callable[[float], object]) -> OpenCard:
+        flow = Flow(passing.exchange, begin)
+        watched = passing._replace(exchange=flow.exchange)
+        stream = self.system.open(self.direction, self.device, watched)
+        return OpenCard(passing, stream, flow)
 
-    def _wait(self, until: Callable[[], bool]) -> Opening | Closing | None:
+    def _wait(self, until: Callable[[], bool]) -> Passing | Closing | None:
         """Return a request once there is one, or None once `until` holds.
 
         That is asked every ``CARD_CHECK_S``: PyAudio tells nobody that a stream has ended.
         """
         while not until():
             with contextlib.suppress(queue.Empty):
-                return self._mail.requests.get(timeout=CARD_CHECK_S)
+                return self.requests.get(timeout=CARD_CHECK_S)
         return None
 
-    def _wait_for_return(self, opening: Opening, lost_s: float) -> OpenCard | Opening | Closing:
+    def _wait_for_return(self, passing: Passing, lost_s: float) -> OpenCard | Passing | Closing:
         """Try to open the device until sound flows again; return that, or the next request."""
         while True:
             with contextlib.suppress(AudioUnavailable):
-                self._system.restart()
-                card = self._open_again(opening, lost_s)
+                self.system.restart()
+                card = self._open_again(passing, lost_s)
                 request = self._wait(card.is_decided)
                 if request is None and card.flow.has_begun:
                     return card
@@ -2848,7 +2807,7 @@ class CardKeeper:
                 if request is not None:
                     return request
             with contextlib.suppress(queue.Empty):
-                return self._mail.requests.get(timeout=CARD_RETRY_S)
+                return self.requests.get(timeout=CARD_RETRY_S)
 
 
 class SoundCard:
@@ -2862,42 +2821,44 @@ class SoundCard:
     def __init__(
         self, direction: Direction, wanted: str | None, complain: Callable[[str], object]
     ) -> None:
-        self._mail = CardMail()
+        self._requests: queue.SimpleQueue[Passing | Closing] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Device | Exception] = queue.SimpleQueue()
 
         def keep() -> None:
             try:
                 system, device = find_device(direction, wanted)
             except Exception as error:  # noqa: BLE001 - raised again by take_answer
-                self._mail.answer(error)
+                self._answers.put(error)
                 return
-            self._mail.answer(device)
-            CardKeeper(direction, system, device, self._mail, complain).run()
+            self._answers.put(device)
+            CardKeeper(direction, system, device, self._requests, self._answers, complain).run()
 
         self._thread = threading.Thread(target=keep, name="sound card", daemon=True)
         self._thread.start()
-        self.device = self._mail.take_answer()
+        self.device = take_answer(self._answers)
 
-    def open(self, passing: Passing, on_return: Callable[[float], object]) -> None:
-        """Let sound flow: a thread of PortAudio's calls `passing.exchange` from now on.
+    def open(self, passing: Passing) -> None:
+        """Let sound flow from now on.
 
-        So it does `on_return`, before the first block after the device was away, with for how
-        many seconds it was. A card that is open is closed first; after a failure, another format
-        can be tried.
+        A card that is open is closed first; after a failure, another format can be tried.
         """
-        self._mail.requests.put(Opening(passing, on_return))
-        self._mail.take_answer()
+        self._requests.put(passing)
+        take_answer(self._answers)
 
     def close(self) -> None:
         """Release the device, unless the sound system hangs. Idempotent."""
-        self._mail.requests.put(Closing())
+        self._requests.put(Closing())
         self._thread.join(CARD_CLOSE_S)
 
 
-def take_interruptibly(answers: queue.SimpleQueue[T]) -> T:
-    """Return the next of `answers`; blocks until there is one, or Ctrl+C."""
+def take_answer(answers: queue.SimpleQueue[T | Exception]) -> T:
+    """Return the next of `answers`, or raise it; blocks until there is one, or Ctrl+C."""
     while True:
         with contextlib.suppress(queue.Empty):
-            return answers.get(timeout=0.5)  # Windows lets Ctrl+C through only in between
+            answer = answers.get(timeout=0.5)  # Windows lets Ctrl+C through only in between
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
 
 
 def find_device(direction: Direction, wanted: str | None) -> tuple[System, Device]:
@@ -2966,7 +2927,7 @@ def describe_devices(
 
 def list_devices(direction: Direction) -> int:
     """Print the table of devices, JACK's too; return the exit status."""
-    tables: queue.SimpleQueue[str | AudioUnavailable] = queue.SimpleQueue()
+    tables: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
 
     def make_table() -> None:
         try:
@@ -2980,10 +2941,7 @@ def list_devices(direction: Direction) -> int:
             tables.put(error)
 
     threading.Thread(target=make_table, name="devices", daemon=True).start()
-    table = take_interruptibly(tables)
-    if isinstance(table, AudioUnavailable):
-        raise table
-    say(table)
+    say(take_answer(tables))
     return EXIT_OK
 
 

@@ -2317,7 +2317,8 @@ class Microphone:
         self.captured = CaptureQueue(audio)
         self._card = card
         self._silence = Silence(audio)
-        card.open(common.Passing(audio, CAPTURE_BLOCK_MS, self._hand_over), self.captured.skip)
+        skip = self.captured.skip  # what a card that was away has not captured
+        card.open(common.Passing(audio, CAPTURE_BLOCK_MS, self._hand_over, skip))
 
     def start(self) -> None:
         """Nothing to do: it captures already."""

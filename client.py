@@ -23,7 +23,7 @@ sound: outputs          ``Speaker``: a sound card, as a destination; ``SpeakerOu
 sound: recordings       ``RecordingFiles``, ``Pipe``: WAV, FLAC and Opus, standard output;
                         ``find_destinations``: which of all these the user wants
 sound: Opus             ``OpusDecoder``: what comes as Opus, as PCM
-sound: listening        ``start_audio_client``, ``Listening``: receives, comes back; ``Timeline``
+sound: listening        ``start_audio_client``, ``Listening``: receives, comes back; ``Numbering``
 command line            ``main`` asks for what the arguments leave open
 ======================  ===========================================================
 
@@ -2001,14 +2001,6 @@ SHORTEST_PERIOD_S, LONGEST_PERIOD_S = 0.0025, 0.016
 TEMPLATE_S = 0.01
 
 
-class PlayStatistics:
-    """What has happened to the sound on its way through a playout buffer."""
-
-    missed_frames = 0
-    late_frames = 0
-    dropouts = 0
-
-
 class Tape:
     """The latest sound by the numbers of its frames: from `first` to before `end`.
 
@@ -2050,6 +2042,25 @@ class Tape:
         return self._store[max(start, self.first) + before : max(0, min(end, self.end) + before)]
 
 
+class Overlay:
+    """Fades `old` sound out over the sound that comes next."""
+
+    def __init__(self, old: Floats) -> None:
+        self._old = old.copy()
+        self._level = np.arange(len(old), 0, -1, dtype=np.float32)[:, None] / (len(old) + 1)
+
+    def laid_over(self, sound: Floats) -> Floats:
+        """Return `sound`, the next there is, with what is left of the old one in it."""
+        faded = min(len(sound), len(self._old))
+        if not faded:
+            return sound
+        old, level = self._old[:faded], self._level[:faded]
+        self._old, self._level = self._old[faded:], self._level[faded:]
+        sound = sound.copy()
+        sound[:faded] += (old - sound[:faded]) * level
+        return sound
+
+
 class Concealment:
     """Goes on where sound breaks off: its last pitch period again and again, fading out.
 
@@ -2073,10 +2084,10 @@ class Concealment:
         """Return the last period of `sound`, its end leading into its beginning; none if short."""
         lag = pitch_period(sound, self._rate)
         seam = lag // 4
-        if not lag or len(sound) < lag + seam:
+        if not seam or len(sound) < lag + seam:
             return sound[:0]
         period: Floats = sound[-lag:].copy()
-        period[-seam:] = cross_faded(period[-seam:], sound[-lag - seam : -lag])
+        period[-seam:] = Overlay(period[-seam:]).laid_over(sound[-lag - seam : -lag])
         return period
 
     def take(self, frames: int) -> Floats:
@@ -2113,13 +2124,6 @@ def most_alike(searched: Any, template: Any) -> int:
     return int(np.argmax(product / np.sqrt(energy + 1e-6)))
 
 
-def cross_faded(old: Floats, new: Floats) -> Floats:
-    """Return `old` going over into `new`, of the same length."""
-    share = np.arange(1, len(new) + 1, dtype=np.float32)[:, None] / (len(new) + 1)
-    faded: Floats = old + (new - old) * share
-    return faded
-
-
 def to_sound(samples: bytes, audio: AudioFormat, channels: int) -> Floats:
     """Return 16-bit samples as floats, mixed down where `channels` are fewer than there are.
 
@@ -2143,25 +2147,6 @@ def to_samples(sound: Floats, channels: int) -> bytes:
     scaled = np.rint(sound * np.float32(32768))
     samples: bytes = np.clip(scaled, -32768, 32767).astype("<i2").tobytes()
     return samples
-
-
-class Overlay:
-    """Fades `old` sound out over the sound that comes next."""
-
-    def __init__(self, old: Floats) -> None:
-        self._old = old.copy()
-        self._level = np.arange(len(old), 0, -1, dtype=np.float32)[:, None] / (len(old) + 1)
-
-    def laid_over(self, sound: Floats) -> Floats:
-        """Return `sound`, the next there is, with what is left of the old one in it."""
-        faded = min(len(sound), len(self._old))
-        if not faded:
-            return sound
-        old, level = self._old[:faded], self._level[:faded]
-        self._old, self._level = self._old[faded:], self._level[faded:]
-        sound = sound.copy()
-        sound[:faded] += (old - sound[:faded]) * level
-        return sound
 
 
 class Target:
@@ -2219,7 +2204,7 @@ class Playout:
 
         self.audio = audio
         self.card = card
-        self.statistics = PlayStatistics()
+        self.dropouts = 0
         channels = min(audio.channels, card.channels)
         self._tape = Tape(audio.rate, channels)
         # What the resampler holds is never collected.
@@ -2235,7 +2220,7 @@ class Playout:
         self.speed = 1.0
         self._next = 0  # the frame that the resampler gets next
         self._asked_frames = 0.0  # as far as all reads reach
-        self._playing = False
+        self.is_playing = False
         self._unplayed = 0  # where to go on
         self._draining = False
         self._start_s = math.inf  # when it is known how much to keep
@@ -2255,7 +2240,7 @@ class Playout:
     @property
     def fill_frames(self) -> int:
         """The sound that waits to be played."""
-        return max(0, self._tape.end - (self._next if self._playing else self._unplayed))
+        return max(0, self._tape.end - (self._next if self.is_playing else self._unplayed))
 
     def describe(self) -> str:
         """Return how much sound waits, and of how much where that is fixed."""
@@ -2284,7 +2269,6 @@ class Playout:
             return
         sound = to_sound(samples, self.audio, tape.channels)
         if gap_frames > 0:
-            self.statistics.missed_frames += gap_frames
             sound = self._conceal_gap(gap_frames, sound)
         first = tape.end
         tape.append(sound)
@@ -2297,8 +2281,7 @@ class Playout:
         self._tape.append(concealment.take(concealed_frames))
         self._tape.skip(gap_frames - concealed_frames)
         fade_frames = min(len(sound), int(FADE_S * self.audio.rate))
-        sound[:fade_frames] = cross_faded(concealment.take(fade_frames), sound[:fade_frames])
-        return sound
+        return Overlay(concealment.take(fade_frames)).laid_over(sound)
 
     def _latest(self) -> Floats:
         """Return the last of what was written, as much as a concealment looks at."""
@@ -2319,7 +2302,7 @@ class Playout:
     def lacks(self, frames: int) -> bool:
         """Return whether a read of `frames` would be a dropout."""
         there = self._tape.end - self._next
-        return self._playing and not self._draining and there < self._frames_for(frames)
+        return self.is_playing and not self._draining and there < self._frames_for(frames)
 
     def read(
         self, frames: int, now_s: float, ahead_s: float = 0.0, has_run_dry: bool = False
@@ -2330,12 +2313,12 @@ class Playout:
         play before it asked. No sound system tells that of every card: a long time without a read
         counts as well.
         """
-        if has_run_dry or (self._playing and self._has_stood_still(now_s)):
+        if has_run_dry or (self.is_playing and self._has_stood_still(now_s)):
             self._note_underrun()
-        if self._next < self._tape.first and self._playing:  # the card stood still
+        if self._next < self._tape.first and self.is_playing:  # the card stood still
             self.restart()
         self._note_read(frames, now_s, ahead_s)
-        if not self._playing:
+        if not self.is_playing:
             self._start(self._frames_for(frames), now_s)
         elif now_s - self._steered_s >= STEERING_INTERVAL_S:
             self._steer(now_s)
@@ -2348,7 +2331,7 @@ class Playout:
 
     def _note_underrun(self) -> None:
         """Count a dropout of the sound card."""
-        self.statistics.dropouts += self._playing
+        self.dropouts += self.is_playing
 
     def _note_read(self, frames: int, now_s: float, _ahead_s: float) -> None:
         self._asked_frames += frames * self._step
@@ -2360,24 +2343,24 @@ class Playout:
     def _supply(self) -> Floats:
         """Return the frames that the resampler needs next, one at least."""
         frames = max(1, math.ceil(self._asked_frames - self._next))
-        if self._playing:
+        if self.is_playing:
             sound = self._tape.between(self._next, self._next + frames)
             if not len(sound):
                 self._drop_out()
-        if not self._playing:
+        if not self.is_playing:
             sound = self._concealment.take(frames)
         self._next += len(sound)
         return self._overlay.laid_over(sound)
 
     def _drop_out(self) -> None:
         if not self._draining:
-            self.statistics.dropouts += 1
+            self.dropouts += 1
         self._stop()
 
     def _stop(self) -> None:
         """Play nothing more for now; fade out."""
-        if self._playing:
-            self._playing = False
+        if self.is_playing:
+            self.is_playing = False
             self._unplayed = self._next
             before = self._next - int((LONGEST_PERIOD_S + TEMPLATE_S) * self.audio.rate)
             self._concealment = Concealment(self._tape.between(before, self._next), self.audio.rate)
@@ -2392,7 +2375,6 @@ class Playout:
         if first <= last and self._is_time_to_start(now_s):
             place = self._next + round(self._find_error_s() * self.audio.rate)
             if first <= place <= last:
-                self.statistics.late_frames += place - self._unplayed
                 self._play_from(place, now_s)
 
     def _is_time_to_start(self, now_s: float) -> bool:
@@ -2419,7 +2401,7 @@ class Playout:
         self._overlay = Overlay(self._concealment.take(int(FADE_S * self.audio.rate)))
         self._go_to(place)
         self._error_s = 0.0
-        self._playing = True
+        self.is_playing = True
         self._steered_s = now_s
 
     def _go_to(self, place: int) -> None:
@@ -2804,15 +2786,10 @@ class SyncedPlayout(Playout):
         super().restart()
         self.step.forget_card()
 
-    @property
-    def is_playing(self) -> bool:
-        """Whether sound is played now."""
-        return self._playing
-
     def describe(self) -> str:
         """Return how far off this player believes to be, and how much of the time it needs."""
         needed = f"needs {self.step.needed_s * 1000:.0f} of {self.step.after_s * 1000:.0f} ms"
-        if not (self._playing and self.step.is_ready):
+        if not (self.is_playing and self.step.is_ready):
             return f"not in step yet  {needed}"
         return f"{self._find_error_s() * 1000:+.2f} ms off  {needed}"
 
@@ -2993,7 +2970,7 @@ class SpeakerOutput:
         return ", ".join(parts)
 
     def _count_dropouts(self) -> str:
-        return count(self._playout.statistics.dropouts, "dropout")
+        return count(self._playout.dropouts, "dropout")
 
 
 def find_blocks_ms(wait_s: float | None) -> tuple[float, float]:
@@ -3030,7 +3007,7 @@ class StepAdvice:
 
     def _fails(self, playout: SyncedPlayout, now_s: float) -> bool:
         """Return whether sound came too late since the last call, or does so all the time."""
-        before, self._dropouts = self._dropouts, playout.statistics.dropouts
+        before, self._dropouts = self._dropouts, playout.dropouts
         if playout.is_playing or self._played_s == math.inf:
             self._played_s = now_s
         return self._dropouts > before or now_s - self._played_s > JOINING_S
@@ -3159,9 +3136,7 @@ class RecordingOutput:
         """Return how much was missed so far."""
         return self._missed.describe()
 
-    def summary(self) -> str:
-        """Return the same once more."""
-        return self.status()
+    summary = status
 
 
 class RecordingFiles:
@@ -3631,7 +3606,7 @@ class Budget:
         return elapsed_s * MAX_SPEED + MAX_AHEAD_S - heard_s
 
 
-class Timeline:
+class Numbering:
     """Follows the numbers of the server's sample frames, also over lost connections."""
 
     def __init__(self) -> None:
@@ -3678,7 +3653,7 @@ class Listening:
         self._seconds = FOREVER_S if seconds is None else seconds
         self._deadline = self._last_deadline = Deadline(self._seconds)
         self._console = console
-        self._timeline = Timeline()
+        self._numbering = Numbering()
         self._budget = Budget()
         self._audio: AudioFormat | None = None
         self._latest_samples = b""
@@ -3732,7 +3707,7 @@ class Listening:
         receive = sound_receiver(connection, welcome.sound)
         clock = ServerClock()
         sync = None if sync_ms is None else Sync(clock, sync_ms / 1000)
-        self._timeline.begin(stream)
+        self._numbering.begin(stream)
         if self._audio is None:
             self._deadline = Deadline(self._seconds)  # however long all that took
             self._last_deadline = Deadline(self._seconds + MAX_BEHIND_S)
@@ -3798,7 +3773,7 @@ class Listening:
         left_s = self._budget.left_s(self.heard_s) - audio.frames_of(block.samples) / audio.rate
         if left_s < 0:
             raise ProtocolError("received more sound than there can have been")
-        gap_frames = min(self._timeline.advance(block, audio), wanted_frames)
+        gap_frames = min(self._numbering.advance(block, audio), wanted_frames)
         # Some is left for what comes behind a gap.
         gap_frames = min(gap_frames, max(0, round((left_s - MAX_AHEAD_S / 2) * audio.rate)))
         samples = block.samples[: (wanted_frames - gap_frames) * audio.frame_bytes]

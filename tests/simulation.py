@@ -132,7 +132,7 @@ class Simulation:
                 self.playout.target.seconds,
                 self.playout.arrivals.edge_s,
                 self.playout.speed,
-                self.playout.statistics.dropouts,
+                self.playout.dropouts,
             )
         )
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import common
 from client import Concealment
 
 RATE = 48_000
@@ -95,3 +96,10 @@ def test_a_concealment_begins_without_a_click_and_ends_in_silence(make: object) 
 @pytest.mark.parametrize("frames", [0, 1, 50, 700])
 def test_too_little_to_go_on_with_is_silence(frames: int) -> None:
     assert not Concealment(np.zeros((frames, 2), np.float32), RATE).take(100).any()
+
+
+def test_at_the_lowest_rate_a_period_too_short_for_a_seam_is_silence() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        noise = rng.standard_normal((40, 1)).astype(np.float32)
+        assert len(Concealment(noise, common.SAMPLE_RATES[0]).take(5)) == 5

@@ -187,12 +187,12 @@ def test_packets_that_are_lost_are_a_gap_and_do_not_move_what_follows(
 ) -> None:
     sent = make_music(96_000)
     packets = encode(sent, MONO)
-    timeline = client.Timeline()
-    timeline.begin(STREAM)
+    numbering = client.Numbering()
+    numbering.begin(STREAM)
     heard, gaps = b"", []
     for packet in packets[:50] + packets[53:]:
         block = decoder.decode(packet)
-        gaps.append(timeline.advance(block, MONO))
+        gaps.append(numbering.advance(block, MONO))
         heard += bytes(gaps[-1] * MONO.frame_bytes) + block.samples
     assert [gap for gap in gaps if gap] == [3 * common.OPUS_FRAMES]
     assert len(heard) == len(sent)

@@ -55,17 +55,17 @@ def test_ctrl_c_at_any_moment_of_recording_leaves_it_able_to_end(tmp_path: Path)
         moment += 1
 
 
-def test_the_timeline_tells_gaps_also_over_a_lost_connection() -> None:
-    timeline = client.Timeline()
-    timeline.begin("one")
-    assert timeline.advance(AudioBlock(5_000, 0, bytes(200)), MONO) == 0
-    assert timeline.advance(AudioBlock(5_150, 0, bytes(200)), MONO) == 50
-    timeline.begin("one")
-    assert timeline.advance(AudioBlock(6_250, 0, bytes(200)), MONO) == 1_000
-    timeline.begin("two")
-    assert timeline.advance(AudioBlock(7, 0, bytes(200)), MONO) == 0
+def test_the_numbering_tells_gaps_also_over_a_lost_connection() -> None:
+    numbering = client.Numbering()
+    numbering.begin("one")
+    assert numbering.advance(AudioBlock(5_000, 0, bytes(200)), MONO) == 0
+    assert numbering.advance(AudioBlock(5_150, 0, bytes(200)), MONO) == 50
+    numbering.begin("one")
+    assert numbering.advance(AudioBlock(6_250, 0, bytes(200)), MONO) == 1_000
+    numbering.begin("two")
+    assert numbering.advance(AudioBlock(7, 0, bytes(200)), MONO) == 0
     with pytest.raises(common.ProtocolError):
-        timeline.advance(AudioBlock(7, 0, bytes(200)), MONO)
+        numbering.advance(AudioBlock(7, 0, bytes(200)), MONO)
 
 
 def test_seconds_count_over_formats_and_cut_gaps() -> None:
@@ -73,7 +73,7 @@ def test_seconds_count_over_formats_and_cut_gaps() -> None:
     stereo = AudioFormat(8_000, 2)
     listening._pass_on(AudioBlock(0, 0, bytes(96_000)), MONO)
     assert listening.heard_s == 1.0
-    listening._timeline.begin("another")
+    listening._numbering.begin("another")
     listening._pass_on(AudioBlock(0, 0, bytes(16_000)), stereo)
     assert listening.heard_s == 1.5
     listening._pass_on(AudioBlock(600 * 8_000, 0, bytes(400)), stereo)

@@ -265,7 +265,7 @@ def print_clocks(name: str, playout: Playout, ppm: float, burst_frames: int | No
     simulation = Simulation(playout, ppm=ppm, burst_frames=burst_frames)
     simulation.run(SKIPPED_S)
     values_db = sinad_db(simulation.run(45), playout.card)
-    print(f"{name:<28}{describe_sinad(values_db)}{playout.statistics.dropouts:>10}", flush=True)
+    print(f"{name:<28}{describe_sinad(values_db)}{playout.dropouts:>10}", flush=True)
 
 
 def simulate_wifi(seed: int) -> Simulation:
@@ -273,9 +273,9 @@ def simulate_wifi(seed: int) -> Simulation:
     playout = Playout(MONO, MONO)
     simulation = Simulation(playout, PoorWifi(seed, good_after_s=WIFI_S), seed=seed)
     simulation.run(60)
-    first = playout.statistics.dropouts
+    first = playout.dropouts
     simulation.run(WIFI_S - 60)
-    dropouts = playout.statistics.dropouts
+    dropouts = playout.dropouts
     _, silent_ms = find_silences(bytes(simulation.heard[2 * RATE * 2 :]))
     lead_ms = 1000 * float(
         np.mean([m.lead_s - m.edge_s for m in simulation.moments if m.now_s > 2])

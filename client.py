@@ -2480,20 +2480,23 @@ class Playout:
 
 # --- sound: server's clock ------------------------------------------------------------------
 
-# In a burst, as the shortest of some round trips is the one with the least waiting in it.
-BURST_REQUESTS = 16
+# In a burst, as the shortest of some ways there, and back, is the one with the least waiting in it.
+BURST_REQUESTS = 8
 BURST_TIMEOUT_S = 1.0
 # Often at first, until the difference of the two clocks' speeds is known.
-BURST_INTERVALS_S = (0.15, 0.15, 0.3, 0.3, 0.5, 0.5, 1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 5.0, 5.0)
-STEADY_INTERVAL_S = 10.0
-# Quartz clocks differ by some 50 ppm, and drift by a tenth of one in a minute as they get warm.
-CLOCK_DRIFT = 100e-6
-CLOCK_WANDER_PER_S = 2e-9
-# Of the best round trip on an idle network: the scheduler, and what the two ways differ by.
-STAMP_NOISE_S = 30e-6
-# An exchange that is off by more than this, and than its round trip allows, is off for a reason:
-# two such in a row tell that a clock has jumped, as that of a suspended machine does.
-CLOCK_JUMP_S = 0.002
+BURST_INTERVALS_S = (0.15, 0.15, 0.3, 0.3, 0.5, 0.5, 1.0, 1.0, 1.0, 2.0, 2.0)
+STEADY_INTERVAL_S = 2.5
+# A burst whose best round trip leaves open so much more than all of them together has waited behind
+# sound: the next one comes soon.
+POOR_INTERVAL_S, POOR_S = 1.0, 100e-6
+# Quartz clocks drift by a tenth of a millionth in a minute as they get warm.
+CLOCK_WINDOW_S = 60.0
+MOST_KEPT = 150
+# A clock that is being set right goes so much faster or slower (Linux, adjtime).
+MAX_CLOCK_DRIFT = 500e-6
+DRIFT_STEPS = 16  # of bisection: to a 60th of a millionth
+# Exchanges so near to each other tell nothing of a drift.
+DRIFT_SPAN_S = 0.25
 
 
 class TimeExchange(NamedTuple):
@@ -2504,15 +2507,26 @@ class TimeExchange(NamedTuple):
     answered_s: float
     returned_s: float
 
-    @property
-    def round_trip_s(self) -> float:
-        """How long request and reply were on their way together."""
-        return (self.returned_s - self.asked_s) - (self.answered_s - self.received_s)
+    def to_bounds(self) -> OffsetBounds:
+        """Return what it tells of the server's clock: both ways take some time."""
+        return OffsetBounds(
+            (self.asked_s + self.returned_s) / 2,
+            self.received_s - self.asked_s,
+            self.answered_s - self.returned_s,
+        )
+
+
+class OffsetBounds(NamedTuple):
+    """How far the server's clock was ahead of this machine's at a moment: at most, at least."""
+
+    moment_s: float
+    most_s: float
+    least_s: float
 
     @property
-    def offset_s(self) -> float:
-        """How far the server's clock is ahead, if both ways took the same time (RFC 5905)."""
-        return (self.received_s - self.asked_s + self.answered_s - self.returned_s) / 2
+    def width_s(self) -> float:
+        """How much they leave open: the round trip."""
+        return self.most_s - self.least_s
 
 
 def to_exchange(reply: TimeReply, returned_ns: int) -> TimeExchange:
@@ -2523,22 +2537,30 @@ def to_exchange(reply: TimeReply, returned_ns: int) -> TimeExchange:
 class ServerClock:
     """The server's monotonic clock as this machine knows it: an offset, and how fast it changes.
 
-    A Kalman filter of these two over bursts of requests, of each the exchange with the shortest
-    round trip. Plain logic: the caller asks, and hands in the time. The receiving thread feeds it;
-    `offset_at` is for any thread.
+    Each request that arrives bounds the offset from above, each reply from below. The offset is
+    the line in the middle of the widest straight corridor between the bounds of the last
+    ``CLOCK_WINDOW_S``, which one quick way there and one quick way back suffice to place, however
+    long all others waited (compare L. Zhang, Z. Liu, C. H. Xia, "Clock synchronization algorithms
+    for network measurements", INFOCOM 2002). Where there is none, a clock has jumped: what was
+    before is forgotten.
+
+    Plain logic: the caller asks, and hands in the time. The receiving thread feeds it; `offset_at`
+    is for any thread.
     """
 
     def __init__(self) -> None:
-        self._burst: list[TimeExchange] = []
+        self._burst: list[OffsetBounds] = []
+        self._kept: list[OffsetBounds] = []  # the narrowest of each burst
         self._intervals = iter(BURST_INTERVALS_S)
         self._requests_left = BURST_REQUESTS
         self._burst_end_s = self._next_burst_s = -math.inf
-        self._shortest_s = math.inf  # round trip
-        self._suspect_s = 0.0  # by how much the last burst was off, if by too much
-        self.is_known = False  # whether there has been any exchange
         # Moment, offset and drift in one tuple, as other threads read it.
         self._state = (0.0, 0.0, 0.0)
-        self._variances = (0.0, 0.0, 0.0)  # of the offset, both, the drift
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there has been any exchange."""
+        return bool(self._kept)
 
     def wants_request(self, now_s: float) -> bool:
         """Return whether to send a request now; if so, it counts as sent."""
@@ -2555,7 +2577,10 @@ class ServerClock:
 
     def take(self, exchange: TimeExchange) -> None:
         """Take the answer to a request."""
-        self._burst.append(exchange)
+        bounds = exchange.to_bounds()
+        if bounds.width_s < 0:
+            return  # a clock has jumped meanwhile
+        self._burst.append(bounds)
         self._burst_end_s = max(self._burst_end_s, exchange.returned_s)
         if len(self._burst) == BURST_REQUESTS:
             self._finish_burst()
@@ -2574,65 +2599,38 @@ class ServerClock:
         return self._state[2]
 
     def _finish_burst(self) -> None:
-        best = min(self._burst, key=lambda exchange: exchange.round_trip_s)
-        self._burst = []
-        self._shortest_s = min(self._shortest_s * 1.01, best.round_trip_s)
-        excess_s = best.round_trip_s - self._shortest_s
-        self._learn(best, noise_s=STAMP_NOISE_S + excess_s / 2)
-        # At once after one that is off: the next one tells whether the clock has jumped.
-        wait_s = 0.0 if self._suspect_s else next(self._intervals, STEADY_INTERVAL_S)
-        self._burst_end_s = best.returned_s
-        self._next_burst_s = best.returned_s + wait_s
+        burst, self._burst = self._burst, []
+        now_s = burst[-1].moment_s
+        kept = [bounds for bounds in self._kept if bounds.moment_s > now_s - CLOCK_WINDOW_S]
+        narrowest = {min(burst, key=lambda b: b.most_s), max(burst, key=lambda b: b.least_s)}
+        self._kept = [*kept, *sorted(narrowest)][-MOST_KEPT:]
+        width_s = self._fit(now_s)
+        while width_s < 0:
+            self._intervals = iter(BURST_INTERVALS_S)
+            del self._kept[0]
+            width_s = self._fit(now_s)
+        interval_s = next(self._intervals, STEADY_INTERVAL_S)
+        if min(bounds.width_s for bounds in burst) > width_s + POOR_S:
+            interval_s = min(interval_s, POOR_INTERVAL_S)
+        self._burst_end_s = now_s
+        self._next_burst_s = now_s + interval_s
 
-    def _learn(self, exchange: TimeExchange, noise_s: float) -> None:
-        moment_s = (exchange.asked_s + exchange.returned_s) / 2
-        off_s = exchange.offset_s - self.offset_at(moment_s)
-        if not self.is_known:
-            self.is_known = True
-            self._begin(moment_s, exchange.offset_s, 0.0, noise_s)
-        elif self._has_jumped(off_s, exchange.round_trip_s):
-            # The clocks' speeds are what they were.
-            self._begin(moment_s, exchange.offset_s, self._state[2], noise_s)
-        elif not self._suspect_s:
-            self._update(moment_s, off_s, noise_s)
-
-    def _begin(self, moment_s: float, offset_s: float, drift: float, noise_s: float) -> None:
-        self._state = (moment_s, offset_s, drift)
-        self._variances = (noise_s**2, 0.0, CLOCK_DRIFT**2)
-        self._intervals = iter(BURST_INTERVALS_S)
-
-    def _has_jumped(self, off_s: float, round_trip_s: float) -> bool:
-        """Return whether two bursts in a row agree that the clock is elsewhere."""
-        before_s, self._suspect_s = self._suspect_s, 0.0
-        allowed_s = CLOCK_JUMP_S + round_trip_s / 2
-        if abs(off_s) <= allowed_s:
-            return False
-        if before_s and abs(off_s - before_s) < allowed_s:
-            return True
-        self._suspect_s = off_s
-        return False
-
-    def _update(self, moment_s: float, off_s: float, noise_s: float) -> None:
-        """Correct offset and drift by what an exchange shows, as far as it can be trusted."""
-        then_s, offset_s, drift = self._state
-        span_s = moment_s - then_s
-        offset_var, both_var, drift_var = self._variances
-        # Predict, then correct: the textbook's two-state filter, written out.
-        offset_var += span_s * (2 * both_var + span_s * drift_var)
-        both_var += span_s * drift_var
-        drift_var += span_s * CLOCK_WANDER_PER_S**2
-        total_var = offset_var + noise_s**2
-        offset_gain, drift_gain = offset_var / total_var, both_var / total_var
-        self._state = (
-            moment_s,
-            offset_s + drift * span_s + offset_gain * off_s,
-            drift + drift_gain * off_s,
-        )
-        self._variances = (
-            (1 - offset_gain) * offset_var,
-            (1 - offset_gain) * both_var,
-            drift_var - drift_gain * both_var,
-        )
+    def _fit(self, now_s: float) -> float:
+        """Follow the middle of the widest corridor; return its width, negative if there is none."""
+        slowest, fastest = -MAX_CLOCK_DRIFT, MAX_CLOCK_DRIFT
+        for _ in range(DRIFT_STEPS):
+            drift = (slowest + fastest) / 2
+            upper = min(self._kept, key=lambda bounds: bounds.most_s - drift * bounds.moment_s)
+            lower = max(self._kept, key=lambda bounds: bounds.least_s - drift * bounds.moment_s)
+            # The width grows with the drift where the lower bound is later than the upper one.
+            if lower.moment_s - upper.moment_s > math.copysign(DRIFT_SPAN_S, drift):
+                slowest = drift
+            else:
+                fastest = drift
+        most_s = upper.most_s + drift * (now_s - upper.moment_s)
+        least_s = lower.least_s + drift * (now_s - lower.moment_s)
+        self._state = (now_s, (most_s + least_s) / 2, drift)
+        return most_s - least_s
 
 
 # --- sound: in step -------------------------------------------------------------------------

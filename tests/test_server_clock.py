@@ -32,8 +32,12 @@ def quiet(chance: random.Random) -> float:
 
 
 def queued(chance: random.Random) -> float:
-    """Return a delay as on a poor Wi-Fi: 3 ms in the mean, now and then a tenth of a second."""
-    return 300e-6 + chance.expovariate(1 / 3e-3) + (0.1 if chance.random() < 0.02 else 0)
+    """Return a delay behind what is held up for 3 ms in the mean, and is held up itself.
+
+    So does DESIGN.md's poor Wi-Fi, where now and then all is held up for a tenth of a second.
+    """
+    late_s = chance.expovariate(1 / 3e-3) + chance.expovariate(1 / 3e-3)
+    return 300e-6 + late_s + (0.1 if chance.random() < 0.02 else 0)
 
 
 class Exchange:
@@ -94,25 +98,40 @@ def test_behind_queued_sound_the_servers_clock_is_known_within_half_a_millisecon
     seed: int,
 ) -> None:
     exchange = Exchange(drifting(5.0, 40), quiet, queued, seed)
-    assert exchange.worst_error_s(10.0, 120.0) < 500e-6
+    assert exchange.worst_error_s(30.0, 120.0) < 500e-6
 
 
-def test_a_jump_of_the_clock_is_followed_within_a_second_of_the_next_burst() -> None:
+@pytest.mark.parametrize("jump_s", [5.0, -5.0, 0.02])
+@pytest.mark.parametrize("moment_s", [40.0, 40.5, 41.0, 41.5, 42.0])
+def test_a_jump_of_the_clock_is_followed_within_three_seconds(
+    jump_s: float, moment_s: float
+) -> None:
     steady = drifting(0.0, 20)
-    exchange = Exchange(lambda true_s: steady(true_s) + (5.0 if true_s > 40 else 0), quiet, quiet)
-    exchange.run(40.0)
-    exchange.run(40.0 + client.STEADY_INTERVAL_S + 1)
+    exchange = Exchange(
+        lambda true_s: steady(true_s) + (jump_s if true_s > moment_s else 0), quiet, quiet
+    )
+    exchange.run(moment_s)
+    exchange.run(moment_s + 3)
     assert abs(exchange.error_s()) < 50e-6
 
 
-def test_one_exchange_that_is_far_off_moves_nothing() -> None:
+def test_a_jump_of_the_clock_in_the_middle_of_a_burst_is_followed() -> None:
     exchange = Exchange(drifting(3.0, 10), quiet, quiet)
     exchange.run(30.0)
-    before_s = exchange.error_s()
-    odd = TimeExchange(30.0, 33.5, 33.5, 30.0002)
-    for _ in range(client.BURST_REQUESTS):
-        exchange.clock.take(odd)
-    assert abs(exchange.error_s() - before_s) < 20e-6
+    for number in range(client.BURST_REQUESTS):
+        asked_s = 30.0 + number / 100
+        ahead_s = 8.0 if number > 3 else 3.0
+        exchange.clock.take(
+            TimeExchange(asked_s, asked_s + ahead_s, asked_s + 8.0, asked_s + 0.0002)
+        )
+    exchange.clock.wants_request(30.1 + client.BURST_TIMEOUT_S)
+    assert exchange.clock.offset_at(30.1) == pytest.approx(8.0, abs=200e-6)
+
+
+def test_a_clock_that_is_slewed_is_followed() -> None:
+    exchange = Exchange(lambda true_s: true_s + max(0, true_s - 30) * 400e-6, quiet, quiet)
+    assert exchange.worst_error_s(30.0, 60.0) < 1.5e-3
+    assert exchange.worst_error_s(60.0, 90.0) < 100e-6
 
 
 def test_requests_that_nobody_answers_are_asked_again() -> None:
@@ -130,4 +149,4 @@ def test_a_player_asks_no_more_than_a_server_allows() -> None:
         gained = (now_s - before_s) / server.REQUEST_SPACING_S
         allowance = min(server.REQUESTS_AT_ONCE, allowance + gained) - 1
         assert allowance > server.REQUESTS_AT_ONCE / 4
-    assert len(exchange.asked_at_s) < 120 * 5
+    assert len(exchange.asked_at_s) < 120 * 4

@@ -3429,9 +3429,10 @@ def describe_unexpected(error: Exception) -> str:
 
 def is_exhausted(error: Exception) -> bool:
     """Return whether the system has no more memory, threads or open files to give."""
-    if isinstance(error, OSError):
-        return error.errno in EXHAUSTED
-    return isinstance(error, MemoryError) or "start new thread" in str(error)
+    if isinstance(error, OSError) and error.errno in EXHAUSTED:
+        return True
+    words = ("start new thread", "malloc failure")  # Python's and OpenSSL's
+    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
 
 
 def run(main: Callable[[Sequence[str]], int]) -> NoReturn:

@@ -1510,9 +1510,10 @@ class LookUp:
 class Comparison:
     """Finds out, together with one client, what of the files here is the same as there."""
 
-    def __init__(self, connection: Connection, disk: Disk) -> None:
+    def __init__(self, connection: Connection, signs: SignsOfLife, disk: Disk) -> None:
         self.is_busy = False  # waiting or reading, while the client need not say anything
         self._connection = connection
+        self._signs = signs
         self._disk = disk
         self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
@@ -1568,7 +1569,7 @@ class Comparison:
 
     def _receive_prefixes(self, count: int) -> Sequence[Sequence[str]]:
         while isinstance(message := self._connection.receive(common.Prefixes, Hashing), Hashing):
-            pass
+            self._signs.note()
         if len(message.entries) != count:
             raise ProtocolError("received a message with bad 'entries'")
         return message.entries
@@ -1622,6 +1623,8 @@ def decide(
 PIECE_S = 1.0
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 STATUS_NAME_CHARS = 30
+# Signs of life that may come at once: a connection or this machine may have stood.
+SIGNS_AT_ONCE = 1_000
 # The speed of less, that took no longer, means nothing.
 MIN_MEASURED_BYTES = 1024 * 1024
 MIN_MEASURED_S = 1.0
@@ -1768,11 +1771,26 @@ class UnderWay:
         return f" (the rest of {format_bytes(size)})" if self._offset else ""
 
 
+class SignsOfLife:
+    """Counts those of one client, which sends one a second while it has nothing else to send."""
+
+    def __init__(self) -> None:
+        self._allowed = RateLimiter(SIGNS_AT_ONCE, KEEPALIVE_INTERVAL_S / 2)
+
+    def note(self) -> None:
+        """Count one; raises ProtocolError where there were too many."""
+        if self._allowed.reserve() is None:
+            raise ProtocolError("received signs of life without end")
+
+
 class Content:
     """The bytes of one file on a connection: segments, then the SHA-256 of the whole."""
 
-    def __init__(self, connection: Connection, size: int | None, offset: int) -> None:
+    def __init__(
+        self, connection: Connection, signs: SignsOfLife, size: int | None, offset: int
+    ) -> None:
         self._connection = connection
+        self._signs = signs
         self._size = size
         # A large file's bytes go straight into the blocks; many small files come with one call.
         self._ahead = (
@@ -1811,7 +1829,9 @@ class Content:
                 raise GivenUp("the client cannot read it, or it has changed there")
             if length == common.END_OF_FILE:
                 self._has_ended = True
-            elif length != common.STILL_HERE:
+            elif length == common.STILL_HERE:
+                self._signs.note()
+            else:
                 self._begin_segment(length)
         return not self._has_ended
 
@@ -1832,6 +1852,9 @@ class Content:
 
 # In the log, for one batch: what is more is counted.
 LINES_A_BATCH = 10
+# About what went wrong, for one host, at once and for good.
+LINES_AT_ONCE = 1_000
+LINE_SPACING_S = 1.0
 # A file of which so much is to come has a line in the log when it begins.
 LARGE_BYTES = 64 * 1024 * 1024
 ENTRIES_BETWEEN_CHECKS = 64
@@ -1851,6 +1874,7 @@ class Store:
         self.disk = Disk(folder)
         # By run, device and inode: the files that a client has been told it has here.
         self.settled: Recent[tuple[str, int, int], bool] = Recent(MAX_SETTLED)
+        self.log = LimitedLog(LINES_AT_ONCE, LINE_SPACING_S, "lines were left out")
         self._receptions: set[Reception] = set()
         self._hosts: weakref.WeakValueDictionary[str, Share] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
@@ -1911,15 +1935,16 @@ def handle_file_client(connection: Connection, store: Store) -> None:
             while (offer := reception.receive_offer()) is not None:
                 reception.receive_batch(offer)
     except ProtocolError as error:
-        log.warning("%s: %s", connection.peer, error)
+        store.log.write(f"{connection.peer}: {error}", host=reception.host)
         with contextlib.suppress(SocketPairError):
             connection.send(common.Error(str(error)))
             connection.finish()
         time.sleep(ERROR_PAUSE_S)
     except SocketPairError as error:
-        log.warning("%s: %s%s", connection.peer, error, reception.kept)
+        store.log.write(f"{connection.peer}: {error}{reception.kept}", host=reception.host)
     except OSError as error:
-        log.error("%s: %s", connection.peer, escape(str(error)))
+        text = f"{connection.peer}: {escape(str(error))}"
+        store.log.write(text, logging.ERROR, reception.host)
 
 
 class Batch:
@@ -1947,7 +1972,7 @@ class Batch:
     def _log(self, level: int, kind: str, text: str) -> None:
         self._lines[level, kind] += 1
         if self._lines[level, kind] <= LINES_A_BATCH:
-            log.log(level, "%s %s", self._peer, text)
+            self.store.log.write(f"{self._peer} {text}", level, self._host)
 
     def settle(self, kind: str, folder: Folder, name: str) -> Outcome:
         """Return that the client has a file here, "saved" or "already", which is noted."""
@@ -2002,7 +2027,8 @@ class Batch:
             self.store.disk.mismatches.give_back(self._host, self._guesses)
         for (level, kind), lines in self._lines.items():
             if lines > LINES_A_BATCH:
-                log.log(level, "%s and %d more %s", self._peer, lines - LINES_A_BATCH, kind)
+                more = f"{self._peer} and {lines - LINES_A_BATCH} more {kind}"
+                self.store.log.write(more, level, self._host)
 
 
 class Reception:
@@ -2022,7 +2048,8 @@ class Reception:
         self.tag = hashlib.sha256(self.host.encode()).hexdigest()[:8]
         self._share = store.share_of(self.host)
         self._has_turn = False
-        self._comparison = Comparison(connection, store.disk)
+        self._signs = SignsOfLife()
+        self._comparison = Comparison(connection, self._signs, store.disk)
         self._began_s = time.monotonic()
         self._count = 0  # of files that were saved
         self._results: list[tuple[int, Outcome]] = []  # by index, not told yet
@@ -2066,6 +2093,7 @@ class Reception:
                 message = self._connection.receive(Offer, Hashing)
             if isinstance(message, Offer):
                 return message
+            self._signs.note()
 
     @contextlib.contextmanager
     def _in_turn(self) -> Iterator[None]:
@@ -2127,7 +2155,7 @@ class Reception:
             return
         if is_large(entry) or not self._connection.buffered() or self._told.remaining() == 0:
             self._tell_results()  # before what may take a while
-        content = Content(self._connection, entry.size, wanted.offset)
+        content = Content(self._connection, self._signs, entry.size, wanted.offset)
         try:
             content.has_more()  # nothing is made here for a file of which nothing comes
             outcome = self._receive_file(batch, wanted, content)
@@ -3675,26 +3703,6 @@ def largest_crowd(clients: Sequence[Client]) -> tuple[str, int]:
     return Counter(client.crowd for client in clients).most_common(1)[0]
 
 
-class TurnedAwayLog:
-    """Logs why clients were turned away: some lines at once, a few a second. For any thread."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._allowed = RateLimiter(TURNED_AWAY_LINES, TURNED_AWAY_SPACING_S, clock)
-        self._left_out = 0
-        self._lock = threading.Lock()
-
-    def write(self, peer: str, reason: str, level: int = logging.WARNING) -> None:
-        """Log a line, or count it as left out."""
-        with self._lock:
-            if self._allowed.reserve() is None:
-                self._left_out += 1
-                return
-            left_out, self._left_out = self._left_out, 0
-        if left_out:
-            log.warning("and %d more were turned away", left_out)
-        log.log(level, "%s: %s", peer, reason)
-
-
 class Server:
     """Accepts connections and has each handled in a thread of its own, until it is stopped."""
 
@@ -3712,7 +3720,8 @@ class Server:
         self._max_clients = max_clients
         self._welcome = welcome
         self._gate = Gate(endpoint.code)
-        self._turned_away = TurnedAwayLog()
+        # For all hosts together: they may be many.
+        self._turned_away = LimitedLog(TURNED_AWAY_LINES, TURNED_AWAY_SPACING_S, "were turned away")
         self.clients = Clients(max_clients, find_max_pending())
         self._advertising = contextlib.ExitStack()
         self._waker, self._woken = socket.socketpair()
@@ -3763,7 +3772,7 @@ class Server:
 
     def _rest(self, error: Exception) -> None:
         """Log that the machine is at an end, of descriptors most likely; wait for a client's."""
-        self._turned_away.write("a connection", f"cannot be accepted: {describe_error(error)}")
+        self._turned_away.write(f"a connection cannot be accepted: {describe_error(error)}")
         self.clients.wait_for_one_to_end(ACCEPT_RETRY_S)
 
     def _accept(self, listening: socket.socket) -> None:
@@ -3782,7 +3791,7 @@ class Server:
             crowd = crowd_of(host, str(sock.getsockname()[0]))
             self._start(Client(Connection(sock, peer), crowd))
         except (OSError, MemoryError) as error:  # it has gone again, or there is no memory
-            self._turned_away.write(peer, f"cannot be served: {describe_error(error)}")
+            self._turned_away.write(f"{peer}: cannot be served: {describe_error(error)}")
             sock.close()
 
     def _start(self, client: Client) -> None:
@@ -3816,7 +3825,7 @@ class Server:
         """Log what nobody has dealt with: the machine is at an end, or there is a mistake."""
         if common.is_exhausted(error):
             reason = "dropped: out of memory, threads or open files"
-            self._turned_away.write(connection.peer, reason, logging.ERROR)
+            self._turned_away.write(f"{connection.peer}: {reason}", logging.ERROR)
             with contextlib.suppress(SocketPairError, MemoryError):
                 connection.offer(common.encode_message(BUSY))
         else:
@@ -3834,7 +3843,7 @@ class Server:
         except SocketPairError as error:
             reason = f"dropped: {client.eviction}" if client.eviction else str(error)
             level = error.log_level if isinstance(error, TurnedAway) else logging.WARNING
-            self._turned_away.write(connection.peer, reason, level)
+            self._turned_away.write(f"{connection.peer}: {reason}", level)
             return None
         return hello
 
@@ -3893,6 +3902,36 @@ class BackgroundLog(logging.Handler):
         self._lines.put(None)
         self._thread.join(LOG_CLOSE_S)
         super().close()
+
+
+class LimitedLog:
+    """Logs for each host `at_once` lines, then one by one, and counts the rest. For any thread."""
+
+    def __init__(
+        self,
+        at_once: int,
+        spacing_s: float,
+        left_out: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`left_out` says what became of those whose lines were left out, as ``were refused``."""
+        self._allowed = RateLimiter(at_once, spacing_s, clock)
+        self._left_out_text = left_out
+        self._left_out = 0
+        self._lock = threading.Lock()
+
+    def write(self, text: str, level: int = logging.WARNING, host: str = "") -> None:
+        """Log a line, or count it as left out."""
+        if not log.isEnabledFor(level):
+            return
+        with self._lock:
+            if self._allowed.reserve(host) is None:
+                self._left_out += 1
+                return
+            left_out, self._left_out = self._left_out, 0
+        if left_out:
+            log.warning("and %d more %s", left_out, self._left_out_text)
+        log.log(level, "%s", text)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import pytest
 import common
 import server
 from common import Connection, PeerStalled
-from server import Client, Clients, TurnedAwayLog
+from server import Client, Clients, LimitedLog
 from support import (
     HELLO,
     HOST,
@@ -174,11 +174,16 @@ def test_ctrl_c_waits_for_the_busy_and_not_for_who_holds_a_place(inbox: Path) ->
 
 def test_turning_many_away_is_some_lines_and_a_number(caplog: pytest.LogCaptureFixture) -> None:
     now_s = 0.0
-    turned_away = TurnedAwayLog(lambda: now_s)
+    turned_away = LimitedLog(50, 0.5, "were turned away", lambda: now_s)
     with caplog.at_level(logging.INFO, "socket-pair"):
-        for number in range(server.TURNED_AWAY_LINES + 990):
-            turned_away.write(f"192.0.2.{number}", "no")
-        assert len(caplog.messages) == server.TURNED_AWAY_LINES
+        for number in range(50 + 990):
+            turned_away.write(f"192.0.2.{number}: no")
+        assert len(caplog.messages) == 50
+        turned_away.write("198.51.100.1: no", host="198.51.100.1")
         now_s += 1.0
-        turned_away.write("192.0.2.1", "no")
-    assert caplog.messages[-2:] == ["and 990 more were turned away", "192.0.2.1: no"]
+        turned_away.write("192.0.2.1: no")
+    assert caplog.messages[50:] == [
+        "and 990 more were turned away",
+        "198.51.100.1: no",
+        "192.0.2.1: no",
+    ]

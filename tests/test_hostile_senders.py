@@ -8,6 +8,9 @@ import threading
 from functools import partial
 from pathlib import Path
 
+import pytest
+
+from common import LENGTH, STILL_HERE
 from server import FREE_MISMATCHES, MAX_ALIKE
 from support import (
     MIB,
@@ -46,6 +49,28 @@ def test_a_batch_has_a_few_lines_in_the_log(server: Server) -> None:
         client.offer(*({"path": "../x", "size": number} for number in range(1000)))
     wait_for(lambda: "and 990 more failed" in server.stderr())
     assert server.stderr().count("failed ../x") == 10
+
+
+def test_many_batches_have_a_bounded_number_of_lines_in_the_log(
+    server: Server, tmp_path: Path
+) -> None:
+    offers, each = 30, 100
+    with RawClient(server.port).greet() as client:
+        for _ in range(offers):
+            client.send(each * offer_of(["../x"]))
+            for _ in range(each):
+                assert "failed" in client.receive()["entries"][0]
+    server.check_serves(tmp_path)
+    assert server.stderr().count("failed ../x") < 2_000
+
+
+@pytest.mark.parametrize("begin", [b"", message("offer", entries=[{"path": "x", "size": 9}])])
+def test_signs_of_life_without_end_are_an_end(server: Server, begin: bytes) -> None:
+    sign = LENGTH.pack(STILL_HERE) if begin else message("hashing")
+    with RawClient(server.port).greet() as client:
+        client.send(begin + 3_000 * sign)
+        answers = client.read_all()
+    assert b"signs of life without end" in answers
 
 
 def test_one_path_is_compared_a_few_times_a_batch(server: Server) -> None:

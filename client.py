@@ -3657,6 +3657,7 @@ class Listening:
         self._latest_samples = b""
         self._meter = LevelMeter()
         self._problem_told = False
+        self.is_cut_short = False  # as the server was lost, and did not come back in time
 
     def run(self) -> None:
         """Listen until the sound or ``--seconds`` end; comes back to a server that was lost.
@@ -3675,6 +3676,7 @@ class Listening:
                 break
         if self._audio is None:
             raise SocketPairError("no server was found in the time given")
+        self.is_cut_short = self._seconds - self.heard_s > NEGLIGIBLE_S
 
     def _connect(self) -> tuple[Connection, Welcome]:
         timeout_s = HANDSHAKE_TIMEOUT_S if self._audio is None else RECONNECT_TIMEOUT_S
@@ -3819,7 +3821,7 @@ def start_audio_client(address: Address, args: argparse.Namespace) -> int:
         console.complain(str(error))
         return EXIT_FAILED
     console.say(listening.summarize())
-    return EXIT_OK
+    return EXIT_FAILED if listening.is_cut_short else EXIT_OK
 
 
 def listen_until_stopped(listening: Listening) -> None:

@@ -113,6 +113,23 @@ def test_seconds_end_also_where_hardly_anything_comes(
     assert status == common.EXIT_OK
 
 
+def test_a_server_that_is_lost_before_the_seconds_have_been_heard_is_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leave(peer: RawPeer) -> None:
+        peer.receive()
+        sound = {"rate": 48_000, "channels": 1, "stream": "one"}
+        peer.send(message("welcome", protocol=common.PROTOCOL, mode="audio", **sound))
+        peer.send(AudioBlock(0, 0, bytes(2)).encode())
+
+    with FakeServer(leave) as fake:
+        arguments = ["--seconds", "0.2", "--output", str(tmp_path / "heard.wav")]
+        address = client.Address("127.0.0.1", fake.port)
+        status = client.start_audio_client(address, client.parse_arguments(arguments))
+    assert status == common.EXIT_FAILED
+    assert capsys.readouterr().out.endswith("heard 0:00.0 of 0:00.2\n")
+
+
 class Stuck(client.PipeWriter):
     """A writer that writes nothing until it may."""
 

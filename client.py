@@ -304,8 +304,9 @@ def pick_server(mode: str | None, data_on_stdout: bool) -> FoundServer:
         if len(servers) > MAX_SHOWN:
             console.say(f"     and {len(servers) - MAX_SHOWN} more")
         answer = "?"
+        numbers = "1" if len(choices) == 1 else f"a number from 1 to {len(choices)}"
         while answer and answer not in choices:
-            console.say(f"Type a number from 1 to {len(choices)}, or only Enter to look again.")
+            console.say(f"Type {numbers}, or only Enter to look again.")
             answer = common.ask("Number: ", data_on_stdout).strip()
         if answer:
             return choices[answer]
@@ -2671,7 +2672,7 @@ class InStep:
     def __init__(
         self, sync: Sync, audio: AudioFormat, card_rate: int, delay_s: float = 0.0
     ) -> None:
-        self._delay_s = delay_s
+        self.delay_s = delay_s
         self._rate = audio.rate
         self._card_rate = card_rate
         self._leaving = common.TimeLine(card_rate)
@@ -2682,7 +2683,7 @@ class InStep:
 
     def begin(self, sync: Sync) -> None:
         """Begin with another connection, whose server may be another one."""
-        self.after_s = sync.after_s + self._delay_s
+        self.after_s = sync.after_s + self.delay_s
         self._clock = sync.clock
         self._captured_frame, self._captured_s = 0, 0.0
         self._capture = common.TimeLine(self._rate)  # for its speed alone: see `late_s`
@@ -3014,10 +3015,10 @@ class StepAdvice:
         needed_s = step.needed_s
         if needed_s > max(step.after_s, NEED_GROWTH * self._told_s):
             self._told_s = needed_s
+            sync_ms = math.ceil((needed_s - step.delay_s) * 100) * 10
             self._console.complain(
                 f"this player cannot keep {step.after_s * 1000:.0f} ms, as its network and sound "
-                f"card need {needed_s * 1000:.0f}: --sync {math.ceil(needed_s * 100) * 10} on the "
-                "server would do"
+                f"card need {needed_s * 1000:.0f}: --sync {sync_ms} on the server would do"
             )
 
 
@@ -3786,9 +3787,9 @@ class Listening:
     def show_status(self) -> None:
         """Keep the status line up to date; never returns."""
         while True:
-            parts = [self._meter.show()]
-            parts += [output.status() for output in self.outputs]
-            self._console.show_status("  ".join([*parts, format_duration(self.heard_s)]))
+            parts = [output.status() for output in self.outputs]
+            beside = "  ".join([*parts, format_duration(self.heard_s)])
+            self._console.show_loudness(self._meter, beside)
             time.sleep(common.STATUS_INTERVAL_S)
 
     def summarize(self) -> str:

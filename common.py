@@ -416,7 +416,7 @@ def normalize_code(text: str) -> str:
     if len(code) < CODE_LENGTH:
         raise ValueError(f"a pairing code has at least {CODE_LENGTH} letters and digits")
     if weakness := find_weakness(code):
-        raise ValueError(f"that pairing code is soon guessed: {weakness}")
+        raise ValueError(f"no server takes that pairing code, as it is soon guessed: {weakness}")
     return code
 
 
@@ -3028,6 +3028,7 @@ CTRL_C_ECHO = "^C"  # what a terminal shows of it
 METER_BLOCKS = 64  # of sound, which come in STATUS_INTERVAL_S
 METER_CLIP_SHOWS = 20
 METER_COLUMNS = 24
+METER_TEXT = "[]  -60 dB CLIP  "  # what else the meter takes
 METER_FLOOR_DB = -60.0
 METER_SINK_DB_PER_S = 12.0
 FULL_SCALE = 32767 / 32768
@@ -3056,7 +3057,7 @@ class LevelMeter:
         """Take a block of sound, or an empty one where there is none now. Never blocks."""
         self._heard.append(samples)
 
-    def show(self) -> str:
+    def show(self, columns: int = METER_COLUMNS) -> str:
         """Return the bar for what was heard since, or that there is none; every 0.1 s."""
         if self._heard:
             self._latest = b"".join(self._heard.popleft() for _ in range(len(self._heard)))
@@ -3064,22 +3065,20 @@ class LevelMeter:
             return "waiting for sound"
         level = peak_level(self._latest)
         self._clip_shows = METER_CLIP_SHOWS if level >= FULL_SCALE else self._clip_shows - 1
-        return self._bar(level) + (" CLIP" if self._clip_shows > 0 else "")
+        return self._bar(level, columns) + (" CLIP" if self._clip_shows > 0 else "")
 
-    def _bar(self, level: float) -> str:
+    def _bar(self, level: float, columns: int) -> str:
         level_db = max(METER_FLOOR_DB, 20 * math.log10(max(level, 1e-9)))
         sunk_db = self._peak_db - METER_SINK_DB_PER_S * STATUS_INTERVAL_S
         self._peak_db = max(level_db, sunk_db, METER_FLOOR_DB)
-        filled, peak = self._column(level_db), self._column(self._peak_db)
+        filled, peak = (
+            min(columns - 1, round((1 - shown_db / METER_FLOOR_DB) * columns))
+            for shown_db in (level_db, self._peak_db)
+        )
         bar = "".join(
-            "#" if column < filled else "|" if column == peak else "-"
-            for column in range(METER_COLUMNS)
+            "#" if column < filled else "|" if column == peak else "-" for column in range(columns)
         )
         return f"[{bar}] {self._peak_db:4.0f} dB"
-
-    @staticmethod
-    def _column(level_db: float) -> int:
-        return min(METER_COLUMNS - 1, round((1 - level_db / METER_FLOOR_DB) * METER_COLUMNS))
 
 
 class Console:
@@ -3129,6 +3128,11 @@ class Console:
         with self._lock:
             if self.has_status and not self._is_held:
                 self._show(fit(text, self.columns))
+
+    def show_loudness(self, meter: LevelMeter, beside: str) -> None:
+        """Show `meter`, its bar as long as the terminal has room for, and `beside` it the rest."""
+        room = self.columns - len(METER_TEXT) - len(beside)
+        self.show_status(f"{meter.show(max(1, min(METER_COLUMNS, room)))}  {beside}")
 
     def leave_status(self, text: str) -> None:
         """Leave `text` as a line where the status line is; does nothing without a terminal."""

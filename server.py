@@ -3325,6 +3325,8 @@ MAX_MACHINE_BYTES = 45  # the mode and a token are to fit behind it, in 63 bytes
 ANNOUNCEMENT_TIMEOUT_S = 2.0
 ADDRESS_CHECK_S = 5.0
 LISTEN_HINTS = {
+    errno.EACCES: "; --port takes another: those below 1024 are mostly root's",
+    errno.EINVAL: "; an address that begins with fe80 wants its interface, as in fe80::1%eth0",
     errno.EADDRINUSE: "; a server runs there already, or another program: see --port",
     errno.EADDRNOTAVAIL: "; that is no address of this machine: --host 0.0.0.0 is all of them",
     **dict.fromkeys(
@@ -4196,7 +4198,7 @@ def show_until_ended(broadcaster: Broadcaster, console: Console) -> None:
     """Keep the status line up to date until the sound ends; blocks."""
     while not broadcaster.join(common.STATUS_INTERVAL_S):
         listeners = count(len(broadcaster.listeners), "listener")
-        console.show_status(f"{broadcaster.meter.show()}  {listeners}")
+        console.show_loudness(broadcaster.meter, listeners)
 
 
 def finish_audio(server: Server, broadcaster: Broadcaster, console: Console) -> int:

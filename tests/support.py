@@ -72,10 +72,10 @@ MIB = 1024 * 1024
 posix = pytest.mark.skipif(os.name != "posix", reason="has no such links and times")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
-# Root may read and write everything, so for the tests of permissions it does without that right.
+# Root may read, write and listen anywhere: the tests of permissions do without those rights.
 WITHOUT_PRIVILEGE: tuple[str, ...] = ()
 if hasattr(os, "geteuid") and os.geteuid() == 0 and sys.platform == "linux":
-    _RIGHTS = "-dac_override,-dac_read_search"
+    _RIGHTS = "-dac_override,-dac_read_search,-net_bind_service"
     WITHOUT_PRIVILEGE = ("setpriv", f"--bounding-set={_RIGHTS}", f"--inh-caps={_RIGHTS}", "--")
 
 with_permissions = pytest.mark.skipif(

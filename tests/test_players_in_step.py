@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import statistics
 from collections.abc import Iterator
@@ -109,11 +110,12 @@ def test_players_are_together_again_after_the_server_was_started_anew(stereo: St
 
 def test_a_player_that_cannot_keep_the_time_says_which_it_could(stereo: StereoCard) -> None:
     with (
-        start_server(stereo, "--sync", "10") as server,
-        start_player(stereo, "left", port_of(server)) as left,
+        start_server(stereo, "--sync", "200") as server,
+        start_player(stereo, "left", port_of(server), "--delay=-190") as left,
     ):
         left.wait_for("this player cannot keep 10 ms")
-        assert any("--sync " in line for line in left.lines)
+        needed, wanted = re.findall(r"need (\d+): --sync (\d+) on", left.text())[0]
+        assert 190 <= int(wanted) - int(needed) < 210
 
 
 def test_a_recording_is_not_shifted(stereo: StereoCard, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from array import array
 from pathlib import Path
 
+import pytest
+
 import common
 from common import LevelMeter
 from sound import MONO, Script, ends_with_one_line, make_tone, port_of, write_wav
@@ -45,6 +47,21 @@ def test_the_meter_says_where_there_is_no_sound() -> None:
     assert "dB" in meter.show()  # as where blocks are longer than the time between two looks
     meter.hear(b"")
     assert meter.show() == "waiting for sound"
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_a_narrow_terminal_shortens_the_bar_not_what_stands_beside_it(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    console = common.Console(quiet=False)
+    console.has_status = True
+    meter = LevelMeter()
+    meter.hear(LOUDEST)
+    console.show_loudness(meter, "1 dropout")
+    shown = capsys.readouterr().err
+    assert shown.endswith("|]    0 dB CLIP  1 dropout")
+    assert len(shown) < columns
 
 
 def test_clipping_shows_at_a_terminal(silent_machine: dict[str, str], tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ import pytest
 import common
 from support import (
     ROOT,
+    WITHOUT_PRIVILEGE,
     FakeServer,
     RawClient,
     RawPeer,
     Server,
     control_codes,
     free_port,
+    linux,
     make_file,
     message,
     run_script,
@@ -49,6 +51,24 @@ def test_an_empty_host_is_a_wrong_argument(script: str) -> None:
     result = run_script(script, "file", "--host=")
     assert result.status == 2
     assert "an empty name: no machine has it" in result.stderr
+
+
+@linux
+def test_an_address_of_a_link_without_its_interface_is_one_line(tmp_path: Path) -> None:
+    result = run_script("server.py", "file", "--open", "--host=fe80::1", cwd=tmp_path)
+    assert result.status == 1
+    (line,) = result.error_lines
+    assert "wants its interface, as in fe80::1%eth0" in line
+
+
+@linux
+def test_a_port_that_only_root_may_take_is_one_line(tmp_path: Path) -> None:
+    result = run_script("server.py", "file", "--port=7", cwd=tmp_path, wrapper=WITHOUT_PRIVILEGE)
+    assert result.status == 1
+    (line,) = result.error_lines
+    assert line.endswith(
+        "permission denied; --port takes another: those below 1024 are mostly root's"
+    )
 
 
 def test_a_port_in_use_is_one_line(server: Server, tmp_path: Path) -> None:

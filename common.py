@@ -7,8 +7,8 @@ errors               ``SocketPairError`` and its kin: every failure a user may m
 text for people      ``escape``, ``format_bytes``, ``say``, ``complain``, ``ask``
 pairing code         ``normalize_code``; ``Pairing``: SPAKE2, from which both sides make the one
                      certificate that TLS takes for this connection
-the wire             every message as a value with ``encode`` and ``decode``, and the whole
-                     conversation of both modes; ``AudioFormat``, ``AudioBlock``: sound
+the wire             every message as a value, ``encode_message`` and ``decode_message``, and the
+                     whole conversation of both modes; ``AudioFormat``, ``AudioBlock``: sound
 connection           ``TimedSocket``, ``ReceiveBuffer``, ``TLS``, ``ByteStream``, and on top of them
                      ``Connection``: a socket that sends and receives messages; ``Deadline``
 time                 ``TimeLine``: when each sample frame passes a sound card
@@ -119,9 +119,6 @@ class PeerRefused(SocketPairError):
 
 class FileShrunk(SocketPairError):
     """A file has fewer bytes than it had."""
-
-    def __init__(self) -> None:
-        super().__init__("the file is shorter than it was")
 
 
 class NotPaired(SocketPairError):
@@ -569,8 +566,8 @@ def load_identity(context: ssl.SSLContext, seed: bytes, certificate: bytes) -> N
 #
 # All that travels, as values without a socket. A **frame** is a 4-byte big-endian length and that
 # many bytes. A **message** is a frame that holds a JSON object, whose "type" is the name of a class
-# below in lower case. Each class has its fields, its checks, `encode` and `decode` side by side;
-# whatever bytes come, `decode` raises ProtocolError alone.
+# below in lower case. Each class has its fields, its checks, how it is encoded and decoded side
+# by side; whatever bytes come, decoding raises ProtocolError alone.
 #
 # Either side may answer with an Error, which ends the conversation. It begins with:
 #
@@ -631,13 +628,13 @@ C = TypeVar("C", bound="Message")
 
 
 class Message(Protocol):
-    """What both sides say to each other in JSON."""
+    """What both sides say to each other in JSON: for `encode_message` and `decode_message`."""
 
-    def encode(self) -> Fields:
+    def _encode(self) -> Fields:
         """Return the fields of the JSON object, without the type."""
 
     @classmethod
-    def decode(cls: type[M], fields: Fields) -> M:
+    def _decode(cls: type[M], fields: Fields) -> M:
         """Return the message that the fields of a JSON object make; raises ProtocolError."""
 
 
@@ -648,7 +645,7 @@ def encode_frame(content: bytes) -> bytes:
 
 def encode_message(message: Message) -> bytes:
     """Return the frame that holds `message`."""
-    fields = {"type": type(message).__name__.lower(), **message.encode()}
+    fields = {"type": type(message).__name__.lower(), **message._encode()}
     return encode_frame(json.dumps(fields, separators=(",", ":")).encode())
 
 
@@ -667,7 +664,7 @@ def decode_message(content: bytes, expected: Iterable[type[Message]]) -> Message
     kinds: list[type[Message]] = [*expected, Error]
     for kind in kinds:
         if fields["type"] == kind.__name__.lower():
-            return kind.decode(fields)
+            return kind._decode(fields)
     raise ProtocolError(f"unexpected message {escape(fields['type'], 40)!r}")
 
 
@@ -714,14 +711,12 @@ class Hello(NamedTuple):
     mode: str
     opus_kbit: int | None = None
 
-    def encode(self) -> Fields:
-        """See `Message`."""
+    def _encode(self) -> Fields:
         fields: Fields = {"protocol": self.protocol, "mode": self.mode}
         return fields if self.opus_kbit is None else {**fields, "opus_kbit": self.opus_kbit}
 
     @classmethod
-    def decode(cls, fields: Fields) -> Hello:
-        """See `Message`."""
+    def _decode(cls, fields: Fields) -> Hello:
         protocol, mode = require(fields, "protocol", int), require(fields, "mode", str)
         return cls(protocol, mode, optional_number(fields, "opus_kbit", OPUS_KBIT_PER_S))
 
@@ -768,15 +763,13 @@ class Welcome(NamedTuple):
     sound: Sound | None = None
     folder: tuple[int, int] | None = None
 
-    def encode(self) -> Fields:
-        """See `Message`."""
+    def _encode(self) -> Fields:
         sound = {} if self.sound is None else self.sound.encode()
         folder = {} if self.folder is None else {"folder": self.folder}
         return {"protocol": self.protocol, "mode": self.mode, **sound, **folder}
 
     @classmethod
-    def decode(cls, fields: Fields) -> Welcome:
-        """See `Message`."""
+    def _decode(cls, fields: Fields) -> Welcome:
         protocol, mode = require(fields, "protocol", int), require(fields, "mode", str)
         folder: tuple[int, int] | None = None
         match fields.get("folder"):
@@ -790,13 +783,11 @@ class Pair(NamedTuple):
 
     share: bytes
 
-    def encode(self) -> Fields:
-        """See `Message`."""
+    def _encode(self) -> Fields:
         return {"share": self.share.hex()}
 
     @classmethod
-    def decode(cls, fields: Fields) -> Pair:
-        """See `Message`."""
+    def _decode(cls, fields: Fields) -> Pair:
         share = require(fields, "share", str)
         if not re.fullmatch(f"[0-9a-f]{{{2 * SHARE_BYTES}}}", share):
             raise ProtocolError("received a message with a bad 'share'")
@@ -809,13 +800,11 @@ class Error(NamedTuple):
     error: str
     kind: str = ""
 
-    def encode(self) -> Fields:
-        """See `Message`."""
+    def _encode(self) -> Fields:
         return self._asdict() if self.kind else {"error": self.error}
 
     @classmethod
-    def decode(cls, fields: Fields) -> Error:
-        """See `Message`."""
+    def _decode(cls, fields: Fields) -> Error:
         kind = fields.get("kind")
         if fields.get("code_wanted") is True:  # a server of protocol 1
             kind = CODE_WANTED
@@ -915,14 +904,12 @@ class Offer(NamedTuple):
     entries: Sequence[Entry | Outcome]
     run: str = ""
 
-    def encode(self) -> Fields:
-        """See `Message`."""
+    def _encode(self) -> Fields:
         fields: Fields = {"entries": [entry.encode() for entry in self.entries]}
         return {**fields, "run": self.run} if self.run else fields
 
     @classmethod
-    def decode(cls, fields: Fields) -> Offer:
-        """See `Message`."""
+    def _decode(cls, fields: Fields) -> Offer:
         items = require(fields, "entries", list)
         if len(items) > MAX_BATCH_ENTRIES:
             raise ProtocolError(f"received an offer of more than {MAX_BATCH_ENTRIES} files")
@@ -942,13 +929,11 @@ class Held(NamedTuple):
 
     entries: Sequence[tuple[int, Sequence[int]]]
 
-    def encode(self) -> Fields:
-        """See `Message`."""
+    def _encode(self) -> Fields:
         return {"entries": self.entries}
 
     @classmethod
-    def decode(cls, fields: Fields) -> Held:
-        """See `Message`."""
+    def _decode(cls, fields: Fields) -> Held:
         entries: list[tuple[int, Sequence[int]]] = []
         for item in require(fields, "entries", list):
             match item:
@@ -967,13 +952,11 @@ class Held(NamedTuple):
 class Hashing(NamedTuple):
     """A sign of life of whoever hashes for long."""
 
-    def encode(self) -> Fields:
-        """See `Message`."""
+    def _encode(self) -> Fields:
         return {}
 
     @classmethod
-    def decode(cls, _fields: Fields) -> Hashing:
-        """See `Message`."""
+    def _decode(cls, _fields: Fields) -> Hashing:
         return cls()
 
 
@@ -986,13 +969,11 @@ class Prefixes(NamedTuple):
 
     entries: Sequence[Sequence[str]]
 
-    def encode(self) -> Fields:
-        """See `Message`."""
+    def _encode(self) -> Fields:
         return {"entries": self.entries}
 
     @classmethod
-    def decode(cls, fields: Fields) -> Prefixes:
-        """See `Message`."""
+    def _decode(cls, fields: Fields) -> Prefixes:
         entries = require(fields, "entries", list)
         for entry in entries:
             if not isinstance(entry, list) or not all(isinstance(each, str) for each in entry):
@@ -1005,8 +986,7 @@ class Start(NamedTuple):
 
     entries: Sequence[int | Outcome]
 
-    def encode(self) -> Fields:
-        """See `Message`."""
+    def _encode(self) -> Fields:
         return {
             "entries": [
                 {"offset": entry} if isinstance(entry, int) else entry.encode()
@@ -1015,8 +995,7 @@ class Start(NamedTuple):
         }
 
     @classmethod
-    def decode(cls, fields: Fields) -> Start:
-        """See `Message`."""
+    def _decode(cls, fields: Fields) -> Start:
         return cls(
             [
                 require_number(item, "offset", FILE_SIZES)
@@ -1032,13 +1011,11 @@ class Results(NamedTuple):
 
     entries: Sequence[tuple[int, Outcome]]
 
-    def encode(self) -> Fields:
-        """See `Message`."""
+    def _encode(self) -> Fields:
         return {"entries": [(index, outcome.encode()) for index, outcome in self.entries]}
 
     @classmethod
-    def decode(cls, fields: Fields) -> Results:
-        """See `Message`."""
+    def _decode(cls, fields: Fields) -> Results:
         entries = []
         for item in require(fields, "entries", list):
             match item:
@@ -1188,13 +1165,11 @@ class TimeRequest(NamedTuple):
 
     asked_ns: int
 
-    def encode(self) -> Fields:
-        """See `Message`."""
+    def _encode(self) -> Fields:
         return self._asdict()
 
     @classmethod
-    def decode(cls, fields: Fields) -> TimeRequest:
-        """See `Message`."""
+    def _decode(cls, fields: Fields) -> TimeRequest:
         return cls(require_number(fields, "asked_ns", CLOCK_NS))
 
 
@@ -2137,7 +2112,7 @@ def calculate_checksum(
             on_progress(count)
             left -= count
     if length is not None and left:
-        raise FileShrunk
+        raise FileShrunk("the file is shorter than it was")
     return digest.hexdigest()
 
 

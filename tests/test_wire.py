@@ -187,14 +187,14 @@ def test_a_message_that_is_not_expected_is_a_protocol_error() -> None:
 )
 def test_lengths_that_nobody_can_hold_are_a_protocol_error(fields: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError):
-        Held.decode(fields)
+        Held._decode(fields)
 
 
 def test_an_entry_that_cannot_be_read_is_refused_by_itself() -> None:
     good = {"path": "a", "size": 1}
     bad = [None, {}, {"path": 1}, {**good, "size": -1}, {**good, "mode": 0o1777}]
     bad += [{**good, "mtime_ns": 2**68 + 1}, {**good, "mtime_ns": "now"}]
-    entries = Offer.decode({"entries": [good, *bad, good]}).entries
+    entries = Offer._decode({"entries": [good, *bad, good]}).entries
     assert entries[0] == entries[-1] == Entry("a", 1)
     for entry in entries[1:-1]:
         assert isinstance(entry, Outcome)
@@ -228,8 +228,8 @@ def test_an_offer_of_the_longest_names_in_their_longest_form_is_parsed() -> None
 def test_an_offer_has_a_thousand_entries_at_most() -> None:
     entries = [Entry(str(number), 1) for number in range(MAX_BATCH_ENTRIES + 1)]
     with pytest.raises(ProtocolError, match="more than 1000"):
-        Offer.decode(Offer(entries).encode())
-    assert len(Offer.decode(Offer(entries[1:]).encode()).entries) == MAX_BATCH_ENTRIES
+        Offer._decode(Offer(entries)._encode())
+    assert len(Offer._decode(Offer(entries[1:])._encode()).entries) == MAX_BATCH_ENTRIES
 
 
 @pytest.mark.parametrize(
@@ -250,9 +250,9 @@ def test_a_size_that_no_file_has_is_a_protocol_error(value: object) -> None:
 
 
 def test_an_error_is_of_a_known_kind_or_of_none() -> None:
-    assert Error.decode({"error": "no", "kind": common.WAIT}) == Error("no", common.WAIT)
-    assert Error.decode({"error": "no", "kind": "of another kind"}) == Error("no")
-    assert Error.decode({"error": "no", "kind": []}) == Error("no")
+    assert Error._decode({"error": "no", "kind": common.WAIT}) == Error("no", common.WAIT)
+    assert Error._decode({"error": "no", "kind": "of another kind"}) == Error("no")
+    assert Error._decode({"error": "no", "kind": []}) == Error("no")
 
 
 @given(audio=FORMATS, first=SIZES, captured=SIZES, frames=st.integers(0, 20))

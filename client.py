@@ -102,8 +102,6 @@ from common import (
     ProtocolError,
     Results,
     SocketPairError,
-    Sound,
-    SoundCard,
     Start,
     StreamEnd,
     TimeReply,
@@ -1879,7 +1877,8 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._line = EarliestLine(ARRIVALS_WINDOW_S)
-        self._stepped_s = 0.0
+        # When sound really comes at the earliest, less when the line says: its steps.
+        self.edge_s = 0.0
         self._worst_s: deque[float] = deque(maxlen=REMEMBERED_WINDOWS)
         self._remembered_s = -math.inf
         self._window_worst_s = -math.inf
@@ -1891,7 +1890,7 @@ class Arrivals:
     @property
     def line_s(self) -> float:
         """The server's clock: when a frame could arrive, less the time that its number means."""
-        return self._line.offset_s - self._stepped_s
+        return self._line.offset_s - self.edge_s
 
     def note(self, now_s: float, first_s: float, end_s: float) -> None:
         """Take in that a block came whose first frame and end stand for these times."""
@@ -1900,7 +1899,7 @@ class Arrivals:
         if now_s >= self._window_end_s:
             self._close_window(now_s)
         lateness_s = now_s - first_s - self.line_s
-        if lateness_s - self._stepped_s > MAX_RESERVE_S:
+        if lateness_s - self.edge_s > MAX_RESERVE_S:
             self._outage_end_s = now_s + LATENESS_WINDOW_S
             self._late_since_s = min(self._late_since_s, now_s)
         else:
@@ -1916,7 +1915,7 @@ class Arrivals:
         self._line.note(now_s, offset_s)
         moved_s = self._line.offset_s - before_s
         if abs(moved_s) > STEP_S:
-            self._stepped_s += moved_s
+            self.edge_s += moved_s
 
     def _close_window(self, now_s: float) -> None:
         if self._window_worst_s > -math.inf:
@@ -1934,14 +1933,9 @@ class Arrivals:
         spread_s = sum(min(abs(late - usual_s), MAX_SPREAD_S) for late in recent_s) / count
         return worst_s + spread_s * math.log(RECENT_WINDOWS / count)
 
-    @property
-    def edge_s(self) -> float:
-        """When sound really comes at the earliest, less when the line says: its steps."""
-        return self._stepped_s
-
     def target_for(self, latency_s: float) -> float:
         """Return how far behind the line to play, so that so much sound is left after a read."""
-        return self._stepped_s + latency_s + self._block_s
+        return self.edge_s + latency_s + self._block_s
 
     @property
     def latest_s(self) -> float:
@@ -1952,8 +1946,8 @@ class Arrivals:
     def needed_s(self) -> float:
         """How far behind the line to play, so that nothing comes too late."""
         worst_s = max(self._remembered_s, self._window_worst_s)
-        needed_s = max(worst_s + MARGIN_S - PATIENCE_S, self._stepped_s + MIN_RESERVE_S)
-        return min(needed_s, self._stepped_s + MAX_RESERVE_S)
+        needed_s = max(worst_s + MARGIN_S - PATIENCE_S, self.edge_s + MIN_RESERVE_S)
+        return min(needed_s, self.edge_s + MAX_RESERVE_S)
 
 
 # --- sound: playout -------------------------------------------------------------------------
@@ -2857,60 +2851,56 @@ class Speaker:
         load_converters()
         self._latency_s = None if latency_ms is None else latency_ms / 1000
         self._delay_s = delay_ms / 1000
-        self._console = console
-        self._card = SoundCard(common.SPEAKER, wanted, console.complain)
+        self.console = console
+        self.card = common.SoundCard(common.SPEAKER, wanted, console.complain)
 
     def open(self, audio: AudioFormat, sync: Sync | None) -> SpeakerOutput:
         """Open the card at the sound's own rate, or at its own where it does not do that.
 
         An output that there was is at its end.
         """
-        own = self._card.device.own_format
+        own = self.card.device.own_format
         try:
-            return self._open_as(AudioFormat(audio.rate, own.channels), audio, sync)
+            return SpeakerOutput(self, audio, AudioFormat(audio.rate, own.channels), sync)
         except AudioUnavailable:
             if own.rate == audio.rate:
                 raise
-            return self._open_as(own, audio, sync)
+            return SpeakerOutput(self, audio, own, sync)
 
-    def _open_as(
-        self, card_format: AudioFormat, audio: AudioFormat, sync: Sync | None
-    ) -> SpeakerOutput:
-        def make_playout(sync: Sync | None) -> Playout:
-            if sync is None:
-                if self._delay_s:
-                    self._console.complain("--delay does nothing: the server is without --sync")
-                return Playout(audio, card_format, self._latency_s)
+    def make_playout(
+        self, audio: AudioFormat, card_format: AudioFormat, sync: Sync | None
+    ) -> Playout:
+        """Return what plays `audio`, in step where the server has all play so."""
+        if sync is not None:
             step = InStep(sync, audio, card_format.rate, self._delay_s)
             return SyncedPlayout(audio, card_format, step)
+        if self._delay_s:
+            self.console.complain("--delay does nothing: the server is without --sync")
+        return Playout(audio, card_format, self._latency_s)
 
-        wait_s = self._latency_s if sync is None else sync.after_s + self._delay_s
-        return SpeakerOutput(self._card, wait_s, make_playout, sync, self._console)
+    def find_wait_s(self, sync: Sync | None) -> float | None:
+        """Return for how long sound waits until it is played, None where that is to be short."""
+        return self._latency_s if sync is None else sync.after_s + self._delay_s
 
     def close(self) -> None:
         """Release the card. Idempotent."""
-        self._card.close()
+        self.card.close()
 
 
 class SpeakerOutput:
     """Plays through a sound card; PortAudio asks for each block when it needs it."""
 
     def __init__(
-        self,
-        card: SoundCard,
-        wait_s: float | None,
-        make_playout: Callable[[Sync | None], Playout],
-        sync: Sync | None,
-        console: Console,
+        self, speaker: Speaker, audio: AudioFormat, card_format: AudioFormat, sync: Sync | None
     ) -> None:
-        self._card = card
-        self._make_playout = make_playout
-        self._playout = make_playout(sync)
-        self._advice = StepAdvice(console)
+        self._make_playout = functools.partial(speaker.make_playout, audio, card_format)
+        self._playout = self._make_playout(sync)
+        self._advice = StepAdvice(speaker.console)
         self._exchanged = threading.Condition()  # guards the playout, and tells of what was written
-        block_ms, longest_ms = find_blocks_ms(wait_s)
-        card_format = self._playout.card
-        card.open(common.Passing(card_format, block_ms, self._exchange, self._return, longest_ms))
+        block_ms, longest_ms = find_blocks_ms(speaker.find_wait_s(sync))
+        speaker.card.open(
+            common.Passing(card_format, block_ms, self._exchange, self._return, longest_ms)
+        )
 
     def _exchange(self, _samples: bytes | None, passage: common.Passage) -> bytes:
         """Return the next frames; PortAudio's thread calls this.
@@ -2973,10 +2963,7 @@ class SpeakerOutput:
 
 
 def find_blocks_ms(wait_s: float | None) -> tuple[float, float]:
-    """Return how much sound a card gets at once, at first and at most.
-
-    `wait_s` is for how long sound waits until it is played, None where that is to be short.
-    """
+    """Return how much sound a card gets at once, at first and at most: see `find_wait_s`."""
     if wait_s is None:
         return BLOCK_MS, LONGEST_BLOCK_MS
     block_ms = min(max(wait_s * 1000 / BLOCKS_OF_WAIT, BLOCK_MS), LONGEST_BLOCK_MS)
@@ -3494,13 +3481,6 @@ OPUS_HEAD = struct.Struct("<8sBBHIhB")  # RFC 7845, 5.1
 OPUS_PREROLL_PACKETS = 8
 
 
-def sound_receiver(connection: Connection, sound: Sound) -> Callable[[], common.Heard]:
-    """Return a function that receives the next of a server's sound, as PCM."""
-    if sound.opus_kbit is None:
-        return functools.partial(receive_sound, connection, sound.audio)
-    return OpusDecoder(connection, sound.audio).receive
-
-
 def receive_sound(connection: Connection, audio: AudioFormat) -> common.Heard:
     """Return the next block of sound in the format `audio`, its end, or the server's time.
 
@@ -3705,7 +3685,9 @@ class Listening:
         audio, stream, sync_ms, opus_kbit = welcome.sound
         if opus_kbit != self._hello.opus_kbit:
             raise ProtocolError(f"{connection.peer} does not send the sound as it was asked to")
-        receive = sound_receiver(connection, welcome.sound)
+        receive: Callable[[], common.Heard] = functools.partial(receive_sound, connection, audio)
+        if opus_kbit is not None:
+            receive = OpusDecoder(connection, audio).receive
         clock = ServerClock()
         sync = None if sync_ms is None else Sync(clock, sync_ms / 1000)
         self._numbering.begin(stream)

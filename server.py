@@ -3877,7 +3877,7 @@ class BackgroundLog(logging.Handler):
 
     def __init__(self, writers: Sequence[logging.Handler]) -> None:
         super().__init__()
-        self.writers = writers
+        self._writers = writers
         self._lines: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
         self._left_out = 0
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
@@ -3895,7 +3895,7 @@ class BackgroundLog(logging.Handler):
 
     def _run(self) -> None:
         while (record := self._lines.get()) is not None:
-            for writer in self.writers:
+            for writer in self._writers:
                 if record.levelno >= writer.level:
                     writer.handle(record)
 
@@ -3937,14 +3937,19 @@ class LimitedLog:
 
 
 @contextlib.contextmanager
-def logging_to_streams(args: argparse.Namespace) -> Iterator[BackgroundLog]:
-    """Log to standard output, what went wrong to standard error, inside the ``with`` block."""
+def logging_to_streams(args: argparse.Namespace) -> Iterator[Console]:
+    """Log to standard output, what went wrong to standard error, inside the ``with`` block.
+
+    Gives the console, whose status line makes room for each line.
+    """
     level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
     done = logging.StreamHandler(sys.stdout)
     done.addFilter(lambda record: record.levelno <= logging.INFO)
     wrong = logging.StreamHandler(sys.stderr)
     wrong.setLevel(logging.WARNING)
+    console = Console(args.quiet)
     for writer in (done, wrong):
+        writer.addFilter(console.clear_for)
         stamp = "" if goes_to_journal(writer.stream) else "%(asctime)s "
         writer.setFormatter(logging.Formatter(f"{stamp}%(message)s", "%H:%M:%S"))
     # A log line a file is most of the work on a small file: leave out what no line shows, and
@@ -3953,7 +3958,7 @@ def logging_to_streams(args: argparse.Namespace) -> Iterator[BackgroundLog]:
     logging.logMultiprocessing = False
     with contextlib.closing(BackgroundLog([done, wrong])) as background:
         logging.basicConfig(level=level, handlers=[background])
-        yield background
+        yield console
 
 
 def goes_to_journal(stream: TextIO) -> bool:
@@ -4081,14 +4086,6 @@ def folder_name(text: str) -> str:
     return text
 
 
-def make_console(args: argparse.Namespace, background: BackgroundLog) -> Console:
-    """Return the console; each line of the log clears its status line first."""
-    console = Console(args.quiet)
-    for writer in background.writers:
-        writer.addFilter(console.clear_for)
-    return console
-
-
 def prepare_folder(folder: str) -> str:
     """Make the folder for files where it is missing; return its path. Raises SocketPairError."""
     folder = os.path.expanduser(folder)
@@ -4109,7 +4106,7 @@ def is_read_only(folder: str) -> bool:
     return sys.platform != "win32" and bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
-def serve_files(args: argparse.Namespace, background: BackgroundLog) -> int:
+def serve_files(args: argparse.Namespace, console: Console) -> int:
     """Receive files until Ctrl+C, then let those under way finish; return the exit status."""
     store = Store(prepare_folder(args.folder), args.overwrite)
     endpoint = Endpoint.open(args, "file")
@@ -4120,7 +4117,6 @@ def serve_files(args: argparse.Namespace, background: BackgroundLog) -> int:
         welcome=lambda _hello, host: welcome_to_folder(store.folder, host),
     )
     shown = escape(os.path.join(store.folder, ""))
-    console = make_console(args, background)
     try:
         server.start(announce=not args.no_announce)
         endpoint.describe(f"Receiving into {shown}", args.quiet)
@@ -4141,22 +4137,19 @@ def welcome_to_folder(folder: str, host: str) -> Welcome:
     return welcome
 
 
-def serve_audio(args: argparse.Namespace, background: BackgroundLog) -> int:
+def serve_audio(args: argparse.Namespace, console: Console) -> int:
     """Broadcast the input until Ctrl+C or its end; return the exit status."""
     # A thread a listener: the usual 8 MiB each would be backed by huge pages on some systems.
     threading.stack_size(LISTENER_STACK_BYTES)
     with contextlib.closing(open_input(args)) as source:
-        return broadcast(args, source, background)
+        return broadcast(args, source, console)
 
 
-def broadcast(
-    args: argparse.Namespace, source: Microphone | PacedInput, background: BackgroundLog
-) -> int:
+def broadcast(args: argparse.Namespace, source: Microphone | PacedInput, console: Console) -> int:
     """Send what `source` captures to whoever connects; return the exit status."""
     broadcaster = Broadcaster(source.captured)
     endpoint = Endpoint.open(args, "audio")
     server = make_audio_server(args, endpoint, broadcaster)
-    console = make_console(args, background)
     source.start()
     broadcaster.start()
     what = f"{source.name}, {source.captured.audio.describe()}"
@@ -4255,10 +4248,10 @@ def main(argv: Sequence[str]) -> int:
     mode = "audio" if args.list_devices else args.mode or common.ask_mode()
     if mode == "audio":
         common.quiet_libraries(args.verbose)
-    with logging_to_streams(args) as background:
+    with logging_to_streams(args) as console:
         if args.list_devices:
             return common.list_devices(common.MICROPHONE)
-        return (serve_files if mode == "file" else serve_audio)(args, background)
+        return (serve_files if mode == "file" else serve_audio)(args, console)
 
 
 def raise_open_file_limit() -> None:

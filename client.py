@@ -91,10 +91,8 @@ from common import (
     Hashing,
     Held,
     Hello,
-    LevelMeter,
     NotPaired,
     Offer,
-    OpusBlock,
     Outcome,
     Pair,
     PeerRefused,
@@ -103,9 +101,6 @@ from common import (
     Results,
     SocketPairError,
     Start,
-    StreamEnd,
-    TimeReply,
-    TimeRequest,
     Welcome,
     blocks_for,
     calculate_checksum,
@@ -114,8 +109,6 @@ from common import (
     describe_error,
     escape,
     format_bytes,
-    format_duration,
-    format_tenths,
 )
 
 if TYPE_CHECKING:
@@ -2524,7 +2517,7 @@ class OffsetBounds(NamedTuple):
         return self.most_s - self.least_s
 
 
-def to_exchange(reply: TimeReply, returned_ns: int) -> TimeExchange:
+def to_exchange(reply: common.TimeReply, returned_ns: int) -> TimeExchange:
     """Return the exchange that a `reply` completes which was received at `returned_ns`."""
     return TimeExchange(*(stamp_ns / 1e9 for stamp_ns in (*reply, returned_ns)))
 
@@ -3525,14 +3518,14 @@ class OpusDecoder:
         while True:
             content = read_sound(self._connection, self._audio)
             received = common.decode_opus(content, self._audio)
-            if not isinstance(received, OpusBlock):
+            if not isinstance(received, common.OpusBlock):
                 return received
             block = self.decode(received)
             if not self._unsettled_packets:
                 return block
             self._unsettled_packets -= 1
 
-    def decode(self, block: OpusBlock) -> AudioBlock:
+    def decode(self, block: common.OpusBlock) -> AudioBlock:
         """Return the same part of the sound as PCM."""
         if block.skipped:
             self._begin()
@@ -3636,7 +3629,7 @@ class Listening:
         self._budget = Budget()
         self._audio: AudioFormat | None = None
         self._latest_samples = b""
-        self._meter = LevelMeter()
+        self._meter = common.LevelMeter()
         self._problem_told = False
         self.is_cut_short = False  # as the server was lost, and did not come back in time
 
@@ -3701,11 +3694,11 @@ class Listening:
         self._console.say(f"Listening to {connection.peer}, {what} - Ctrl+C to stop")
         while not self._is_enough(audio):
             if sync is not None and clock.wants_request(time.monotonic()):
-                connection.send(TimeRequest(time.monotonic_ns()))
+                connection.send(common.TimeRequest(time.monotonic_ns()))
             received = receive()
-            if isinstance(received, TimeReply):
+            if isinstance(received, common.TimeReply):
                 clock.take(to_exchange(received, time.monotonic_ns()))
-            elif isinstance(received, StreamEnd):
+            elif isinstance(received, common.StreamEnd):
                 self._console.say(f"The sound has ended: {received.reason}")
                 return
             else:
@@ -3770,15 +3763,15 @@ class Listening:
         """Keep the status line up to date; never returns."""
         while True:
             parts = [output.status() for output in self.outputs]
-            beside = "  ".join([*parts, format_duration(self.heard_s)])
+            beside = "  ".join([*parts, common.format_duration(self.heard_s)])
             self._console.show_loudness(self._meter, beside)
             time.sleep(common.STATUS_INTERVAL_S)
 
     def summarize(self) -> str:
         """Return what has been heard, in a line."""
-        heard = f"heard {format_tenths(self.heard_s)}"
+        heard = f"heard {common.format_tenths(self.heard_s)}"
         if self._seconds != FOREVER_S and self._seconds - self.heard_s > NEGLIGIBLE_S:
-            heard += f" of {format_tenths(self._seconds)}"
+            heard += f" of {common.format_tenths(self._seconds)}"
         return ", ".join([heard, *filter(None, (output.summary() for output in self.outputs))])
 
 

@@ -2892,10 +2892,10 @@ class SpeakerOutput:
         self._exchanged = threading.Condition()  # guards the playout, and tells of what was written
         block_ms, longest_ms = find_blocks_ms(speaker.find_wait_s(sync))
         speaker.card.open(
-            common.Passing(card_format, block_ms, self._exchange, self._return, longest_ms)
+            common.StreamSettings(card_format, block_ms, self._exchange, self._return, longest_ms)
         )
 
-    def _exchange(self, _samples: bytes | None, passage: common.Passage) -> bytes:
+    def _exchange(self, _samples: bytes | None, info: common.BlockInfo) -> bytes:
         """Return the next frames; PortAudio's thread calls this.
 
         Where they are not there, it waits a moment: what holds up all of the machine has the
@@ -2904,8 +2904,8 @@ class SpeakerOutput:
         """
         now_s = time.monotonic()
         with self._exchanged:
-            self._exchanged.wait_for(lambda: not self._playout.lacks(passage.frames), PATIENCE_S)
-            return self._playout.read(passage.frames, now_s, passage.away_s, passage.is_after_gap)
+            self._exchanged.wait_for(lambda: not self._playout.lacks(info.frames), PATIENCE_S)
+            return self._playout.read(info.frames, now_s, info.away_s, info.is_after_gap)
 
     def _return(self, _lost_s: float) -> None:
         """Begin anew with a card that is back; PortAudio's thread calls this."""

@@ -2155,8 +2155,8 @@ MICROPHONE = Direction("input", "microphone")
 SPEAKER = Direction("output", "loudspeaker")
 
 
-class Passage(NamedTuple):
-    """How a block goes through a sound card.
+class BlockInfo(NamedTuple):
+    """What a callback is told of a block.
 
     The first of its `frames` is heard in `away_s` seconds, or was captured so long ago. With
     `is_after_gap` the card had run dry before it (underrun), or had lost sound (overrun).
@@ -2168,7 +2168,7 @@ class Passage(NamedTuple):
 
 
 # Called with what was captured, or None. Returns what to play, or None.
-Exchange = Callable[[bytes | None, Passage], bytes | None]
+Exchange = Callable[[bytes | None, BlockInfo], bytes | None]
 
 
 class Device(NamedTuple):
@@ -2225,8 +2225,8 @@ def describe_choice(devices: Sequence[Device]) -> str:
     return ", ".join(f"{device.number} {device.shown}" for device in devices)
 
 
-class Passing(NamedTuple):
-    """Sound that is to pass a card: of this format, `block_ms` at once through `exchange`.
+class StreamSettings(NamedTuple):
+    """How a card is to be opened: sound of this format, `block_ms` at once through `exchange`.
 
     PortAudio makes a card's buffer of some three such blocks, and PyAudio lets nothing else be
     chosen. A card that runs dry again and again gets `longest_block_ms` at once, if that is more.
@@ -2361,8 +2361,10 @@ class SoundSystem:
             return [d for d in devices if d.number == number] or devices
         return devices
 
-    def open(self, direction: Direction, device: Device, passing: Passing) -> PortAudioStream:
-        """Have PortAudio's own thread call `passing.exchange` for every block.
+    def open(
+        self, direction: Direction, device: Device, settings: StreamSettings
+    ) -> PortAudioStream:
+        """Have PortAudio's own thread call `settings.exchange` for every block.
 
         Raises AudioUnavailable where there is no device of that name and sound system now, or it
         does not do it, saying what it can.
@@ -2375,16 +2377,16 @@ class SoundSystem:
             samples: bytes | None, frames: int, times: Mapping[str, float], status: int
         ) -> tuple[bytes | None, int]:
             is_after_gap = bool(status & GAP_FLAGS)
-            passage = Passage(frames, direction.seconds_away(times), is_after_gap)
-            return passing.exchange(samples, passage), self._continue
+            info = BlockInfo(frames, direction.seconds_away(times), is_after_gap)
+            return settings.exchange(samples, info), self._continue
 
-        audio = passing.audio
+        audio = settings.audio
         try:
             stream = self._portaudio.open(
                 rate=audio.rate,
                 channels=audio.channels,
                 format=self._sample_format,
-                frames_per_buffer=audio.frames_in(passing.block_ms),
+                frames_per_buffer=audio.frames_in(settings.block_ms),
                 stream_callback=callback,
                 **{direction.kind: True, f"{direction.kind}_device_index": now.number},
             )
@@ -2429,7 +2431,7 @@ class SoundSystem:
 # What keeps PortAudio from JACK's library, and from PipeWire's that stands in for it.
 WITHOUT_JACK = {"JACK_DEFAULT_SERVER": "none", "PIPEWIRE_NOJACK": "1"}
 JACK_START_S = 10.0
-JACK_HEADER = struct.Struct("!Id?")  # of a block: its Passage
+JACK_HEADER = struct.Struct("!Id?")  # of a block: its BlockInfo
 
 
 @functools.cache
@@ -2482,8 +2484,8 @@ class JackProcess:
         with contextlib.suppress(EOFError, OSError):
             while True:
                 block = self._link.recv_bytes()
-                passage = Passage(*JACK_HEADER.unpack_from(block))
-                played = exchange(block[JACK_HEADER.size :] or None, passage)
+                info = BlockInfo(*JACK_HEADER.unpack_from(block))
+                played = exchange(block[JACK_HEADER.size :] or None, info)
                 if played is not None:
                     self._link.send_bytes(played)
 
@@ -2524,16 +2526,16 @@ class JackSystem:
         new.sort(key=lambda device: device.host_api == "ALSA")  # whose JACK part is a bridge
         return [device._replace(number=first + place) for place, device in enumerate(new)]
 
-    def open(self, direction: Direction, device: Device, passing: Passing) -> JackProcess:
+    def open(self, direction: Direction, device: Device, settings: StreamSettings) -> JackProcess:
         """Open the device in a process of its own; raises AudioUnavailable with its words."""
-        how = {"audio": passing.audio, "block_ms": passing.block_ms}
+        how = {"audio": settings.audio, "block_ms": settings.block_ms}
         process = JackProcess({"direction": direction, "device": device, **how})
         try:
             process.receive_answer()
         except BaseException:
             process.close()
             raise
-        exchanging = functools.partial(process.exchange_blocks, passing.exchange)
+        exchanging = functools.partial(process.exchange_blocks, settings.exchange)
         threading.Thread(target=exchanging, name="JACK", daemon=True).start()
         return process
 
@@ -2574,16 +2576,16 @@ def exchange_until_lost(
     """Exchange blocks with the other process until the stream dies; return the exit status."""
     answered = threading.Event()
 
-    def exchange(samples: bytes | None, passage: Passage) -> bytes | None:
+    def exchange(samples: bytes | None, info: BlockInfo) -> bytes | None:
         answered.wait()
         try:
-            link.send_bytes(JACK_HEADER.pack(*passage) + (samples or b""))
+            link.send_bytes(JACK_HEADER.pack(*info) + (samples or b""))
             return link.recv_bytes() if direction == SPEAKER else None
         except (EOFError, OSError):  # the other process has ended
             os._exit(EXIT_OK)
 
     device, audio = Device(*request["device"]), AudioFormat(*request["audio"])
-    stream = system.open(direction, device, Passing(audio, request["block_ms"], exchange))
+    stream = system.open(direction, device, StreamSettings(audio, request["block_ms"], exchange))
     answer(link, {"devices": [device]})
     answered.set()
     while stream.is_active():
@@ -2614,7 +2616,10 @@ Stream = PortAudioStream | JackProcess
 
 
 class Closing:
-    """A request to a sound card's thread: close the card, and end; a Passing is one to open it."""
+    """A request to a sound card's thread to close the card, and to end."""
+
+
+Request = StreamSettings | Closing
 
 
 class Flow:
@@ -2631,15 +2636,15 @@ class Flow:
         self.has_begun = False
         self.last_s = self._checked_s = self._stood_s = time.monotonic()
 
-    def exchange(self, samples: bytes | None, passage: Passage) -> bytes | None:
+    def exchange(self, samples: bytes | None, info: BlockInfo) -> bytes | None:
         """Pass a block on."""
         self.last_s = time.monotonic()
         if not self.has_begun:
             self._begin(self.last_s)
             self.has_begun = True
-        if passage.is_after_gap:
+        if info.is_after_gap:
             self._gaps_s.append(self.last_s)
-        return self._exchange(samples, passage)
+        return self._exchange(samples, info)
 
     def has_many_gaps(self) -> bool:
         """Return whether the card has just run dry again and again."""
@@ -2658,7 +2663,7 @@ class Flow:
 class OpenCard(NamedTuple):
     """A stream and its sound, as it was requested."""
 
-    passing: Passing
+    settings: StreamSettings
     stream: Stream
     flow: Flow
 
@@ -2668,8 +2673,8 @@ class OpenCard(NamedTuple):
 
     def wants_longer_blocks(self) -> bool:
         """Return whether it runs dry again and again, and its blocks may be longer."""
-        passing = self.passing
-        return passing.block_ms < passing.longest_block_ms and self.flow.has_many_gaps()
+        settings = self.settings
+        return settings.block_ms < settings.longest_block_ms and self.flow.has_many_gaps()
 
     def is_decided(self) -> bool:
         """Return whether sound has begun to flow, or will not."""
@@ -2680,27 +2685,27 @@ class CardKeeper(NamedTuple):
     """Keeps one device open as it is asked to, and waits for the same one whenever it has gone.
 
     One thread runs it, and only that calls PortAudio: a sound system that hangs holds up whoever
-    asks it. Each Passing that is requested is answered: by the device, or what went wrong.
+    asks it. A request to open is answered: by the device, or what went wrong.
     """
 
     direction: Direction
     system: System
     device: Device
-    requests: queue.SimpleQueue[Passing | Closing]
+    requests: queue.SimpleQueue[Request]
     answers: queue.SimpleQueue[Device | Exception]
     complain: Callable[[str], object]
 
     def run(self) -> None:
         """Do as requested, until the card is to be closed."""
         request = self.requests.get()
-        while isinstance(request, Passing):
+        while isinstance(request, StreamSettings):
             request = self._keep_open(request)
         self.system.close()
 
-    def _keep_open(self, passing: Passing) -> Passing | Closing:
+    def _keep_open(self, settings: StreamSettings) -> Request:
         """Keep the device open, and answer; return the next request."""
         try:
-            card = self._open(passing, lambda now_s: None)
+            card = self._open(settings, lambda now_s: None)
         except Exception as error:  # noqa: BLE001 - raised again by take_answer
             self.answers.put(error)
             return self.requests.get()
@@ -2721,27 +2726,27 @@ class CardKeeper(NamedTuple):
         """Return whether the buffer of a card that is there is, and can be larger."""
         return self.system.sizes_buffers and card.wants_longer_blocks() and not card.is_lost()
 
-    def _lengthen(self, card: OpenCard) -> OpenCard | Passing | Closing:
+    def _lengthen(self, card: OpenCard) -> OpenCard | Request:
         """Open a card with longer blocks; where that fails, do as `_bring_back`."""
         card.stream.close()
-        passing = card.passing._replace(block_ms=card.passing.longest_block_ms)
+        settings = card.settings._replace(block_ms=card.settings.longest_block_ms)
         try:
-            longer = self._open_again(passing, card.flow.last_s)
+            longer = self._open_again(settings, card.flow.last_s)
         except AudioUnavailable:
             return self._bring_back(card)
         self.complain(
             f"{self._what} ran dry {GAPS} times in {GAPS_S:.0f} s: it gets "
-            f"{passing.block_ms:g} ms at once from now on"
+            f"{settings.block_ms:g} ms at once from now on"
         )
         return longer
 
-    def _bring_back(self, card: OpenCard) -> OpenCard | Passing | Closing:
+    def _bring_back(self, card: OpenCard) -> OpenCard | Request:
         """Wait for a card that has gone; return it, or the next request."""
         # Told first: a sound system that hangs does not let the stream be closed.
         option = self.direction.option
         self.complain(f"{self._what} is gone: waiting for it ({option} would take another)")
         card.stream.close()
-        returned = self._wait_for_return(card.passing, card.flow.last_s)
+        returned = self._wait_for_return(card.settings, card.flow.last_s)
         if isinstance(returned, OpenCard):
             self.complain(f"{self._what} is back")
         return returned
@@ -2750,16 +2755,16 @@ class CardKeeper(NamedTuple):
     def _what(self) -> str:
         return f"the {self.direction.noun} {self.device.shown}"
 
-    def _open_again(self, passing: Passing, lost_s: float) -> OpenCard:
-        return self._open(passing, lambda now_s: passing.on_return(now_s - lost_s))
+    def _open_again(self, settings: StreamSettings, lost_s: float) -> OpenCard:
+        return self._open(settings, lambda now_s: settings.on_return(now_s - lost_s))
 
-    def _open(self, passing: Passing, begin: Callable[[float], object]) -> OpenCard:
-        flow = Flow(passing.exchange, begin)
-        watched = passing._replace(exchange=flow.exchange)
+    def _open(self, settings: StreamSettings, begin: Callable[[float], object]) -> OpenCard:
+        flow = Flow(settings.exchange, begin)
+        watched = settings._replace(exchange=flow.exchange)
         stream = self.system.open(self.direction, self.device, watched)
-        return OpenCard(passing, stream, flow)
+        return OpenCard(settings, stream, flow)
 
-    def _wait(self, until: Callable[[], bool]) -> Passing | Closing | None:
+    def _wait(self, until: Callable[[], bool]) -> Request | None:
         """Return a request once there is one, or None once `until` holds.
 
         That is asked every ``CARD_CHECK_S``: PyAudio tells nobody that a stream has ended.
@@ -2769,12 +2774,12 @@ class CardKeeper(NamedTuple):
                 return self.requests.get(timeout=CARD_CHECK_S)
         return None
 
-    def _wait_for_return(self, passing: Passing, lost_s: float) -> OpenCard | Passing | Closing:
+    def _wait_for_return(self, settings: StreamSettings, lost_s: float) -> OpenCard | Request:
         """Try to open the device until sound flows again; return that, or the next request."""
         while True:
             with contextlib.suppress(AudioUnavailable):
                 self.system.restart()
-                card = self._open_again(passing, lost_s)
+                card = self._open_again(settings, lost_s)
                 request = self._wait(card.is_decided)
                 if request is None and card.flow.has_begun:
                     return card
@@ -2796,7 +2801,7 @@ class SoundCard:
     def __init__(
         self, direction: Direction, wanted: str | None, complain: Callable[[str], object]
     ) -> None:
-        self._requests: queue.SimpleQueue[Passing | Closing] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Device | Exception] = queue.SimpleQueue()
 
         def keep() -> None:
@@ -2812,12 +2817,12 @@ class SoundCard:
         self._thread.start()
         self.device = take_answer(self._answers)
 
-    def open(self, passing: Passing) -> None:
+    def open(self, settings: StreamSettings) -> None:
         """Let sound flow from now on.
 
         A card that is open is closed first; after a failure, another format can be tried.
         """
-        self._requests.put(passing)
+        self._requests.put(settings)
         take_answer(self._answers)
 
     def close(self) -> None:

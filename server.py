@@ -2346,15 +2346,15 @@ class Microphone:
         self._card = card
         self._silence = Silence(audio)
         skip = self.captured.skip  # what a card that was away has not captured
-        card.open(common.Passing(audio, CAPTURE_BLOCK_MS, self._hand_over, skip))
+        card.open(common.StreamSettings(audio, CAPTURE_BLOCK_MS, self._hand_over, skip))
 
     def start(self) -> None:
         """Nothing to do: it captures already."""
 
-    def _hand_over(self, samples: bytes | None, passage: common.Passage) -> None:
+    def _hand_over(self, samples: bytes | None, info: common.BlockInfo) -> None:
         """Take a block; PortAudio's thread calls this."""
         captured = samples or b""
-        self.captured.put(captured, passage.away_s - passage.frames / self.captured.audio.rate)
+        self.captured.put(captured, info.away_s - info.frames / self.captured.audio.rate)
         if self._silence.is_to_be_told(captured):
             log.warning(
                 "the microphone %s has given nothing but zeros for %d s: is it muted, or another "

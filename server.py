@@ -3448,22 +3448,21 @@ class Endpoint(NamedTuple):
         is_everywhere = ALL_ADDRESSES.keys() & set(self.bound_addresses())
         return [] if is_everywhere else self.addresses()
 
-    def describe(self, doing: str, quiet: bool) -> None:
-        """Say where the server is and how a client gets in; a quiet one, what nobody could know."""
-        if not quiet:
-            names = [each.getsockname()[:2] for each in self.sockets]
-            where = " and ".join(common.format_address(*name) for name in names)
-            common.say(f"{doing} on {where} - Ctrl+C to stop")
+    def describe(self, doing: str, console: Console) -> None:
+        """Say where the server is and how a client gets in; a new code to a quiet one as well."""
+        names = [each.getsockname()[:2] for each in self.sockets]
+        where = " and ".join(common.format_address(*name) for name in names)
+        console.say(f"{doing} on {where} - Ctrl+C to stop")
         if self.is_local():
-            if not quiet and sys.stdout.isatty():  # advice is for people
-                common.say(LOCAL_HINT)
+            if sys.stdout.isatty():  # advice is for people
+                console.say(LOCAL_HINT)
             return
         if self.code is None:
-            common.complain(OPEN_WARNING[self.mode])
+            console.complain(OPEN_WARNING[self.mode])
+        tell = common.say if self.new_code else console.say  # what nobody could know
         if self.new_code:
-            common.say(f"Pairing code: {self.new_code}")
-        if self.new_code or not quiet:
-            common.say(f"On the other machine:\n    {self.client_command()}")
+            tell(f"Pairing code: {self.new_code}")
+        tell(f"On the other machine:\n    {self.client_command()}")
 
     def client_command(self) -> str:
         """Return what to type on another machine; it asks for the code."""
@@ -4119,7 +4118,7 @@ def serve_files(args: argparse.Namespace, console: Console) -> int:
     shown = escape(os.path.join(store.folder, ""))
     try:
         server.start(announce=not args.no_announce)
-        endpoint.describe(f"Receiving into {shown}", args.quiet)
+        endpoint.describe(f"Receiving into {shown}", console)
         attend_folder(store, console)
         console.end_status()
         return finish_files(server)
@@ -4155,7 +4154,7 @@ def broadcast(args: argparse.Namespace, source: Microphone | PacedInput, console
     what = f"{source.name}, {source.captured.audio.describe()}"
     try:
         server.start(announce=not args.no_announce)
-        endpoint.describe(f"Broadcasting {what},", args.quiet)
+        endpoint.describe(f"Broadcasting {what},", console)
         show_until_ended(broadcaster, console)
         return finish_audio(server, broadcaster, console)
     except KeyboardInterrupt:
@@ -4212,7 +4211,6 @@ def summarize(broadcaster: Broadcaster) -> str:
 
 def attend_folder(store: Store, console: Console) -> None:
     """Show what arrives, and remove old leftovers now and then, until Ctrl+C; blocks."""
-    interrupted = threading.Event()
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             remove_old_leftovers(store.disk.root)
@@ -4221,9 +4219,7 @@ def attend_folder(store: Store, console: Console) -> None:
                 if console.has_status:
                     console.show_status(store.describe_arrivals())
                     wait_s = common.STATUS_INTERVAL_S
-                elif sys.platform == "win32":
-                    wait_s = 0.5  # which lets Ctrl+C through only in between
-                interrupted.wait(wait_s)
+                time.sleep(wait_s)
 
 
 def finish_files(server: Server) -> int:

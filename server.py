@@ -2227,7 +2227,7 @@ class Reception:
         # The path is the only word of the client's, and the last: nothing in a name can be taken
         # for another part of the line by whoever reads it.
         path = self._store.spell(under_way.partial.folder, name)
-        log.info(f"{self.peer} sent {under_way.describe_sent()}, saved as {path}")
+        log.info(SAVED_LINE, self.peer, under_way.describe_sent(), path)
 
     def _tell_results(self) -> None:
         if self._results:
@@ -3868,6 +3868,9 @@ class Server:
 # --- log ------------------------------------------------------------------------------------
 
 MAX_WAITING_LINES = 10_000
+# Whoever reads the log goes by the words before the path: in other lines no name may hold them.
+SAVED_LINE = "%s sent %s, saved as %s"
+SAVED_WORDS, SAVED_WORDS_IN_NAMES = ", saved as ", r",\0040saved as "
 LOG_CLOSE_S = 2.0
 
 
@@ -3890,6 +3893,9 @@ class BackgroundLog(logging.Handler):
         if self._left_out:
             text, self._left_out = f"and {self._left_out} more lines", 0
             self._lines.put(log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None))
+        if record.msg != SAVED_LINE:
+            text = record.getMessage().replace(SAVED_WORDS, SAVED_WORDS_IN_NAMES)
+            record.msg, record.args = text, ()
         self._lines.put(record)
 
     def _run(self) -> None:

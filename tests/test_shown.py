@@ -47,6 +47,24 @@ def test_a_file_too_small_to_measure_has_no_speed_in_the_log(
 
 
 @posix
+def test_only_the_line_of_a_saved_file_has_the_words_that_go_before_its_path(
+    server: Server, tmp_path: Path
+) -> None:
+    folder = tmp_path / "x, saved as "
+    folder.mkdir()
+    make_sparse(folder / "film", 64 * MIB)
+    server.send(folder)
+    server.send(folder)
+    assert server.send("-", "--name", "y, saved as /../z").status == 1
+    server.wait_for_output("offers what is there already: .*")
+    server.wait_for_output("failed y.*")
+    lines = (server.stdout() + server.stderr()).splitlines()
+    assert any("begins to send" in line for line in lines)
+    saved = [line.partition(", saved as ")[2] for line in lines if ", saved as " in line]
+    assert saved == [str(server.folder / folder.name / "film")]
+
+
+@posix
 def test_lines_for_the_journal_have_no_time_of_their_own(inbox: Path, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file.bin", 1000)
     port = free_port()

@@ -71,7 +71,7 @@ def test_a_client_can_be_stopped_while_it_reads_a_silent_pipe(server: Server) ->
         client.signal(signal.SIGINT)
         result = client.wait()
     assert result.status == 130
-    assert result.error_lines == ["", "interrupted"]
+    assert result.error_lines[-1] == "interrupted"
     wait_for(lambda: not partials(server.folder), what="a pipe cannot be gone on with")
 
 

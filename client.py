@@ -99,6 +99,7 @@ from common import (
     Prefixes,
     ProtocolError,
     Results,
+    SignsOfLife,
     SocketPairError,
     Start,
     Welcome,
@@ -1071,9 +1072,9 @@ MAX_OFFERS = 3
 SMALL_FILE_BYTES = 64 * 1024
 # Who may ask for the SHA-256 of any length learns a file byte by byte.
 MIN_PREFIX_BYTES = 4096
-# Signs of life, one a second, that a server may send before it decides on a batch: for looking
-# it up, and for hashing what it holds.
-MAX_LOOK_UP_SIGNS = 600
+# Signs of life, one a second, that a server may send for looking up a batch, and then before each
+# result. More while it hashes what it holds.
+MAX_SIGNS = 600
 MIN_HASHED_BYTES_PER_S = 1_000_000
 
 
@@ -1247,43 +1248,6 @@ def next_step(step_bytes: int, took_s: float) -> int:
     if took_s > PACE_S:
         return max(MIN_PACE_BYTES, step_bytes // 2)
     return min(common.SEGMENT_BYTES, step_bytes * 2) if took_s < PACE_S / 4 else step_bytes
-
-
-class SignsOfLife:
-    """Tells the server every second that this client lives, while a disk keeps it waiting.
-
-    The thread that sends the signs ends with `stop`, or with the connection.
-    """
-
-    def __init__(self) -> None:
-        self._send: Callable[[], object] = bool
-        self._due_s = math.inf
-        self._lock = threading.Lock()  # held while a sign is sent
-        self._is_over = threading.Event()
-        threading.Thread(target=self._run, name="signs of life", daemon=True).start()
-
-    @contextlib.contextmanager
-    def by(self, send: Callable[[], object]) -> Iterator[None]:
-        """Have them sent by `send` inside the ``with`` block, which writes nothing itself."""
-        self._send = send
-        self._due_s = time.monotonic() + common.KEEPALIVE_INTERVAL_S
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._due_s = math.inf
-
-    def stop(self) -> None:
-        """Send none any more. Idempotent."""
-        self._is_over.set()
-
-    def _run(self) -> None:
-        with contextlib.suppress(ConnectionLost):  # whoever writes next finds that out
-            while not self._is_over.wait(common.KEEPALIVE_INTERVAL_S / 2):
-                with self._lock:
-                    if time.monotonic() >= self._due_s:
-                        self._send()
-                        self._due_s = time.monotonic() + common.KEEPALIVE_INTERVAL_S
 
 
 class Content:
@@ -1517,13 +1481,13 @@ class Upload:
 
     def _look_up(self, batch: Batch) -> list[UnderWay]:
         """Return what the server needs, after answering what it asks about what it holds."""
-        answer = self._receive_answer(MAX_LOOK_UP_SIGNS)
+        answer = self._receive_answer(MAX_SIGNS)
         digests: dict[int, Digests] = {}
         if isinstance(answer, Held):
             digests = self._compare(batch, answer)
             held = sum(batch.sources[index].entry.size or 0 for index, _ in answer.entries)
             hashing_signs = held // MIN_HASHED_BYTES_PER_S
-            answer = self._receive_answer(MAX_LOOK_UP_SIGNS + hashing_signs)
+            answer = self._receive_answer(MAX_SIGNS + hashing_signs)
         if isinstance(answer, Held):
             raise ProtocolError("received a second held")
         return self._begin(batch, answer, digests)
@@ -1613,11 +1577,19 @@ class Upload:
     def _read_results(self, batch: Batch) -> None:
         """Report what becomes of each file of a batch, until all are decided; see `reading`."""
         while not batch.is_done():
-            entries = self._connection.receive(Results).entries
+            entries = self._receive_results().entries
             if not entries:
                 raise ProtocolError("received results without a result")
             for index, outcome in entries:
                 self._decide(batch, index, outcome)
+
+    def _receive_results(self) -> Results:
+        """Return the next results; the signs of life before them may go on for some time."""
+        for _ in range(MAX_SIGNS):
+            message = self._connection.receive(Results, Hashing)
+            if not isinstance(message, Hashing):
+                return message
+        raise ProtocolError("received signs of life without end")
 
     def _decide(self, batch: Batch, index: int, outcome: Outcome) -> None:
         """Report what the server says has become of a file. Also for the results' thread."""

@@ -592,8 +592,8 @@ def load_identity(context: ssl.SSLContext, seed: bytes, certificate: bytes) -> N
 #                       STILL_HERE every second in which a disk or a pipe gives it nothing
 #     server  Results   the outcomes of entries, told as soon as there is nothing else to do
 #
-# Held and Prefixes are left out where nothing is held. Whoever hashes for long, or takes long to
-# find what to offer next, sends Hashing every second meanwhile.
+# Held and Prefixes are left out where nothing is held. Whoever hashes for long, or waits for a slow
+# disk, sends Hashing every second meanwhile.
 #
 # Sound: each frame of the server's holds an AudioBlock, the last one a StreamEnd. A client that
 # wants Opus is sent OpusBlocks; an AudioBlock is a sign of life there, and empty. A client that
@@ -1340,12 +1340,16 @@ class TimedSocket:
             raise PeerStalled(limit.seconds)
 
     def _wait_while_draining(self, *, to_write: bool) -> None:
-        """Do so for as long as what the system has taken already gets on: on a slow line, long."""
+        """Do so for as long as what the system has taken already gets on: on a slow line, long.
+
+        Who waits to write also waits for as long as the other side gives signs of life.
+        """
         while True:
-            arrived = self._arrived_bytes()
+            arrived, heard_s = self._arrived_bytes(), self._heard_s
             if wait_for_socket(self._socket, PROGRESS_TIMEOUT_S, to_write=to_write):
                 return
-            if self._arrived_bytes() <= arrived:
+            is_alive = to_write and self._heard_s > heard_s  # as another thread has heard
+            if self._arrived_bytes() <= arrived and not is_alive:
                 raise PeerStalled(PROGRESS_TIMEOUT_S)
 
     def _arrived_bytes(self) -> int:
@@ -1825,6 +1829,56 @@ class Connection(ByteStream):
         if isinstance(message, Error):
             raise PeerRefused(escape(message.error), message.kind)
         return message
+
+
+class SignsOfLife:
+    """Tells the other side every second that this one lives, while a disk keeps it waiting.
+
+    The thread that sends the signs ends with `stop`, or with the connection.
+    """
+
+    def __init__(self, send: Callable[[], object] = bool) -> None:
+        self._send = send
+        self._due_s = math.inf
+        self._lock = threading.Lock()  # held while a sign is sent
+        self._is_over = threading.Event()
+        self._lost: ConnectionLost | None = None
+        threading.Thread(target=self._run, name="signs of life", daemon=True).start()
+
+    def by(self, send: Callable[[], object]) -> SignsOfLife:
+        """Have them sent by `send` inside the ``with`` block, in which nothing else is written."""
+        self._send = send
+        return self
+
+    def __enter__(self) -> None:
+        self._due_s = time.monotonic() + KEEPALIVE_INTERVAL_S
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._due_s = math.inf
+
+    def is_on(self) -> bool:
+        """Return whether some thread is in the ``with`` block. For any thread."""
+        return self._due_s < math.inf
+
+    def check(self, _count: int = 0) -> None:
+        """Raise ConnectionLost if a sign could not be sent."""
+        if self._lost:
+            raise self._lost
+
+    def stop(self) -> None:
+        """Send none any more. Idempotent."""
+        self._is_over.set()
+
+    def _run(self) -> None:
+        try:
+            while not self._is_over.wait(KEEPALIVE_INTERVAL_S / 2):
+                with self._lock:
+                    if time.monotonic() >= self._due_s:
+                        self._send()
+                        self._due_s = time.monotonic() + KEEPALIVE_INTERVAL_S
+        except ConnectionLost as error:  # whoever writes next finds that out as well
+            self._lost = error
 
 
 # --- time -----------------------------------------------------------------------------------

@@ -104,6 +104,7 @@ from common import (
     Pair,
     PeerClosed,
     ProtocolError,
+    SignsOfLife,
     SocketPairError,
     Welcome,
     count,
@@ -1510,12 +1511,13 @@ class LookUp:
 class Comparison:
     """Finds out, together with one client, what of the files here is the same as there."""
 
-    def __init__(self, connection: Connection, signs: SignsOfLife, disk: Disk) -> None:
-        self.is_busy = False  # waiting or reading, while the client need not say anything
+    def __init__(
+        self, connection: Connection, signs: SignsOfLife, heard: SignLimiter, disk: Disk
+    ) -> None:
         self._connection = connection
         self._signs = signs
+        self._heard = heard
         self._disk = disk
-        self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
     def compare(
         self, batch: Batch, looked_up: Sequence[LookedUp | Wanted | Outcome]
@@ -1535,14 +1537,12 @@ class Comparison:
 
     def _ask(self, batch: Batch, held: dict[int, LookedUp]) -> dict[int, Here]:
         """Return, for each entry, what is here and the same at the client."""
-        self.is_busy = True
-        try:
+        with self._signs:
             self._wait_for_turn(batch, Counter(each.entry.path for each in held.values()))
-            lengths = [(index, each.held()) for index, each in held.items()]
-            self._connection.send(common.Held(lengths))
-            here = [each.read(self._disk, self._show_life) for each in held.values()]
-        finally:
-            self.is_busy = False
+        lengths = [(index, each.held()) for index, each in held.items()]
+        self._connection.send(common.Held(lengths))
+        with self._signs:
+            here = [each.read(self._disk, self._signs.check) for each in held.values()]
         same = {}
         for (index, each), its, checksums in zip(
             held.items(), here, self._receive_prefixes(len(held)), strict=True
@@ -1556,20 +1556,14 @@ class Comparison:
         wait_s = batch.reserve_guesses(max(paths.values()), MAX_COMPARISON_WAIT_S)
         if wait_s is None:
             raise ProtocolError("too much that differs came from this address: try again later")
-        while wait_s > 0:
-            time.sleep(min(wait_s, KEEPALIVE_INTERVAL_S))
-            self._connection.send(Hashing())
-            wait_s -= KEEPALIVE_INTERVAL_S
-
-    def _show_life(self, _count: int) -> None:
-        """Tell the client every second that it is not forgotten, while its files are read here."""
-        if not self._told.remaining():
-            self._told = Deadline(KEEPALIVE_INTERVAL_S)
-            self._connection.send(Hashing())
+        deadline = Deadline(wait_s)
+        while left_s := deadline.remaining():
+            time.sleep(min(left_s, KEEPALIVE_INTERVAL_S))
+            self._signs.check()
 
     def _receive_prefixes(self, count: int) -> Sequence[Sequence[str]]:
         while isinstance(message := self._connection.receive(common.Prefixes, Hashing), Hashing):
-            self._signs.note()
+            self._heard.note()
         if len(message.entries) != count:
             raise ProtocolError("received a message with bad 'entries'")
         return message.entries
@@ -1771,7 +1765,7 @@ class UnderWay:
         return f" (the rest of {format_bytes(size)})" if self._offset else ""
 
 
-class SignsOfLife:
+class SignLimiter:
     """Counts those of one client, which sends one a second while it has nothing else to send."""
 
     def __init__(self) -> None:
@@ -1787,10 +1781,10 @@ class Content:
     """The bytes of one file on a connection: segments, then the SHA-256 of the whole."""
 
     def __init__(
-        self, connection: Connection, signs: SignsOfLife, size: int | None, offset: int
+        self, connection: Connection, heard: SignLimiter, size: int | None, offset: int
     ) -> None:
         self._connection = connection
-        self._signs = signs
+        self._heard = heard
         self._size = size
         # A large file's bytes go straight into the blocks; many small files come with one call.
         self._ahead = (
@@ -1830,7 +1824,7 @@ class Content:
             if length == common.END_OF_FILE:
                 self._has_ended = True
             elif length == common.STILL_HERE:
-                self._signs.note()
+                self._heard.note()
             else:
                 self._begin_segment(length)
         return not self._has_ended
@@ -1931,7 +1925,7 @@ def handle_file_client(connection: Connection, store: Store) -> None:
     """Take all the files that one client sends; blocks until it is done. Errors are logged."""
     reception = Reception(connection, store)
     try:
-        with store.attend(reception):
+        with contextlib.closing(reception), store.attend(reception):
             while (offer := reception.receive_offer()) is not None:
                 reception.receive_batch(offer)
     except ProtocolError as error:
@@ -2048,18 +2042,23 @@ class Reception:
         self.tag = hashlib.sha256(self.host.encode()).hexdigest()[:8]
         self._share = store.share_of(self.host)
         self._has_turn = False
-        self._signs = SignsOfLife()
-        self._comparison = Comparison(connection, self._signs, store.disk)
+        self._signs = SignsOfLife(lambda: connection.send(Hashing()))  # while a disk is slow
+        self._heard = SignLimiter()
+        self._comparison = Comparison(connection, self._signs, self._heard, store.disk)
         self._began_s = time.monotonic()
         self._count = 0  # of files that were saved
         self._results: list[tuple[int, Outcome]] = []  # by index, not told yet
         self._told = Deadline(KEEPALIVE_INTERVAL_S)
 
+    def close(self) -> None:
+        """Send no signs of life any more. Idempotent."""
+        self._signs.stop()
+
     # for other threads
 
     def silent_s(self) -> float:
         """See `Holder`."""
-        return 0.0 if self._comparison.is_busy else self._connection.silent_s()
+        return 0.0 if self._signs.is_on() else self._connection.silent_s()
 
     def end(self) -> None:
         """See `Holder`."""
@@ -2089,11 +2088,11 @@ class Reception:
                 self._connection.wait_for_frame()
             except PeerClosed:
                 return None
-            with self._in_turn():
+            with self._signs, self._in_turn():
                 message = self._connection.receive(Offer, Hashing)
             if isinstance(message, Offer):
                 return message
-            self._signs.note()
+            self._heard.note()
 
     @contextlib.contextmanager
     def _in_turn(self) -> Iterator[None]:
@@ -2114,12 +2113,14 @@ class Reception:
     def receive_batch(self, offer: Offer) -> None:
         """Answer an offer, take what is then sent, and say what became of each entry."""
         with contextlib.closing(Batch(self._store, self, offer.run or self.peer)) as batch:
-            with self._in_turn():
+            with self._signs, self._in_turn():
                 looked_up = self._look_up(batch, offer)
-            decided = [
-                batch.set_space_aside(each) if isinstance(each, Wanted) else each
-                for each in self._comparison.compare(batch, looked_up)
-            ]
+            compared = self._comparison.compare(batch, looked_up)
+            with self._signs:
+                decided = [
+                    batch.set_space_aside(each) if isinstance(each, Wanted) else each
+                    for each in compared
+                ]
             start = [each.offset if isinstance(each, Wanted) else each for each in decided]
             self._connection.send(common.Start(start))
             for index, each in enumerate(decided):
@@ -2151,11 +2152,13 @@ class Reception:
         """Take one entry, and note what has become of it."""
         entry = wanted.entry
         if entry.is_folder:
-            self._results.append((index, self._finish_folder(batch, entry)))
+            with self._signs:
+                outcome = self._finish_folder(batch, entry)
+            self._results.append((index, outcome))
             return
         if is_large(entry) or not self._connection.buffered() or self._told.remaining() == 0:
             self._tell_results()  # before what may take a while
-        content = Content(self._connection, self._signs, entry.size, wanted.offset)
+        content = Content(self._connection, self._heard, entry.size, wanted.offset)
         try:
             content.has_more()  # nothing is made here for a file of which nothing comes
             outcome = self._receive_file(batch, wanted, content)
@@ -2182,14 +2185,22 @@ class Reception:
 
     def _receive_file(self, batch: Batch, wanted: Wanted, content: Content) -> Outcome:
         """Take a file's bytes and give it its name; raises OSError, Refused and GivenUp."""
-        under_way = self._begin(batch, wanted)
+        with self._signs:
+            under_way = self._begin(batch, wanted)
         self.large = under_way if is_large(wanted.entry) else None
+
+        def write(view: memoryview) -> None:
+            with self._signs:
+                under_way.write(view)
+
         try:
-            with common.blocks_for(wanted.entry.size, under_way.write) as blocks:
+            with common.blocks_for(wanted.entry.size, write) as blocks:
                 checksum = content.read(blocks)
-            outcome = under_way.settle(checksum)
+            with self._signs:
+                outcome = under_way.settle(checksum)
         except BaseException as error:
-            self.kept = under_way.leave(error)
+            with self._signs:
+                self.kept = under_way.leave(error)
             raise
         finally:
             self.large = None

@@ -1,7 +1,8 @@
 /* Stands between a program and the C library, and has calls fail as other file systems let them.
 
    FAULTS holds words: CALL=ERRNO fails a call (link, flock, rename, unlink, tmpfile), CALL=kill
-   kills the program there (rename), names=fat and names=short refuse what FAT or an encrypted folder cannot hold, free=0 knows no free space,
+   kills the program there (rename), CALL=stall keeps it waiting for 10 s the first time (link, write,
+   read for opening a file that is there), names=fat and names=short refuse what FAT or an encrypted folder cannot hold, free=0 knows no free space,
    size=N makes a write beyond N bytes fail as on FAT, full=N as on a full disk.
 
    cc -shared -fPIC -o faulty_disk.so faulty_disk.c -ldl */
@@ -34,8 +35,10 @@ static const char *setting(const char *name) {
 }
 
 static int fails(const char *call) {
+    static int has_stalled;
     const char *number = setting(call);
     if (!number) return 0;
+    if (!strcmp(number, "stall")) return has_stalled++ || sleep(10), 0;
     if (!strcmp(number, "kill")) kill(getpid(), SIGKILL);
     errno = atoi(number);
     return 1;
@@ -92,6 +95,7 @@ int openat64(int folder, const char *path, int flags, ...) {
     va_start(arguments, flags);
     mode_t mode = va_arg(arguments, mode_t);
     va_end(arguments);
+    if (!(flags & (O_DIRECTORY | O_CREAT)) && fails("read")) return -1;
     if ((flags & O_TMPFILE) == O_TMPFILE ? fails("tmpfile") : (flags & O_CREAT) && is_bad_name(path))
         return -1;
     return NEXT(openat64)(folder, path, flags, mode);
@@ -108,6 +112,7 @@ int openat(int folder, const char *path, int flags, ...) {
 ssize_t write(int file, const void *data, size_t size) {
     off_t end = lseek(file, 0, SEEK_CUR) + (off_t)size; /* less than size where there is no place */
     const char *limit;
+    if (size > 65536 && fails("write")) return -1; /* no line of the log */
     if ((limit = setting("size")) && end >= (off_t)size && end > atoll(limit)) return errno = EFBIG, -1;
     if ((limit = setting("full")) && end >= (off_t)size && end > atoll(limit)) return errno = ENOSPC, -1;
     return NEXT(write)(file, data, size);

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import common
+from pairing import send_here
 from support import (
     END_OF_FILE,
     GIVEN_UP,
@@ -22,6 +24,7 @@ from support import (
     frame,
     linux,
     make_file,
+    make_sparse,
     partials,
     visible,
 )
@@ -141,6 +144,21 @@ def test_a_disk_that_is_full_in_the_middle_of_a_slow_segment_costs_that_file_alo
         client.send(frame(b"small") + END_OF_FILE + hashlib.sha256(b"small").digest())
         assert "saved" in client.receive_result()
     assert contents(inbox) == {"small": b"small"}
+
+
+@pytest.mark.parametrize("call", ["write", "link", "read"])
+def test_a_disk_that_stands_still_for_longer_than_a_client_waits_costs_no_connection(
+    inbox: Path, tmp_path: Path, faulty_disk: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Not while the file is written, nor while it gets its name, nor while it is compared."""
+    size = 40 * MIB if call == "write" else MIB
+    source = make_sparse(tmp_path / "file", size)
+    if call == "read":
+        make_sparse(make_file(inbox / "file", 0), size)
+    monkeypatch.setattr(common, "PROGRESS_TIMEOUT_S", 4.0)  # of the client, in this process
+    with serve(inbox, faulty_disk, f"{call}=stall") as server:
+        assert send_here(server.port, source) == 0
+    assert os.listdir(inbox) == ["file"]
 
 
 RECORD = """

@@ -3440,7 +3440,6 @@ def find_destinations(
 
 # Something comes every KEEPALIVE_INTERVAL_S: after so long without any sound the server is gone.
 AUDIO_TIMEOUT_S = 4.0
-DEFAULT_OPUS_KBIT = 96
 OPUS_HEAD = struct.Struct("<8sBBHIhB")  # RFC 7845, 5.1
 # Of a decoder that begins in the middle, what is still wrong (RFC 7845, 4.6: pre-roll).
 OPUS_PREROLL_PACKETS = 8
@@ -3855,10 +3854,10 @@ def add_playing_arguments(sound: argparse._ArgumentGroup) -> None:
         "--opus",
         type=common.number(int, opus[0], opus[-1]),
         nargs="?",
-        const=DEFAULT_OPUS_KBIT,
+        const=common.DEFAULT_OPUS_KBIT,
         metavar="KBIT/S",
-        help=f"have it sent as Opus, an eighth of the data ({DEFAULT_OPUS_KBIT}; {opus[0]} to "
-        f"{opus[-1]})",
+        help="have it sent as Opus, an eighth of the data (%(const)s; "
+        f"{opus[0]} to {opus[-1]})",
     )
     sound.add_argument(
         "--delay",

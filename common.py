@@ -1041,6 +1041,7 @@ CLOCK_NS = range(2**63)  # what a clock can show
 SYNC_MS = range(10, 10_001)
 OPUS_RATE = 48_000  # Opus' own, whatever it was made of
 OPUS_KBIT_PER_S = range(6, 511)
+DEFAULT_OPUS_KBIT = 96
 OPUS_CHANNELS = (1, 2)
 OPUS_FRAMES = 480  # sample frames in a packet: 10 ms
 MAX_OPUS_FRAMES = 5_760  # a packet never holds more (RFC 6716)

@@ -2852,6 +2852,7 @@ def check_sound_file(path: str) -> None:
 # --- sound: encodings -----------------------------------------------------------------------
 
 # An encoder takes 1 to 3 % of a core: whoever is let in shall not make the server run hundreds.
+# Nor keep others from the usual one, which comes besides.
 MAX_OPUS_RATES = 8
 OPUS_KBIT_PER_CHANNEL = 256  # Opus has no more
 # With "lowdelay" Opus looks so far ahead: RFC 6716 has 2.5 ms for CELT alone.
@@ -3080,8 +3081,9 @@ class Broadcaster:
         audio = self.captured.audio
         if audio.channels not in common.OPUS_CHANNELS:
             raise Refused(f"this server's {audio.describe()} cannot be had as Opus: without --opus")
-        if len(self._opus) >= MAX_OPUS_RATES and kbit not in self._opus:
-            rates = ", ".join(map(str, sorted(self._opus)))
+        others = self._opus.keys() - {common.DEFAULT_OPUS_KBIT}
+        if len(others) >= MAX_OPUS_RATES and kbit not in {*others, common.DEFAULT_OPUS_KBIT}:
+            rates = ", ".join(map(str, sorted({*others, common.DEFAULT_OPUS_KBIT})))
             raise Refused(f"this server can encode Opus at no more bit rates than {rates}")
         try:
             import av  # noqa: PLC0415  (only a listener with --opus needs it)
@@ -3512,7 +3514,7 @@ class Advertiser:
     def _run(self) -> None:
         try:
             # Here, as most servers do without, and it takes long to import.
-            import zeroconf  # noqa: PLC0415
+            import zeroconf  # noqa: F401, PLC0415
         except common.LOAD_ERRORS:
             self._complain(
                 f"that needs zeroconf: {common.how_to_install('zeroconf')} (or --no-announce)"
@@ -3521,7 +3523,7 @@ class Advertiser:
         while not self._closed.is_set():
             try:
                 self._announce()
-            except (OSError, ValueError, SocketPairError, zeroconf.Error) as error:
+            except Exception as error:  # noqa: BLE001  (is told; zeroconf raises many that are no kin)
                 self._complain(describe_error(error))
                 self._closed.wait(ADDRESS_CHECK_S)
 

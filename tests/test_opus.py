@@ -272,10 +272,12 @@ def test_more_bit_rates_than_a_server_will_encode_are_refused(connection: Connec
     for kbit in range(100, 100 + server.MAX_OPUS_RATES):
         broadcaster.add(connection, kbit)
     broadcaster.check_opus(100)
-    with pytest.raises(server.Refused, match="no more bit rates than 100, 101"):
+    with pytest.raises(server.Refused, match="no more bit rates than 96, 100, 101"):
         broadcaster.check_opus(99)
     with pytest.raises(server.Refused):
         broadcaster.add(connection, 99)
+    broadcaster.add(connection, common.DEFAULT_OPUS_KBIT)
+    broadcaster.check_opus(107)
 
 
 # --- what goes wrong ------------------------------------------------------------------------

@@ -1180,6 +1180,7 @@ class Sender:
                     lost = error
                     if upload.has_moved() and backlog.is_getting_on():
                         waits = self._waits()
+            upload.give_back()
             connection = self._reconnect(waits, lost)
 
     def _waits(self) -> Iterator[float]:
@@ -1428,18 +1429,20 @@ class Upload:
         progress.follow(connection.in_transit)
 
     def close(self) -> None:
-        """Hang up; what is not decided goes back to where it was taken from. Idempotent."""
+        """Hang up. Idempotent."""
         self._signs.stop()
         if self._offered:
             self._connection.abort()
         self._connection.close()
+
+    def give_back(self) -> None:
+        """Put what is not decided back to where it was taken from; a pipe cannot go there."""
         for source in itertools.chain.from_iterable(batch.left() for batch in self._offered):
             if source.path == STDIN and self._content.stdin_is_begun:
                 reason = "standard input cannot be sent a second time"
                 self._report.problem(Problem(source.path, source.name, reason))
             else:
                 self._backlog.give_back([source])
-        self._offered = []
 
     def has_moved(self) -> bool:
         """Return whether the server has got anything of a file, as far as is known."""

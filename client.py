@@ -3859,8 +3859,7 @@ def add_playing_arguments(sound: argparse._ArgumentGroup) -> None:
         nargs="?",
         const=common.DEFAULT_OPUS_KBIT,
         metavar="KBIT/S",
-        help="have it sent as Opus, an eighth of the data (%(const)s; "
-        f"{opus[0]} to {opus[-1]})",
+        help=f"have it sent as Opus, an eighth of the data (%(const)s; {opus[0]} to {opus[-1]})",
     )
     sound.add_argument(
         "--delay",

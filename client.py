@@ -440,7 +440,8 @@ def shake_hands(connection: Connection, code: str | None, hello: Hello) -> Welco
             return connection.receive(Welcome)
     except NotPaired as error:
         if error.wrong_code:
-            raise WrongCode(f"{connection.peer} has another pairing code") from error
+            problem = f"{connection.peer} has another pairing code: check it there"
+            raise WrongCode(problem) from error
         raise SocketPairError(f"{connection.peer} does not pair: {error}") from error
     except ProtocolError as error:
         raise ProtocolError(f"{connection.peer} is not a Socket Pair server: {error}") from None
@@ -1201,7 +1202,7 @@ class Sender:
             except ConnectionLost as again:
                 error = again
             except WrongCode as again:  # it was started anew; and each try counts as a guess
-                raise WrongCode(f"{again} now; {RESUMED_LATER}") from again
+                raise WrongCode(f"{again}; {RESUMED_LATER}") from again
             except SocketPairError as again:  # it may be busy for a while
                 error = ConnectionLost(str(again))
         raise ConnectionLost(

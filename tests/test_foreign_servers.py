@@ -61,7 +61,8 @@ def test_a_client_with_a_code_tells_a_server_without_it_nothing(
     with FakeServer(serve) as fake:
         assert send_here(fake.port, source, code) == 1
     assert heard == []
-    assert capfd.readouterr().err == f"{HOST}:{fake.port} has another pairing code\n"
+    told = capfd.readouterr().err
+    assert told == f"{HOST}:{fake.port} has another pairing code: check it there\n"
 
 
 @pytest.mark.parametrize("kind", ["no code", "code wanted", "wait", "", "more"])

@@ -35,7 +35,9 @@ def test_the_code_can_come_from_the_environment(inbox: Path, source: Path) -> No
 def test_a_wrong_code_is_told_in_one_line_on_both_sides(paired: Server, source: Path) -> None:
     result = paired.send(source, "--code", OTHER_CODE)
     assert result.status == 1
-    assert result.error_lines == [f"127.0.0.1:{paired.port} has another pairing code"]
+    assert result.error_lines == [
+        f"127.0.0.1:{paired.port} has another pairing code: check it there"
+    ]
     paired.wait_for_output(r"127\.0\.0\.1:\d+: turned away: wrong pairing code\n")
     assert not paired.folder.joinpath(NAME).exists()
 
@@ -76,7 +78,7 @@ def test_on_a_terminal_the_client_asks_for_the_code(paired: Server, source: Path
         client.expect("a pairing code has at least 8 letters and digits")
         client.expect("Pairing code: ")
         client.type("kq7m 2xfd 9wpb\n")
-        client.expect("has another pairing code\r\nPairing code: ")
+        client.expect("has another pairing code: check it there\r\nPairing code: ")
         client.type("kq7m 2xfd 9wpa\n")
         client.expect(f"Saved as {NAME}")
         assert client.wait().status == 0

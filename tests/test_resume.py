@@ -221,7 +221,7 @@ def test_a_server_that_comes_back_with_another_code_is_asked_once(
                 result = client.wait()
                 assert second.stderr().count("wrong pairing code") == 1
     assert result.status == 1
-    assert "has another pairing code now; what has arrived is kept" in result.error_lines[-1]
+    assert "pairing code: check it there; what has arrived is kept" in result.error_lines[-1]
 
 
 def test_the_client_gives_up_in_the_end(inbox: Path, tmp_path: Path) -> None:

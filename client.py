@@ -475,7 +475,7 @@ LOOK_UP_S = 1.0
 # Linux's virtual files (/proc, /sys) have no blocks, and say that they have 0 or 4096 bytes.
 MAX_DOUBTFUL_BYTES = 4096
 LEADS_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
-AT_ONCE = getattr(os, "O_NONBLOCK", 0)
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 STDIN = "-"
 
 
@@ -539,7 +539,7 @@ def has_size(path: str, size: int) -> bool:
 
 def open_file(path: str) -> FileIO:
     """Open a file without buffer; at once, even if it is a pipe by now. Raises OSError."""
-    return open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | AT_ONCE))
+    return open(path, "rb", buffering=0, opener=lambda name, _flags: os.open(name, READ_FLAGS))
 
 
 def look_up_named(paths: Iterable[str], name: str | None) -> Iterator[Source | Problem]:
@@ -1641,10 +1641,13 @@ def hash_prefixes(
 
 def read_small(path: str, then: os.stat_result) -> bytes | None:
     """Return what a small file holds, None if anything has happened to it. Raises OSError."""
-    with open_file(path) as file:
-        content = file.read(then.st_size + 1)
+    descriptor = os.open(path, READ_FLAGS)
+    try:
+        content = os.read(descriptor, then.st_size + 1)
         is_whole = len(content) == then.st_size
-        return content if is_whole and is_same(then, os.fstat(file.fileno())) else None
+        return content if is_whole and is_same(then, os.fstat(descriptor)) else None
+    finally:
+        os.close(descriptor)
 
 
 def is_as_offered(then: os.stat_result, now: os.stat_result) -> bool:

@@ -1236,7 +1236,7 @@ KEEPALIVE_OPTIONS = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT",
 SO_NWRITE = 0x1024
 KEEPALIVE_INTERVAL_S = 1.0
 RECEIVE_BYTES = 256 * 1024
-SEND_BYTES = 256 * 1024
+SEND_BYTES = 64 * 1024  # more keep the other side waiting, and TLS no longer in a core's cache
 TLS_RECORD_BYTES = 16 * 1024
 # What has to move before a connection counts as busy again; and the slowest that a frame may come.
 PROGRESS_BYTES = 16 * 1024
@@ -1798,7 +1798,7 @@ class Connection(ByteStream):
         Only queues a small one, of which it takes a copy.
         """
         self.queue(LENGTH.pack(len(segment)))
-        if len(segment) <= SEND_BYTES // 4:
+        if len(segment) <= SEND_BYTES:
             self.queue(segment)
         else:
             self.write(segment)

@@ -54,6 +54,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import heapq
 import ipaddress
 import itertools
 import logging
@@ -790,8 +791,7 @@ class PartialFile:
 
     def is_of(self, holder: Holder) -> bool:
         """Return whether it was made for a client with the address of `holder`."""
-        token = self.name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[2]
-        return token.startswith(holder.tag)
+        return has_tag(self.name, holder.tag)
 
     def is_untouched(self) -> bool:
         """Return whether no other program has made it longer or shorter: by its name one could."""
@@ -933,7 +933,7 @@ class PartialFile:
 
 MAX_REMEMBERED = 10_000  # of each kind; a few hundred bytes each
 MAX_KNOWN_FOLDERS = 500  # with the leftovers in them
-MAX_LEFTOVERS = 1_000  # that count in one folder
+MAX_LEFTOVERS = 1_000  # that count in one folder, those of the client's own address first
 LEFTOVER_LIFE_S = 7 * 24 * 3600.0
 SWEEP_INTERVAL_S = 3600.0
 # What was written so lately may be written again without a later time.
@@ -1162,32 +1162,49 @@ class Leftovers(NamedTuple):
     names: dict[str, list[str]]
 
     @classmethod
-    def look_for(cls, folder: Folder) -> Leftovers:
-        """Return those that are in `folder` now. Raises OSError."""
+    def look_for(cls, folder: Folder, tag: str) -> Leftovers:
+        """Return those that are in `folder` now, first what has this `tag`. Raises OSError."""
         seen_s = time.monotonic()
+        found: list[str] = []
         names: dict[str, list[str]] = {}
         with contextlib.suppress(PermissionError):  # it may still be written to
-            for name in itertools.islice(folder.names(PARTIAL_SUFFIX), MAX_LEFTOVERS):
-                stem = name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
-                names.setdefault(stem, []).append(name)
+            every = folder.names(PARTIAL_SUFFIX)
+            found = heapq.nsmallest(MAX_LEFTOVERS, every, lambda name: not has_tag(name, tag))
+        for name in found:
+            stem = name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
+            names.setdefault(stem, []).append(name)
         is_settled = folder.mtime_ns < time.time_ns() - CLOCK_TICK_NS
         return cls(folder.mtime_ns if is_settled else -1, seen_s, names)
+
+
+def has_tag(name: str, tag: str) -> bool:
+    """Return whether a partial file was made for a client whose address has this `tag`."""
+    return name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[2].startswith(tag)
 
 
 def remove_old_leftovers(root: str) -> None:
     """Remove the partial files below `root` that nobody has continued for ``LEFTOVER_LIFE_S``.
 
-    As far as can be: `root` may be gone, a tree in it too deep, or no descriptor left to look.
+    As far as can be: `root` may be gone, or no descriptor left to look. What is deeper than this
+    server makes folders is left alone.
     """
-    with contextlib.suppress(OSError, RecursionError):
+    with contextlib.suppress(OSError):
         if sys.platform == "win32":
-            for place, _, names in os.walk(root):
+            for place, folders, names in os.walk(root):
+                prune(folders, root, place)
                 for name in names:
                     remove_old_leftover(os.path.join(place, name), None)
         else:
-            for _, _, names, folder in os.fwalk(root):
+            for place, folders, names, folder in os.fwalk(root):
+                prune(folders, root, place)
                 for name in names:
                     remove_old_leftover(name, folder)
+
+
+def prune(folders: list[str], root: str, place: str) -> None:
+    """Forget the `folders` of a `place` that is as deep below `root` as a path may be."""
+    if place[len(root) :].count(os.sep) >= MAX_FOLDER_DEPTH:
+        folders.clear()
 
 
 def remove_old_leftover(name: str, dir_fd: int | None) -> None:
@@ -1293,7 +1310,7 @@ class Disk:
         self.numbers: Recent[tuple[tuple[int, int], str], int] = Recent()  # next for a taken name
         self.leases = Leases()
         self.digests = Digests()
-        self.leftovers: Recent[tuple[int, int], Leftovers] = Recent(MAX_KNOWN_FOLDERS)
+        self.leftovers: Recent[tuple[tuple[int, int], str], Leftovers] = Recent(MAX_KNOWN_FOLDERS)
         self.space = Space()
         self.mismatches = RateLimiter(FREE_MISMATCHES, MISMATCH_SPACING_S)
         self.looking_up = Turns()
@@ -1323,17 +1340,18 @@ class Disk:
             first = 1  # some have gone since
         yield from rules.numbered(name, first)
 
-    def find_leftovers(self, folder: Folder, name: str, since: float) -> list[str]:
-        """Return the hidden names of the partial files in `folder` that may become `name`.
+    def find_leftovers(self, folder: Folder, place: Place, since: float) -> list[str]:
+        """Return the hidden names of the partial files in `folder` that may become the file.
 
         A folder is looked through again only for one that has connected since (its
         time.monotonic()), and where something in it has changed.
         """
-        known = self.leftovers.find(folder.identity, Leftovers(-1, -1.0, {}))
+        key = (folder.identity, place.holder.tag)
+        known = self.leftovers.find(key, Leftovers(-1, -1.0, {}))
         if known.mtime_ns != folder.mtime_ns and known.seen_s < since:
-            known = Leftovers.look_for(folder)
-            self.leftovers.note(folder.identity, known)
-        return known.names.get(partial_stem(name), []) if known.names else []
+            known = Leftovers.look_for(folder, place.holder.tag)
+            self.leftovers.note(key, known)
+        return known.names.get(partial_stem(place.name), []) if known.names else []
 
     def read_finished(
         self, folder: Folder, name: str, size: int, on_progress: Callable[[int], object]
@@ -1352,8 +1370,9 @@ class Disk:
 
 # --- looking up -----------------------------------------------------------------------------
 
-# More partial files than this of one batch are not looked at: each is an open file.
-MAX_OPEN_PARTIALS = 32
+# More partial files than this of one batch are not looked at, of the client's own address and of
+# others: each is an open file.
+MAX_OPEN_PARTIALS = 16
 # Entries of one batch with one path that are compared: each is a guess at what is here.
 MAX_ALIKE = 8
 # Finished files of one name that may be the same, the newest of them.
@@ -1456,7 +1475,7 @@ class LookUp:
         self._began_s = time.monotonic()
         self._found: dict[str, tuple[list[PartialFile], list[tuple[str, int]]]] = {}  # by path
         self._alike: Counter[str] = Counter()
-        self._open_left = MAX_OPEN_PARTIALS
+        self._open_left = {True: MAX_OPEN_PARTIALS, False: MAX_OPEN_PARTIALS}  # by whether own
         self._numbers_left = MAX_NUMBERS_LOOKED_UP
 
     def find(self, entry: Entry) -> LookedUp | Wanted:
@@ -1483,11 +1502,12 @@ class LookUp:
     def _reopen_partials(self, folder: Folder, name: str) -> Iterator[PartialFile]:
         """Open what earlier runs have left of a file."""
         place = Place(name, self._batch.holder, self._disk)
-        for hidden in self._disk.find_leftovers(folder, name, self._since):
-            if not self._open_left:
-                return
+        for hidden in self._disk.find_leftovers(folder, place, self._since):
+            is_own = has_tag(hidden, place.holder.tag)
+            if not self._open_left[is_own]:
+                continue
             if partial := PartialFile.reopen(folder, hidden, place, self._began_s):
-                self._open_left -= 1
+                self._open_left[is_own] -= 1
                 self._batch.partials.append(partial)
                 yield partial
 

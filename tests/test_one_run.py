@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import string
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -138,6 +142,33 @@ def test_a_tree_too_deep_to_look_for_leftovers_does_not_end_the_server(
     with Server(inbox, wrapper=("prlimit", "--nofile=32:32", "--")) as server:
         server.check_serves(tmp_path)
     remove_old_leftovers(str(tmp_path / "gone"))
+
+
+@contextlib.contextmanager
+def deep_tree(top: Path, depth: int) -> Iterator[None]:
+    """Have so many folders inside each other in `top`, more than a path has room for."""
+    place = os.open(top, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=place)
+        inner = os.open("d", os.O_RDONLY, dir_fd=place)
+        os.close(place)
+        place = inner
+    os.close(place)
+    try:
+        yield
+    finally:
+        subprocess.run(["rm", "-r", str(top / "d")], check=True, timeout=60)
+
+
+@linux
+def test_a_tree_too_deep_to_look_through_keeps_no_old_partial_file_beside_it(inbox: Path) -> None:
+    week_ago = time.time() - 8 * 24 * 3600
+    for letter in string.ascii_lowercase:
+        os.utime(make_partial(inbox / letter, "old", b"x"), (week_ago, week_ago))
+    with deep_tree(inbox / "m", 2_000):
+        remove_old_leftovers(str(inbox))
+        assert [letter for letter in os.listdir(inbox) if os.listdir(inbox / letter)] == ["m"]
+        assert os.listdir(inbox / "m") == ["d"]
 
 
 def test_what_came_of_a_segment_is_kept(server: Server, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_a_partial_file_is_hidden_and_found_again(root: Path, name: str) -> None
     (found,) = os.listdir(root)
     assert found.startswith(".")
     assert found.endswith(PARTIAL_SUFFIX)
-    assert place.disk.find_leftovers(folder, place.name, 0.0) == [found]
+    assert place.disk.find_leftovers(folder, place, 0.0) == [found]
     assert (root / found).stat().st_mode & 0o077 == 0, "nobody else may read it"
     reopened = PartialFile.reopen(folder, found, place, 0.0)
     assert reopened is not None

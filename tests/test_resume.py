@@ -13,11 +13,13 @@ from pairing import CODE, OTHER_CODE
 from support import (
     LIMIT_S,
     MIB,
+    PARTIAL_SUFFIX,
     FakeServer,
     Proxy,
     RawPeer,
     Server,
     contents,
+    finished,
     half_way,
     linux,
     make_file,
@@ -104,6 +106,21 @@ def test_a_partial_file_of_another_name_is_left_alone(server: Server, tmp_path: 
     other = make_partial(server.folder, "file.bin", source.read_bytes()[:MIB])
     assert server.send(source).status == 0
     assert other.stat().st_size == MIB
+
+
+def test_a_strangers_thousands_of_partial_files_hide_none_of_ones_own(
+    server: Server, tmp_path: Path
+) -> None:
+    sources = [make_file(tmp_path / f"file {number}", 100_000, number) for number in range(5)]
+    for source in sources:
+        make_partial(server.folder, source.name, source.read_bytes()[:50_000])
+    for number in range(5_000):
+        name = f"file {number % 5}" if number % 50 < 5 else f"other {number}"
+        (server.folder / f".{name}.00000000{number}{PARTIAL_SUFFIX}").touch()
+    result = server.send(*sources)
+    assert result.status == 0, result
+    assert result.stdout.count("going on after the first 50.0 kB") == 5
+    assert finished(server.folder) == {source.name: source.read_bytes() for source in sources}
 
 
 def test_a_file_under_way_is_hidden_and_kept_when_the_client_is_killed(

@@ -3265,7 +3265,7 @@ def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> No
         "--host", type=host_name, default=DEFAULT_HOST, help=f"{host_help} (%(default)s)"
     )
     parser.add_argument(
-        "--port", type=number(int, 0, 65_535), default=DEFAULT_PORT, help="(%(default)s)"
+        "--port", type=number(int, 0, 65_535), default=DEFAULT_PORT, help="the port (%(default)s)"
     )
     pairing = parser.add_mutually_exclusive_group()
     pairing.add_argument(

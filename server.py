@@ -942,6 +942,7 @@ CLOCK_TICK_NS = 100_000_000
 RESERVE_BYTES = 256 * 1024 * 1024
 RESERVE_SHARE = 50
 SPACE_AGE_S = 0.25
+PROMISE_S = 60.0
 # Comparisons in which something differed, for an address: so many at once, then one a second.
 FREE_MISMATCHES = 50
 # Who has had no more of the processor, in turns, has not to wait until another has rested.
@@ -1231,65 +1232,99 @@ def is_own_file(found: os.stat_result) -> bool:
     return is_own and stat.S_ISREG(found.st_mode)
 
 
+class Claims:
+    """How much of the free space is promised to the files of one batch, and how fast they use it.
+
+    Under the lock of `Space`.
+    """
+
+    def __init__(self) -> None:
+        self.left: Counter[int] = Counter()  # by file system
+        self.used = 0
+        self.promised_s = 0.0  # a time.monotonic(); all are promised before one is used
+
+    def soon(self, device: int) -> float:
+        """Return how much they will use in ``PROMISE_S`` at their speed so far.
+
+        Who promises much and sends nothing keeps nothing from others.
+        """
+        seconds = max(1.0, time.monotonic() - self.promised_s)
+        return min(self.left[device], self.used / seconds * PROMISE_S)
+
+
 class Space:
     """How much of the free space of each file system is promised to files. For any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._promised: Counter[int] = Counter()
+        self._claims: set[Claims] = set()
         self._free: dict[int, tuple[float, float]] = {}  # when it was measured, and how much
 
-    def promise(self, folder: Folder, needed: int) -> Promise:
+    def promise(self, claims: Claims, folder: Folder, needed: int) -> Promise:
         """Set `needed` bytes aside; raises Refused where there are not so many, and OSError."""
         with self._lock:
-            left = self._left(folder)
+            left = self._left(claims, folder)
             if needed > left:
                 there = format_bytes(max(0, left))
                 raise Refused(f"the disk is too full ({format_bytes(needed)} needed, {there} free)")
-            self._promised[folder.device] += needed
-        return Promise(self, folder, needed)
+            self._claims.add(claims)
+            claims.promised_s = time.monotonic()
+            claims.left[folder.device] += needed
+        return Promise(self, claims, folder.device, needed)
 
-    def release(self, folder: Folder, count: int) -> None:
-        """Note that so many bytes that were promised have been written, or will not be."""
+    def release(self, claims: Claims, device: int, count: int, used: int) -> None:
+        """Have `count` bytes not be promised any more, of which so many have been `used`."""
         with self._lock:
-            self._promised[folder.device] -= count
+            claims.left[device] -= count
+            claims.used += used
 
-    def take(self, folder: Folder, needed: int) -> None:
+    def forget(self, claims: Claims) -> None:
+        """Have nothing be promised any more to the files of a batch."""
+        with self._lock:
+            self._claims.discard(claims)
+
+    def take(self, claims: Claims, folder: Folder, needed: int) -> None:
         """Note that `needed` bytes that nobody was promised are about to be written.
 
         Raises an OSError like that of a full disk where there is not so much, beside what is kept
         free.
         """
         with self._lock:
-            if needed > self._left(folder):
+            if needed > self._left(claims, folder):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             measured_s, free = self._free[folder.device]
             self._free[folder.device] = measured_s, free - needed
 
-    def _left(self, folder: Folder) -> float:
-        """Return what nobody has been promised; without end where the system knows no size."""
+    def _left(self, own: Claims, folder: Folder) -> float:
+        """Return what is left beside what was promised; without end where no size is known."""
         measured_s, free = self._free.get(folder.device, (0.0, 0.0))
         if time.monotonic() - measured_s > SPACE_AGE_S:
             total, _, available = folder.disk_usage()
             free = available - reserve_of(total) if total else math.inf
             self._free[folder.device] = time.monotonic(), free
-        return free - self._promised[folder.device]
+        others = sum(each.soon(folder.device) for each in self._claims - {own})
+        return free - own.left[folder.device] - others
 
 
 class Promise:
     """Space on a disk that is set aside for one file. For one thread at a time."""
 
-    def __init__(self, space: Space, folder: Folder, left: int) -> None:
+    def __init__(self, space: Space, claims: Claims, device: int, left: int) -> None:
         self._space = space
-        self._folder = folder
+        self._claims = claims
+        self._device = device
         self._left = left
 
-    def release(self, count: int | None = None) -> None:
-        """Give back `count` bytes as they are written, or all that is left."""
-        count = self._left if count is None else min(count, self._left)
-        if count:
-            self._left -= count
-            self._space.release(self._folder, count)
+    def use(self, count: int) -> None:
+        """Note that `count` bytes have been written."""
+        count = min(count, self._left)
+        self._left -= count
+        self._space.release(self._claims, self._device, count, used=count)
+
+    def release(self) -> None:
+        """Give back all that is left. Idempotent."""
+        count, self._left = self._left, 0
+        self._space.release(self._claims, self._device, count, used=0)
 
 
 def reserve_of(total: int) -> int:
@@ -1676,7 +1711,7 @@ class UnderWay:
         self.partial = partial
         self._batch = batch
         self._disk = batch.store.disk
-        self._promise = promise or Promise(self._disk.space, partial.folder, 0)
+        self._promise = promise
         self._offset = partial.size
         self._started_s = time.monotonic()
 
@@ -1688,9 +1723,10 @@ class UnderWay:
     def write(self, view: memoryview) -> None:
         """Write and hash its next bytes; blocks until done. Raises OSError."""
         if self.entry.size is None:
-            self._disk.space.take(self.partial.folder, len(view))
+            self._disk.space.take(self._batch.claims, self.partial.folder, len(view))
         self.partial.write(view)
-        self._promise.release(len(view))
+        if self._promise:
+            self._promise.use(len(view))
 
     # the end
 
@@ -1751,7 +1787,8 @@ class UnderWay:
         elif number in DISK_FULL:
             self.partial.make_room()
         kept = self.partial.keep()
-        self._promise.release()
+        if self._promise:
+            self._promise.release()
         shown = f"{format_bytes(kept)} of {escape(self.entry.path)}"
         return f"; {shown} are kept for the next run" if kept else ""
 
@@ -1975,7 +2012,7 @@ class Batch:
         self._host = reception.host
         self._run = run
         self._guesses = 0
-        self._promises: list[Promise] = []
+        self.claims = Claims()
         self._lines: Counter[tuple[int, str]] = Counter()  # by level and what they say
 
     def fail(self, path: str, error: Exception) -> Outcome:
@@ -2025,18 +2062,16 @@ class Batch:
             folder = self.folders.nearest(folder_of(wanted.entry)) if needed > 0 else None
             if folder is None:
                 return wanted
-            promise = self.store.disk.space.promise(folder, needed)
+            promise = self.store.disk.space.promise(self.claims, folder, needed)
         except (Refused, OSError) as error:
             return self.fail(wanted.entry.path, error)
-        self._promises.append(promise)
         return Wanted(wanted.entry, wanted.beginning, promise)
 
     def close(self) -> None:
         """Release all that is still held or promised, and log how much was left out."""
         for partial in self.partials:
             partial.keep()
-        for promise in self._promises:
-            promise.release()
+        self.store.disk.space.forget(self.claims)
         self.folders.close()
         if self._guesses and not self.differed:
             self.store.disk.mismatches.give_back(self._host, self._guesses)

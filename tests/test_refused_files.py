@@ -14,6 +14,7 @@ from support import (
     MIB,
     WITHOUT_PRIVILEGE,
     Proxy,
+    RawClient,
     Server,
     as_root,
     contents,
@@ -147,6 +148,30 @@ def test_files_that_are_too_large_together_are_refused_one_by_one(
 
 
 @as_root
+def test_the_rest_of_a_file_under_way_is_kept_free_for_it(disk: Path, tmp_path: Path) -> None:
+    large = make_file(tmp_path / "large", 12 * MIB)
+    with Server(disk) as server, half_way(server, large, hold_at=10 * MIB) as (client, proxy):
+        result = server.send(make_file(tmp_path / "other", 4 * MIB))
+        (line,) = result.error_lines
+        assert "at the server: the disk is too full (4.2 MB needed, " in line
+        proxy.release()
+        assert client.wait().status == 0
+    assert visible(disk) == ["large"]
+
+
+@as_root
+def test_space_that_is_promised_and_not_used_is_there_for_others(
+    disk: Path, tmp_path: Path
+) -> None:
+    small = make_file(tmp_path / "small", 8 * MIB)
+    with Server(disk) as server, RawClient(server.port).greet() as idle:
+        start = idle.offer(*({"path": f"{each}", "size": 7 * MIB} for each in range(3)))
+        assert [each.get("offset") for each in start["entries"]] == [0, 0, None]
+        assert server.send(small).status == 0
+    assert visible(disk) == ["small"]
+
+
+@as_root
 def test_a_disk_that_fills_up_in_the_middle_is_survived(disk: Path, tmp_path: Path) -> None:
     large = make_file(tmp_path / "large", 14 * MIB)
     small = make_file(tmp_path / "small", 1000)
@@ -185,11 +210,11 @@ def test_what_is_written_counts_before_the_disk_is_measured_again(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "SPACE_AGE_S", LIMIT_S)
-    space, folder = server.Space(), server.Folder.open(str(disk))
+    space, folder, claims = server.Space(), server.Folder.open(str(disk)), server.Claims()
     total, _, free = folder.disk_usage()
-    space.take(folder, free - server.reserve_of(total) - 100)
+    space.take(claims, folder, free - server.reserve_of(total) - 100)
     with pytest.raises(OSError, match="No space left"):
-        space.take(folder, 101)
+        space.take(claims, folder, 101)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -741,7 +741,7 @@ class PartialFile:
                 self.descriptor = self.folder.open_file(self.name, flags)
                 if lock_file(self.descriptor) and self.folder.has(self.name):
                     return True
-        except OSError:
+        except BaseException:
             self.close()
             raise
         self.close()
@@ -796,6 +796,13 @@ class PartialFile:
     def is_untouched(self) -> bool:
         """Return whether no other program has made it longer or shorter: by its name one could."""
         return not self.name or os.fstat(self.descriptor).st_size == self.size
+
+    def flush(self) -> None:
+        """Have it written to where it stays, if that is a network's: errors may be told only then.
+
+        NFS and FUSE do that, and tell of it, whenever a descriptor of the file is closed.
+        """
+        os.close(os.dup(self.descriptor))
 
     def set_metadata(self, mtime_ns: int | None, mode: int) -> None:
         """Give it its modification time and permissions, as far as the file system holds them."""
@@ -895,7 +902,7 @@ class PartialFile:
         """Leave what came of it for the next run, if it is worth it; return how many bytes."""
         if self.descriptor < 0:
             return 0
-        with contextlib.closing(self), contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), contextlib.closing(self):
             if self.size < (1 if self.name else KEPT_BYTES):
                 self.discard()
                 return 0
@@ -1738,6 +1745,7 @@ class UnderWay:
             raise Refused("its SHA-256 does not match: it changed while it was sent")
         if not self.partial.is_untouched():
             raise Tampered("another program writes to its hidden file here")
+        self.partial.flush()
         self.partial.set_metadata(self.entry.mtime_ns, mode_of(self.entry))
         try:
             return self._disk.with_fitting(
@@ -3888,7 +3896,8 @@ class Server:
         except Exception as error:  # noqa: BLE001  (is logged)
             self._explain(connection, error)
         finally:
-            connection.close()
+            with contextlib.suppress(MemoryError):
+                connection.close()
             self.clients.remove(client)
 
     def _explain(self, connection: Connection, error: Exception) -> None:

@@ -3,6 +3,7 @@
    FAULTS holds words: CALL=ERRNO fails a call (link, flock, rename, unlink, tmpfile), CALL=kill
    kills the program there (rename), CALL=stall keeps it waiting for 10 s the first time (link, write,
    read for opening a file that is there), names=fat and names=short refuse what FAT or an encrypted folder cannot hold, free=0 knows no free space,
+   close=ERRNO is that of a file that was open to be read and written, as on NFS.
    size=N makes a write beyond N bytes fail as on FAT, full=N as on a full disk.
 
    cc -shared -fPIC -o faulty_disk.so faulty_disk.c -ldl */
@@ -116,6 +117,12 @@ ssize_t write(int file, const void *data, size_t size) {
     if ((limit = setting("size")) && end >= (off_t)size && end > atoll(limit)) return errno = EFBIG, -1;
     if ((limit = setting("full")) && end >= (off_t)size && end > atoll(limit)) return errno = ENOSPC, -1;
     return NEXT(write)(file, data, size);
+}
+
+int close(int file) {
+    int is_written = setting("close") && (fcntl(file, F_GETFL) & O_ACCMODE) == O_RDWR && lseek(file, 0, SEEK_CUR) >= 0;
+    int status = NEXT(close)(file);
+    return is_written && fails("close") ? -1 : status;
 }
 
 int fstatvfs64(int file, struct statvfs64 *found) {

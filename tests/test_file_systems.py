@@ -161,6 +161,18 @@ def test_a_disk_that_stands_still_for_longer_than_a_client_waits_costs_no_connec
     assert os.listdir(inbox) == ["file"]
 
 
+@pytest.mark.parametrize("size", [1000, 3 * MIB])
+def test_what_a_network_tells_only_at_the_end_of_a_file_keeps_it_from_its_name(
+    inbox: Path, tmp_path: Path, faulty_disk: Path, size: int
+) -> None:
+    source = make_file(tmp_path / "file", size)
+    with serve(inbox, faulty_disk, f"close={errno.ENOSPC}") as server:
+        for _ in range(2):
+            result = server.send(source)
+            assert result.error_lines == [f"{source}: at the server: no space left on device"]
+            assert os.listdir(inbox) == []
+
+
 RECORD = """
 import sys, client, common
 files = client.RecordingFiles(sys.argv[1], common.Console(quiet=True))

@@ -2423,9 +2423,6 @@ class Microphone:
         skip = self.captured.skip  # what a card that was away has not captured
         card.open(common.StreamSettings(audio, CAPTURE_BLOCK_MS, self._hand_over, skip))
 
-    def start(self) -> None:
-        """Nothing to do: it captures already."""
-
     def _hand_over(self, samples: bytes | None, info: common.BlockInfo) -> None:
         """Take a block; PortAudio's thread calls this."""
         captured = samples or b""
@@ -2463,7 +2460,7 @@ def open_microphone(wanted: str | None, rate: int | None, channels: int | None) 
 
 
 class PacedInput:
-    """Reads sound that is not live, in real time: a thread of its own, a block at a time.
+    """Reads sound that is not live, in real time: from now on, by a thread of its own.
 
     `read` returns the next samples, up to as many bytes as it is asked for, and none at the end;
     it may block. A source that falls behind is not rushed after: time starts anew.
@@ -2473,11 +2470,7 @@ class PacedInput:
         self.name = name
         self._read = read
         self.captured = captured
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def start(self) -> None:
-        """Begin to read."""
-        self._thread.start()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def close(self) -> None:
         """Nothing to do: the thread ends with the process, or its input."""
@@ -2510,7 +2503,7 @@ def whole_frames(samples: bytes, audio: AudioFormat) -> bytes:
 
 
 def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
-    """Return what ``--input`` names, ready to start. Raises SocketPairError where there is none."""
+    """Return what ``--input`` names, at work. Raises SocketPairError where there is none."""
     if args.input is not None and "://" in args.input:
         play = f"ffmpeg -loglevel error -i '{escape(args.input)}' -f s16le -ar 48000 -ac 1 -"
         command = common.command_line("server.py", "audio", "--input", STDIN)
@@ -4233,7 +4226,6 @@ def broadcast(args: argparse.Namespace, source: Microphone | PacedInput, console
     broadcaster = Broadcaster(source.captured)
     endpoint = Endpoint.open(args, "audio")
     server = make_audio_server(args, endpoint, broadcaster)
-    source.start()
     broadcaster.start()
     what = f"{source.name}, {source.captured.audio.describe()}"
     try:

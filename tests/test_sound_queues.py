@@ -224,7 +224,6 @@ def test_an_input_that_fails_in_any_way_ends(error: Exception) -> None:
         raise error
 
     source = server.PacedInput("a file", fail, server.CaptureQueue(MONO))
-    source.start()
     assert source.captured.take(LIMIT_S) is None
     assert source.captured.failed
     assert source.captured.end_reason.startswith("a file cannot be read any further (")

@@ -72,13 +72,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import common
 from common import (
-    END_OF_FILE,
     EXIT_FAILED,
     EXIT_OK,
-    GIVEN_UP,
     HANDSHAKE_TIMEOUT_S,
     LENGTH,
-    STILL_HERE,
     AudioBlock,
     AudioFormat,
     AudioUnavailable,
@@ -87,23 +84,19 @@ from common import (
     Console,
     Deadline,
     Entry,
-    FileShrunk,
     Hashing,
     Held,
     Hello,
-    NotPaired,
     Offer,
     Outcome,
     Pair,
     PeerRefused,
-    Prefixes,
     ProtocolError,
     Results,
     SignsOfLife,
     SocketPairError,
     Start,
     Welcome,
-    blocks_for,
     calculate_checksum,
     complain,
     count,
@@ -438,7 +431,7 @@ def shake_hands(connection: Connection, code: str | None, hello: Hello) -> Welco
                 pair(connection, code)
             connection.send(hello)
             return connection.receive(Welcome)
-    except NotPaired as error:
+    except common.NotPaired as error:
         if error.wrong_code:
             problem = f"{connection.peer} has another pairing code: check it there"
             raise WrongCode(problem) from error
@@ -1372,7 +1365,7 @@ class ContentSender:
         with file:
             content = Content(transfer.source, file)
             self.stdin_is_begun |= content.is_stdin
-            with blocks_for(size, digest.update) as blocks:
+            with common.blocks_for(size, digest.update) as blocks:
                 while left and (sent := self._send_step(content, blocks, left)):
                     if is_decided():
                         raise SocketPairError("the server has failed it")
@@ -1406,7 +1399,7 @@ class ContentSender:
         self._progress.move(size)
 
     def _send_still_here(self) -> None:
-        self._connection.write(LENGTH.pack(STILL_HERE))
+        self._connection.write(LENGTH.pack(common.STILL_HERE))
 
 
 class Upload:
@@ -1517,7 +1510,7 @@ class Upload:
             with self._signs.by(self._send_hashing):
                 found[index] = hash_prefixes(source, lengths, self._progress.move)
         self._connection.send(
-            Prefixes(
+            common.Prefixes(
                 [
                     [found[index][n].hexdigest() if n in found[index] else "" for n in lengths]
                     for index, lengths in held.entries
@@ -1572,9 +1565,9 @@ class Upload:
             end = NotSent(describe_error(error))
         batch.end(transfer.number, end)
         if isinstance(end, Sent):
-            self._connection.queue(LENGTH.pack(END_OF_FILE) + bytes.fromhex(end.checksum))
+            self._connection.queue(LENGTH.pack(common.END_OF_FILE) + bytes.fromhex(end.checksum))
         else:
-            self._connection.queue(LENGTH.pack(GIVEN_UP))
+            self._connection.queue(LENGTH.pack(common.GIVEN_UP))
 
     # decided
 
@@ -1632,7 +1625,7 @@ def hash_prefixes(
             now = os.fstat(file.fileno())
             if source.found and not is_as_offered(source.found, now):
                 digests.clear()  # sending it will say so
-    except FileShrunk:  # one held is longer
+    except common.FileShrunk:  # one held is longer
         pass
     except OSError:
         digests.clear()

@@ -2359,9 +2359,8 @@ class PortAudioStream:
 class SoundSystem:
     """PortAudio, from its start to its end; it knows the devices there were at its start.
 
-    Raises AudioUnavailable where PyAudio is not installed or PortAudio fails. `close` it, or
-    use it in a ``with`` block; its streams end with it. Every call may block for as long as a
-    sound system hangs.
+    Raises AudioUnavailable where PyAudio is not installed or PortAudio fails. `close` it; its
+    streams end with it. Every call may block for as long as a sound system hangs.
     """
 
     sizes_buffers = True  # longer blocks make a card's buffer larger
@@ -2373,12 +2372,6 @@ class SoundSystem:
         self._start: Callable[[], Any] = pyaudio.PyAudio
         with portaudio_errors():
             self._portaudio = self._start()
-
-    def __enter__(self) -> SoundSystem:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def restart(self) -> None:
         """Start PortAudio anew: only then does it see what was plugged in."""
@@ -2904,7 +2897,7 @@ def find_device(direction: Direction, wanted: str | None) -> tuple[System, Devic
     """
     hide_jack()
     with contextlib.ExitStack() as closing:
-        system = closing.enter_context(SoundSystem())
+        system = closing.enter_context(contextlib.closing(SoundSystem()))
         devices = system.devices(direction)
         default = system.default(direction, devices)
         if found := choose_device(direction, wanted, devices, default):
@@ -2967,7 +2960,7 @@ def list_devices(direction: Direction) -> int:
     def make_table() -> None:
         try:
             hide_jack()
-            with SoundSystem() as system:
+            with contextlib.closing(SoundSystem()) as system:
                 devices = system.devices(direction)
                 default = system.default(direction, devices)
             with_jack = [*devices, *JackSystem(devices).devices(direction)]

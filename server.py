@@ -3801,9 +3801,11 @@ class Server:
             sock.setblocking(False)
             self._selector.register(sock, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._accept_all, name="accept", daemon=True)
+        self._is_begun = False
 
     def start(self, announce: bool) -> None:
         """Begin to accept; tell the local network, if that can reach this server and is to."""
+        self._is_begun = True  # whatever a signal may interrupt from here on
         self._thread.start()
         if announce and not self._endpoint.is_local():
             self._advertising.enter_context(contextlib.closing(Advertiser(self._endpoint)))
@@ -3815,10 +3817,10 @@ class Server:
         """
         self._waker.close()  # which ends the accepting thread
         self.clients.drop_pending()
-        if self._thread.ident is None:
+        if not self._is_begun:
             self._woken.close()
             self._selector.close()
-        else:
+        elif self._thread.is_alive():
             self._thread.join()
         for sock in self._endpoint.sockets:
             sock.close()

@@ -958,7 +958,7 @@ class Report:
             return
         with self._lock:
             tally = self._folders.pop(source.name, Counter())
-        is_new = tally["already"] < tally["files"] or not tally["files"]
+        is_new = tally["already"] < tally["files"] + tally["failed"] or not tally["files"]
         files = count(tally["files"], "file")
         text = f"{'Saved' if is_new else 'Already there as'} {escape(name)}/ with {files}"
         text += f" ({format_bytes(tally['bytes'])})"

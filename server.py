@@ -716,9 +716,10 @@ class PartialFile:
             try:
                 return cls(folder, os.open(".", flags, mode, dir_fd=folder.descriptor), "", place)
             except OSError as error:
-                if error.errno not in NO_NAMELESS:
+                is_there = folder.is_there()  # ext4 says EPERM where it is not
+                if is_there and error.errno not in NO_NAMELESS:
                     raise
-            if folder.is_there():
+            if is_there:
                 place.disk.without_nameless.add(folder.device)
         return cls.create(folder, place)
 
@@ -1752,6 +1753,7 @@ class UnderWay:
                 self.partial.folder, name_of(self.entry), self._take_name
             )
         except FileNotFoundError:
+            self._batch.folders.forget(folder_of(self.entry))  # those after it may go on
             raise Refused(FOLDER_GONE) from None
 
     def _take_name(self, name: str) -> Outcome:

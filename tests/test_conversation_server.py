@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from common import (
 )
 from conversation import read_message, real_server, say, segments
 from peers import RawPeer
+from server import FOLDER_GONE
 from support import contents, make_partial, partials, wait_for
 
 CONTENT = b"what is sent " * 40
@@ -294,6 +296,22 @@ def test_a_file_of_which_nothing_comes_leaves_no_folder(inbox: Path) -> None:
         peer.send(LENGTH.pack(STILL_HERE) + LENGTH.pack(GIVEN_UP) + segments(b"x"))
         assert [each.kind for each in outcomes_of(peer, 2).values()] == ["failed", "saved"]
     assert contents(inbox) == {"a/": b"", "a/c/": b"", "a/c/kept": b"x"}
+
+
+def test_a_folder_that_is_removed_costs_one_file_at_most(inbox: Path) -> None:
+    with real_server(inbox) as peer:
+        peer.send(say(Offer([Entry(f"a/b/{number}", 1) for number in range(4)])))
+        start_of(peer)
+        for number in range(2):
+            peer.send(segments(b"x"))
+            assert outcomes_of(peer) == {number: Outcome("saved", str(number))}
+        shutil.rmtree(inbox / "a")
+        peer.send(segments(b"x"))
+        reason = outcomes_of(peer)[2]
+        assert reason in {Outcome("saved", "2"), Outcome("failed", FOLDER_GONE)}
+        peer.send(segments(b"x"))
+        assert outcomes_of(peer) == {3: Outcome("saved", "3")}
+    assert contents(inbox)["a/b/3"] == b"x"
 
 
 def test_one_name_offered_twice_is_saved_twice(inbox: Path) -> None:

@@ -3294,6 +3294,8 @@ def host_name(text: str) -> str:
     """Return `text` as what a machine is called, for argparse, which also gives it the default."""
     if not text:
         raise argparse.ArgumentTypeError("an empty name: no machine has it")
+    if text.lower().startswith("fe80:") and "%" not in text:
+        raise argparse.ArgumentTypeError(f"{text} goes with its interface: {text}%eth0, say")
     # Compiling a pattern takes a while, and most starts need none.
     options = [] if text == DEFAULT_HOST else options_for_address(text)
     if options[1:] not in ([], [text]):
@@ -3308,7 +3310,8 @@ def options_for_address(word: str) -> list[str]:
 
     An address is written as a number, or as scp and URLs have it.
     """
-    pattern = r"(?:(\w+)://|([\w.-]+)@)?(\[[\da-fA-F:]+\]|[\w.-]+)(?::(\d+)?)?(?:[:/~].*)?"
+    hosts = r"\[[\da-fA-F:]+(?:%[\w.-]+)?\]|[\w.-]+"
+    pattern = rf"(?:(\w+)://|([\w.-]+)@)?({hosts})(?::(\d+)?)?(?:[:/~].*)?"
     found = re.fullmatch(pattern, word)
     if found is None or (word.count(":") > 1 and "[" not in word and "://" not in word):
         return []

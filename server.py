@@ -3398,7 +3398,6 @@ ANNOUNCEMENT_TIMEOUT_S = 2.0
 ADDRESS_CHECK_S = 5.0
 LISTEN_HINTS = {
     errno.EACCES: "; --port takes another: those below 1024 are mostly root's",
-    errno.EINVAL: "; an address that begins with fe80 wants its interface, as in fe80::1%eth0",
     errno.EADDRINUSE: "; a server runs there already, or another program: see --port",
     errno.EADDRNOTAVAIL: "; that is no address of this machine: --host 0.0.0.0 is all of them",
     **dict.fromkeys(
@@ -3551,7 +3550,8 @@ class Endpoint(NamedTuple):
         address = next((name for name in names if not common.is_loopback(name)), names[0])
         if families := ALL_ADDRESSES.get(address):
             address = find_own_address(families) or THIS_MACHINE
-        return address
+        # Which interface leads to a link is for the other machine to say.
+        return f"{address}%INTERFACE" if address.startswith("fe80:") else address
 
 
 class Advertiser:

@@ -282,6 +282,7 @@ def test_a_bad_number_of_clients_is_a_wrong_argument(count: str) -> None:
         ("client.py file report.pdf --host nas:50008", "--host nas --port 50008"),
         ("client.py file report.pdf --host http://192.168.1.5/", "--host 192.168.1.5"),
         ("client.py file report.pdf --host [::1]:50008", "--host ::1 --port 50008"),
+        ("client.py file x --host [fe80::1%lo]:50008", "--host fe80::1%lo --port 50008"),
         ("client.py send report.pdf", "client.py file report.pdf"),
         ("client.py file my photos", "client.py file 'my photos'"),
         ("server.py /tmp/inbox", "server.py file --folder /tmp/inbox"),

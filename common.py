@@ -3187,11 +3187,6 @@ class Console:
             self._show("")
             self.has_status = False
 
-    def clear_for(self, _record: object) -> bool:
-        """Make room for a line of the log: a filter for its handlers, which passes all."""
-        self.show_status("")
-        return True
-
     def _show(self, text: str) -> None:
         if self.has_status and (text or self._status_width):
             width = cells(text)

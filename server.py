@@ -3950,11 +3950,15 @@ LOG_CLOSE_S = 2.0
 
 
 class BackgroundLog(logging.Handler):
-    """Has `writers` write in a thread of its own; of too many lines, the rest are counted."""
+    """Prints lines in a thread of its own, what went wrong on standard error.
 
-    def __init__(self, writers: Sequence[logging.Handler]) -> None:
+    `console` makes room for each. Of too many lines, the rest are counted.
+    """
+
+    def __init__(self, console: Console) -> None:
         super().__init__()
-        self._writers = writers
+        self._console = console
+        self._done, self._wrong = make_formatter(sys.stdout), make_formatter(sys.stderr)
         self._lines: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
         self._left_out = 0
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
@@ -3975,9 +3979,12 @@ class BackgroundLog(logging.Handler):
 
     def _run(self) -> None:
         while (record := self._lines.get()) is not None:
-            for writer in self._writers:
-                if record.levelno >= writer.level:
-                    writer.handle(record)
+            self._console.show_status("")
+            with contextlib.suppress(OSError, ValueError, SocketPairError):  # it cannot be written
+                if record.levelno > logging.INFO:
+                    common.complain(self._wrong.format(record))
+                else:
+                    common.say(self._done.format(record))
 
     def close(self) -> None:
         """Write what is queued, for a short while at most. Idempotent."""
@@ -4018,27 +4025,20 @@ class LimitedLog:
 
 @contextlib.contextmanager
 def logging_to_streams(args: argparse.Namespace) -> Iterator[Console]:
-    """Log to standard output, what went wrong to standard error, inside the ``with`` block.
-
-    Gives the console, whose status line makes room for each line.
-    """
+    """Log to standard output and error inside the ``with`` block. Gives the console."""
     level = logging.DEBUG if args.verbose else logging.WARNING if args.quiet else logging.INFO
-    done = logging.StreamHandler(sys.stdout)
-    done.addFilter(lambda record: record.levelno <= logging.INFO)
-    wrong = logging.StreamHandler(sys.stderr)
-    wrong.setLevel(logging.WARNING)
+    # A log line a file is most of the work on a small file: leave out what no line shows.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     console = Console(args.quiet)
-    for writer in (done, wrong):
-        writer.addFilter(console.clear_for)
-        stamp = "" if goes_to_journal(writer.stream) else "%(asctime)s "
-        writer.setFormatter(logging.Formatter(f"{stamp}%(message)s", "%H:%M:%S"))
-    # A log line a file is most of the work on a small file: leave out what no line shows, and
-    # do not answer a log that cannot be written with a traceback.
-    logging.raiseExceptions = logging.logThreads = logging.logProcesses = False
-    logging.logMultiprocessing = False
-    with contextlib.closing(BackgroundLog([done, wrong])) as background:
+    with contextlib.closing(BackgroundLog(console)) as background:
         logging.basicConfig(level=level, handlers=[background])
         yield console
+
+
+def make_formatter(stream: TextIO) -> logging.Formatter:
+    """Return what makes lines for `stream`, with the time but for systemd's journal."""
+    stamp = "" if goes_to_journal(stream) else "%(asctime)s "
+    return logging.Formatter(f"{stamp}%(message)s", "%H:%M:%S")
 
 
 def goes_to_journal(stream: TextIO) -> bool:

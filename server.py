@@ -1914,9 +1914,6 @@ class Content:
 
 # In the log, for one batch: what is more is counted.
 LINES_A_BATCH = 10
-# About what went wrong, for one host, at once and for good.
-LINES_AT_ONCE = 1_000
-LINE_SPACING_S = 1.0
 # A file of which so much is to come has a line in the log when it begins.
 LARGE_BYTES = 64 * 1024 * 1024
 ENTRIES_BETWEEN_CHECKS = 64
@@ -1936,7 +1933,7 @@ class Store:
         self.disk = Disk(folder)
         # By run, device and inode: the files that a client has been told it has here.
         self.settled: Recent[tuple[str, int, int], bool] = Recent(MAX_SETTLED)
-        self.log = LimitedLog(LINES_AT_ONCE, LINE_SPACING_S, "lines were left out")
+        self.log = LimitedLog()
         self._receptions: set[Reception] = set()
         self._hosts: weakref.WeakValueDictionary[str, Share] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
@@ -2104,7 +2101,7 @@ class Reception:
         self._connection = connection
         self._store = store
         self.peer = connection.peer
-        self.host = connection.peer.rpartition(":")[0]
+        self.host = host_of(connection.peer)
         self.tag = hashlib.sha256(self.host.encode()).hexdigest()[:8]
         self._share = store.share_of(self.host)
         self._has_turn = False
@@ -3116,6 +3113,7 @@ class Broadcaster:
     def __init__(self, captured: CaptureQueue) -> None:
         self.captured = captured
         self.meter = common.LevelMeter()
+        self.log = LimitedLog()
         self.missed_blocks = 0
         self.served_count = 0
         self.listeners: tuple[Listener, ...] = ()  # now; for any thread to look at
@@ -3221,21 +3219,26 @@ def handle_audio_client(
 
     Its thread waits here. Errors are logged.
     """
+
+    def write(text: str) -> None:
+        line = f"{connection.peer}: {text}"
+        broadcaster.log.write(line, logging.INFO, host_of(connection.peer))
+
     listener = None
     try:
         size = send_buffer_bytes(broadcaster.captured.audio)
         connection.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         listener = broadcaster.add(connection, opus_kbit)
-        log.info("%s: listening", connection.peer)
+        write("listening")
         listener.take_requests()
         broadcaster.remove(listener)
         reason = listener.loss
         if reason is None:
             listener.finish(broadcaster.captured.end_reason)
             reason = "the sound has ended"
-        log.info("%s: left%s", connection.peer, f" ({reason})" if reason else "")
+        write(f"left ({reason})" if reason else "left")
     except (OSError, SocketPairError) as error:
-        log.info("%s: left (%s)", connection.peer, error)
+        write(f"left ({error})")
     finally:
         if listener:
             broadcaster.remove(listener)
@@ -3648,6 +3651,11 @@ TURNED_AWAY_SPACING_S = 0.5
 BUSY = common.Error("this server is busy: try again later")
 
 
+def host_of(peer: str) -> str:
+    """Return the address of a peer without its port."""
+    return peer.rpartition(":")[0]
+
+
 class Client:
     """One connection, from when it was accepted until its thread ends; `Clients` changes it."""
 
@@ -3943,6 +3951,9 @@ class Server:
 # --- log ------------------------------------------------------------------------------------
 
 MAX_WAITING_LINES = 10_000
+# Of one host's clients, but those about files that were saved: at once, and for good.
+LINES_AT_ONCE = 1_000
+LINE_SPACING_S = 1.0
 # Whoever reads the log goes by the words before the path: in other lines no name may hold them.
 SAVED_LINE = "%s sent %s, saved as %s"
 SAVED_WORDS, SAVED_WORDS_IN_NAMES = ", saved as ", r",\0040saved as "
@@ -3998,9 +4009,9 @@ class LimitedLog:
 
     def __init__(
         self,
-        at_once: int,
-        spacing_s: float,
-        left_out: str,
+        at_once: int = LINES_AT_ONCE,
+        spacing_s: float = LINE_SPACING_S,
+        left_out: str = "lines were left out",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`left_out` says what became of those whose lines were left out, as ``were refused``."""

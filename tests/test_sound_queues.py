@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import sys
 import threading
@@ -14,7 +15,7 @@ import client
 import common
 import server
 from common import AudioBlock, AudioFormat
-from peers import FakeServer, RawPeer, message
+from peers import FakeServer, RawPeer, message, socket_pair
 from sound import (
     LIMIT_S,
     MONO,
@@ -227,6 +228,20 @@ def test_an_input_that_fails_in_any_way_ends(error: Exception) -> None:
     assert source.captured.take(LIMIT_S) is None
     assert source.captured.failed
     assert source.captured.end_reason.startswith("a file cannot be read any further (")
+
+
+def test_listeners_that_come_and_go_have_a_bounded_number_of_lines_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broadcaster = server.Broadcaster(server.CaptureQueue(MONO))
+    with caplog.at_level(logging.INFO, "socket-pair"):
+        for _ in range(server.LINES_AT_ONCE):
+            near, far = socket_pair()
+            far.close()
+            with common.Connection(near, "192.0.2.1:5") as connection:
+                server.handle_audio_client(connection, broadcaster)
+    assert caplog.messages[:2] == ["192.0.2.1:5: listening", "192.0.2.1:5: left"]
+    assert len(caplog.messages) < 1.5 * server.LINES_AT_ONCE
 
 
 def test_a_slow_listener_gets_whole_blocks_and_misses_whole_blocks() -> None:

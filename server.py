@@ -1418,8 +1418,10 @@ class Disk:
 MAX_OPEN_PARTIALS = 16
 # Entries of one batch with one path that are compared: each is a guess at what is here.
 MAX_ALIKE = 8
-# Finished files of one name that may be the same, the newest of them.
+# Finished files of one name that are read as they may be the same: those with the offered time, and
+# the newest of the others.
 MAX_CANDIDATES = 8
+MAX_NUMBERED = 100  # that are looked at for that, of one name
 # Names with a number that one batch has looked up.
 MAX_NUMBERS_LOOKED_UP = 10_000
 # A file of which more is held is also compared at some shorter lengths.
@@ -1448,6 +1450,14 @@ class Wanted(NamedTuple):
     def offset(self) -> int:
         """How many bytes are here."""
         return self.beginning.size if self.beginning else 0
+
+
+class Finished(NamedTuple):
+    """A file that has its name, and may be the same as an offered one."""
+
+    name: str
+    size: int
+    mtime_ns: int
 
 
 class LookedUp(NamedTuple):
@@ -1516,7 +1526,7 @@ class LookUp:
         self._disk = batch.store.disk
         self._since = since  # the client has connected, a time.monotonic()
         self._began_s = time.monotonic()
-        self._found: dict[str, tuple[list[PartialFile], list[tuple[str, int]]]] = {}  # by path
+        self._found: dict[str, tuple[list[PartialFile], list[Finished]]] = {}  # by path
         self._alike: Counter[str] = Counter()
         self._open_left = {True: MAX_OPEN_PARTIALS, False: MAX_OPEN_PARTIALS}  # by whether own
         self._numbers_left = MAX_NUMBERS_LOOKED_UP
@@ -1534,10 +1544,12 @@ class LookUp:
         if entry.path not in self._found:
             # Partial files first: one that gets its name meanwhile is a finished one then.
             left = list(self._reopen_partials(folder, name))
-            sizes = self._disk.with_fitting(folder, name, lambda name: self._sizes(folder, name))
-            self._found[entry.path] = left, sizes
-        partials, sizes = self._found[entry.path]
-        candidates = [name for name, size in sizes if size == entry.size][-MAX_CANDIDATES:]
+            there = self._disk.with_fitting(folder, name, lambda name: self._finished(folder, name))
+            self._found[entry.path] = left, there
+        partials, finished = self._found[entry.path]
+        alike = [each for each in finished if each.size == entry.size]
+        alike.sort(key=lambda each: each.mtime_ns == entry.mtime_ns)
+        candidates = [each.name for each in alike[-MAX_CANDIDATES:]]
         if partials or candidates:
             return LookedUp(entry, entry.size, folder, partials, candidates)
         return Wanted(entry)
@@ -1554,10 +1566,10 @@ class LookUp:
                 self._batch.partials.append(partial)
                 yield partial
 
-    def _sizes(self, folder: Folder, name: str) -> list[tuple[str, int]]:
-        """Return the names and sizes of the finished files of a name, and of that with a number."""
-        sizes = []
-        for number, each in self._disk.numbered(folder, name, MAX_CANDIDATES):
+    def _finished(self, folder: Folder, name: str) -> list[Finished]:
+        """Return the finished files of a name, and of that with a number."""
+        finished = []
+        for number, each in self._disk.numbered(folder, name, MAX_NUMBERED):
             try:
                 found = folder.stat(each)
             except FileNotFoundError:
@@ -1565,11 +1577,11 @@ class LookUp:
                     self._disk.numbers.note((folder.identity, name), number)
                 break
             if stat.S_ISREG(found.st_mode):
-                sizes.append((each, found.st_size))
+                finished.append(Finished(each, found.st_size, found.st_mtime_ns))
             self._numbers_left -= 1
             if self._numbers_left <= 0 or self._batch.store.overwrite:
                 break
-        return sizes
+        return finished
 
 
 class Comparison:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,18 @@ def test_another_content_goes_beside_and_is_known_again(server: Server, tmp_path
     assert contents(server.folder) == {
         name: source.read_bytes() for source, name in zip(sources, names, strict=True)
     }
+
+
+def test_many_of_one_name_and_size_are_known_again_by_their_times(
+    server: Server, tmp_path: Path
+) -> None:
+    sources = [make_file(tmp_path / str(seed) / "file", 1000, seed) for seed in range(20)]
+    for time_s, source in enumerate(sources):
+        os.utime(source, (time_s, time_s))
+    for word in ("Saved as file", "Already there as file"):
+        for source in sources:
+            assert server.send(source).stdout.startswith(word)
+    assert len(contents(server.folder)) == 20
 
 
 def test_a_file_in_a_folder_that_goes_beside_is_mentioned(server: Server, tmp_path: Path) -> None:

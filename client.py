@@ -70,7 +70,10 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
-import common
+try:
+    import common
+except ModuleNotFoundError:
+    raise SystemExit(f"common.py is missing: it belongs beside {__file__}") from None
 from common import (
     EXIT_FAILED,
     EXIT_OK,

@@ -84,7 +84,10 @@ from typing import (
     TypeVar,
 )
 
-import common
+try:
+    import common
+except ModuleNotFoundError:
+    raise SystemExit(f"common.py is missing: it belongs beside {__file__}") from None
 from common import (
     KEEPALIVE_INTERVAL_S,
     PARTIAL_SUFFIX,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,17 @@ def test_an_older_python_is_told_in_one_line(script: str) -> None:
     assert result.returncode == 1
     assert result.stderr.startswith("Socket Pair needs Python 3.10 or newer, and this is ")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["server.py", "client.py"])
+def test_a_script_without_the_module_beside_it_is_told_in_one_line(
+    script: str, tmp_path: Path
+) -> None:
+    alone = Path(shutil.copy(ROOT / script, tmp_path))
+    command = [sys.executable, str(alone), "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert result.stderr == f"common.py is missing: it belongs beside {alone}\n"
 
 
 @posix

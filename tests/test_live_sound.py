@@ -80,9 +80,11 @@ def test_a_loudspeaker_that_keeps_running_dry_gets_more_sound_at_once(
             stall(player, card, sender, 1, tmp_path)
             return "it gets 10 ms at once from now on" in player.text()
 
-        wait_for(has_helped, "the loudspeaker has run dry again and again")
+        wait_for(has_helped, "the loudspeaker has run dry again and again", 240)
         assert hears_tone(card)
-        assert "is gone" not in player.text()
+        before, _, _ = player.text().partition("the loudspeaker default ran dry")
+        # A card that a busy machine starves may go, and come back.
+        assert before.count("is gone") == before.count("is back"), "it is not lost meanwhile"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ pairing code         ``normalize_code``; ``Pairing``: SPAKE2, from which both si
                      certificate that TLS takes for this connection
 the wire             every message as a value, ``encode_message`` and ``decode_message``, and the
                      whole conversation of both modes; ``AudioFormat``, ``AudioBlock``: sound
-connection           ``TimedSocket``, ``ReceiveBuffer``, ``TLS``, ``ByteStream``, and on top of them
+connection           ``TimedSocket``, ``TLS``, ``ByteStream``, and on top of them
                      ``Connection``: a socket that sends and receives messages; ``Deadline``
 time                 ``TimeLine``: when each sample frame passes a sound card
 local network        ``Announced``: what a server tells it; ``open_network``
@@ -1223,8 +1223,8 @@ def decode_opus(content: bytes, audio: AudioFormat) -> Heard | OpusBlock:
 # --- connection -----------------------------------------------------------------------------
 #
 # In layers, each of which can be read without those above it: `TimedSocket` (a socket whose every
-# wait has a limit), `ReceiveBuffer` (bytes that have arrived) and `TLS` (what encrypts them),
-# `ByteStream` (exact bytes), `Connection` (frames and messages).
+# wait has a limit), `TLS` (what encrypts bytes), `ByteStream` (exact bytes), `Connection` (frames
+# and messages).
 
 HANDSHAKE_TIMEOUT_S = 10.0
 PROGRESS_TIMEOUT_S = 60.0
@@ -1455,33 +1455,6 @@ def wait_for_socket(sock: socket.socket, seconds: float, *, to_write: bool) -> b
     return True
 
 
-class ReceiveBuffer:
-    """Bytes that have arrived and that nobody has read yet."""
-
-    def __init__(self) -> None:
-        self._bytes = bytearray()
-        self._start = 0
-
-    def __len__(self) -> int:
-        return len(self._bytes) - self._start
-
-    def add(self, data: bytes) -> None:
-        """Append what has arrived."""
-        del self._bytes[: self._start]
-        self._start = 0
-        self._bytes += data
-
-    def peek(self, size: int) -> bytes:
-        """Return up to `size` of the oldest bytes, which stay."""
-        return bytes(self._bytes[self._start : self._start + size])
-
-    def take(self, size: int) -> bytes:
-        """Return up to `size` of the oldest bytes, and drop them."""
-        data = self.peek(size)
-        self._start += len(data)
-        return data
-
-
 class TLS:
     """Encrypts and decrypts for a `ByteStream`, which moves the bytes. For any thread.
 
@@ -1568,7 +1541,7 @@ class ByteStream(TimedSocket):
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         super().__init__(sock, peer)
-        self._received = ReceiveBuffer()
+        self._received = bytearray()  # what has arrived and nobody has read yet
         self._queued = bytearray()
         self._queued_until = 0.0
         self._tls: TLS | None = None
@@ -1603,7 +1576,7 @@ class ByteStream(TimedSocket):
         Raises NotPaired, and what `read` and `write` raise.
         """
         tls = TLS(context, server_side)
-        tls.feed(self._received.take(len(self._received)))
+        tls.feed(self._take(len(self._received)))
         try:
             while not tls.shake_hands():
                 self._send_all(tls.output())
@@ -1630,19 +1603,19 @@ class ByteStream(TimedSocket):
         buffered then, so that the caller may try again.
         """
         self._wait_for(size, ahead)
-        return self._received.take(size)
+        return self._take(size)
 
     def peek(self, size: int) -> bytes:
         """Return the next `size` bytes, which stay unread; blocks and raises as `read` does."""
         self._wait_for(size)
-        return self._received.peek(size)
+        return bytes(self._received[:size])
 
     def read_some(self, view: memoryview, seconds: float) -> int:
         """Fill `view`, or as much as comes within `seconds`, at least a byte; return how much.
 
         Blocks and raises as `read` does, but not before what has come has been returned.
         """
-        buffered = self._received.take(len(view))
+        buffered = self._take(len(view))
         view[: len(buffered)] = buffered
         have = len(buffered) or self._receive_into(view)
         if not have:
@@ -1678,7 +1651,13 @@ class ByteStream(TimedSocket):
             data = self._receive(max(ahead, missing))
             if not data:
                 raise self._ended(inside=len(self._received) > 0)
-            self._received.add(data)
+            self._received += data
+
+    def _take(self, size: int) -> bytes:
+        """Return up to `size` of the bytes that have arrived, and drop them."""
+        data = bytes(self._received[:size])
+        del self._received[:size]
+        return data
 
     def _ended(self, inside: bool) -> ConnectionLost:
         return ConnectionBroken(self._breakage) if inside else PeerClosed()
@@ -1783,7 +1762,7 @@ class Connection(ByteStream):
         self._wait_for(1, min(RECEIVE_BYTES, LENGTH.size + max_bytes))
         with self.limit(PROGRESS_TIMEOUT_S):
             self._wait_for(LENGTH.size)
-        header = self._received.peek(LENGTH.size)
+        header = self.peek(LENGTH.size)
         (size,) = LENGTH.unpack(header)
         if size > max_bytes:
             raise ProtocolError(f"not Socket Pair's protocol (received {header!r})")

@@ -573,7 +573,6 @@ NO_HARD_LINKS |= {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 # What open() says where a file cannot be without a name.
 NO_NAMELESS = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.ENOSYS}
 NAMELESS = getattr(os, "O_TMPFILE", 0) if os.path.isdir("/proc/self/fd") else 0
-OPEN_FILES = os.open("/proc/self/fd", FOLDER_FLAGS) if NAMELESS else -1  # found without its path
 # Less than this of a file without a name is not worth a hidden file for the next run.
 KEPT_BYTES = 64 * 1024
 # How long the connection that a client has just lost may take to notice, and release its file.
@@ -842,7 +841,7 @@ class PartialFile:
         """Give the open file, whatever stands under its hidden name by now, another name."""
         here = self.folder.descriptor
         if NAMELESS:
-            os.link(str(self.descriptor), name, src_dir_fd=OPEN_FILES, dst_dir_fd=here)
+            os.link(f"/proc/self/fd/{self.descriptor}", name, dst_dir_fd=here)
         else:
             os.link(self.name, name, src_dir_fd=here, dst_dir_fd=here, follow_symlinks=False)
 

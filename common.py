@@ -3440,7 +3440,8 @@ def is_exhausted(error: Exception) -> bool:
     """Return whether the system has no more memory, threads or open files to give."""
     if isinstance(error, OSError) and error.errno in EXHAUSTED:
         return True
-    words = ("start new thread", "malloc failure")  # Python's and OpenSSL's
+    # What Python, OpenSSL, and the system's loader of libraries say.
+    words = ("start new thread", "malloc failure", "failed to map segment", "Too many open files")
     return isinstance(error, MemoryError) or any(each in str(error) for each in words)
 
 

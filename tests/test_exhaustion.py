@@ -126,6 +126,7 @@ def test_folders_that_cannot_be_entered_are_closed_at_once(inbox: Path) -> None:
     [
         (MemoryError(), "out of memory, threads or open files: "),
         (RuntimeError("can't start new thread"), "out of memory, threads or open files: "),
+        (ImportError("a.so: Too many open files"), "out of memory, threads or open files: "),
         (KeyError("\x1b[31m"), r"internal error: KeyError('\x1b[31m')"),
     ],
 )

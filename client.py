@@ -419,11 +419,14 @@ def describe_no_server(address: Address, mode: str, error: OSError | ValueError)
             f"port {address.port} through?"
         )
     options = [] if address.port == common.DEFAULT_PORT else ["--port", str(address.port)]
-    if is_here:
-        command = common.command_line("server.py", mode, *options)
-        return f"no server at {peer}: start one with: {command}"
-    command = " ".join(["python3 server.py", mode, "--host 0.0.0.0", *options])
-    return f"no server at {peer}: start one there with: {command}"
+    if host in ("0.0.0.0", "::"):
+        advice = "that is all addresses of a server; name one, or use --find"
+    elif is_here:
+        advice = f"start one with: {common.command_line('server.py', mode, *options)}"
+    else:
+        command = " ".join(["python3 server.py", mode, "--host 0.0.0.0", *options])
+        advice = f"start one there with: {command}"
+    return f"no server at {peer}: {advice}"
 
 
 def shake_hands(connection: Connection, code: str | None, hello: Hello) -> Welcome:

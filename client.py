@@ -1072,8 +1072,8 @@ MAX_OFFERS = 3
 SMALL_FILE_BYTES = 64 * 1024
 # Who may ask for the SHA-256 of any length learns a file byte by byte.
 MIN_PREFIX_BYTES = 4096
-# Signs of life, one a second, that a server may send for looking up a batch, and then before each
-# result. More while it hashes what it holds.
+# Signs of life, one a second, that a server may send for looking up a batch, and then before a
+# result while it takes nothing. More while it hashes what it holds.
 MAX_SIGNS = 600
 MIN_HASHED_BYTES_PER_S = 1_000_000
 
@@ -1587,11 +1587,14 @@ class Upload:
                 self._decide(batch, index, outcome)
 
     def _receive_results(self) -> Results:
-        """Return the next results; the signs of life before them may go on for some time."""
-        for _ in range(MAX_SIGNS):
+        """Return the next results; signs of life before them may go on while anything is sent."""
+        signs, then_bytes = 0, -1
+        while signs < MAX_SIGNS:
             message = self._connection.receive(Results, Hashing)
             if not isinstance(message, Hashing):
                 return message
+            now_bytes = self._content.sent_bytes
+            signs, then_bytes = signs + 1 if now_bytes == then_bytes else 0, now_bytes
         raise ProtocolError("received signs of life without end")
 
     def _decide(self, batch: Batch, index: int, outcome: Outcome) -> None:

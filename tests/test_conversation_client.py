@@ -69,12 +69,16 @@ def steps(*answers: bytes) -> Callable[[RawPeer], None]:
     return serve
 
 
-def read_file(peer: RawPeer) -> tuple[bytes, bytes | None]:
-    """Return a file that the client sends, and its digest; None where it gave up."""
+def read_file(peer: RawPeer, between: bytes = b"") -> tuple[bytes, bytes | None]:
+    """Return a file that the client sends, and its digest; None where it gave up.
+
+    Say `between` before each segment.
+    """
     content = b""
     while (length := LENGTH.unpack(peer.read(LENGTH.size))[0]) != END_OF_FILE:
         if length == GIVEN_UP:
             return content, None
+        peer.send(between)
         content += peer.read(length)
     return content, peer.read(hashlib.sha256().digest_size)
 
@@ -263,6 +267,32 @@ def test_a_file_that_fails_at_the_server_is_given_up_and_the_next_is_sent(
     said = capsys.readouterr()
     assert said.err == f"{first}: at the server: no room\n"
     assert "Saved as second" in said.out
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_signs_of_life_count_only_while_a_server_takes_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    is_taken: bool,
+) -> None:
+    monkeypatch.setattr(client, "MAX_SIGNS", 30)
+    large = make_file(tmp_path / "large", 100 * MIB)
+
+    def serve(peer: RawPeer) -> None:
+        welcome(peer)
+        assert isinstance(read_message(peer, Offer), Offer)
+        peer.send(say(Start([0])))
+        if is_taken:
+            read_file(peer, say(Hashing()))
+            peer.send(say(Results([(0, Outcome("saved", "large"))])))
+        else:
+            peer.send(say(*[Hashing()] * 1_000))
+        peer.read_all()
+
+    assert send(serve, large) == (0 if is_taken else 1)
+    if not is_taken:
+        check_one_line(capsys, "signs of life without end")
 
 
 @pytest.mark.parametrize("read", [0, 1000, 3 * MIB])

@@ -1180,7 +1180,8 @@ class Sender:
                     lost = error
                     if upload.has_moved() and backlog.is_getting_on():
                         waits = self._waits()
-            upload.give_back()
+            if upload.give_back(lost) and is_single:
+                return
             connection = self._reconnect(waits, lost)
 
     def _waits(self) -> Iterator[float]:
@@ -1435,14 +1436,20 @@ class Upload:
             self._connection.abort()
         self._connection.close()
 
-    def give_back(self) -> None:
-        """Put what is not decided back to where it was taken from; a pipe cannot go there."""
+    def give_back(self, lost: ConnectionLost) -> bool:
+        """Put what is not decided back to where it was taken from, after the connection is `lost`.
+
+        A pipe cannot go there: it has failed then. Return whether there was one.
+        """
+        has_failed = False
         for source in itertools.chain.from_iterable(batch.left() for batch in self._offered):
             if source.path == STDIN and self._content.stdin_is_begun:
-                reason = "standard input cannot be sent a second time"
+                has_failed = True
+                reason = f"{lost}; standard input cannot be sent a second time"
                 self._report.problem(Problem(source.path, source.name, reason))
             else:
                 self._backlog.give_back([source])
+        return has_failed
 
     def has_moved(self) -> bool:
         """Return whether the server has got anything of a file, as far as is known."""

@@ -274,6 +274,22 @@ def test_a_pipe_that_was_cut_off_is_not_sent_in_part(server: Server, tmp_path: P
     assert contents(server.folder) == {"after": after.read_bytes()}
 
 
+def test_nothing_is_waited_for_where_all_there_was_to_send_is_a_pipe_that_was_cut_off(
+    server: Server, tmp_path: Path
+) -> None:
+    source = make_file(tmp_path / "source", 30 * MIB)
+    with Proxy(server.port, hold_at=16 * MIB) as link, open(source, "rb") as file:
+        args = ("-", "--name", "piped", "--retry", "1000")
+        with server.client(*args, port=link.port, stdin=file.fileno()) as client:
+            wait_for(lambda: partial_size(server.folder) > 8 * MIB)
+            link.cut()
+            result = client.wait()
+    assert result.status == 1
+    (line,) = result.error_lines
+    assert line.startswith("piped: ")
+    assert line.endswith("; standard input cannot be sent a second time")
+
+
 def test_a_server_that_hangs_up_and_takes_nothing_more_is_left_at_once(
     server: Server, tmp_path: Path
 ) -> None:

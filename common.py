@@ -10,7 +10,8 @@ pairing code         ``normalize_code``; ``Pairing``: SPAKE2, from which both si
 the wire             every message as a value, ``encode_message`` and ``decode_message``, and the
                      whole conversation of both modes; ``AudioFormat``, ``AudioBlock``: sound
 connection           ``TimedSocket``, ``TLS``, ``ByteStream``, and on top of them
-                     ``Connection``: a socket that sends and receives messages; ``Deadline``
+                     ``Connection``: a socket that sends and receives messages; ``Deadline``;
+                     ``SignsOfLife``, while a disk keeps the other side waiting
 time                 ``TimeLine``: when each sample frame passes a sound card
 local network        ``Announced``: what a server tells it; ``open_network``
 blocks               ``Blocks``; ``BlockPipeline``, where a second thread consumes them while the

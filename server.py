@@ -1695,8 +1695,11 @@ def decide(
 PIECE_S = 1.0
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 STATUS_NAME_CHARS = 30
-# Signs of life that may come at once: a connection or this machine may have stood.
+# Signs of life that may come at once, as a connection or this machine may have stood; and for good.
 SIGNS_AT_ONCE = 1_000
+SIGN_SPACING_S = 0.25
+# A client waits half a second to gather more than this, but for the last of a file.
+SMALL_SEGMENT_BYTES = 4096
 # The speed of less, that took no longer, means nothing.
 MIN_MEASURED_BYTES = 1024 * 1024
 MIN_MEASURED_S = 1.0
@@ -1848,15 +1851,15 @@ class UnderWay:
 
 
 class SignLimiter:
-    """Counts those of one client, which sends one a second while it has nothing else to send."""
+    """Counts one client's signs of life, one a second; segments that are small count as much."""
 
     def __init__(self) -> None:
-        self._allowed = RateLimiter(SIGNS_AT_ONCE, KEEPALIVE_INTERVAL_S / 2)
+        self._allowed = RateLimiter(SIGNS_AT_ONCE, SIGN_SPACING_S)
 
     def note(self) -> None:
         """Count one; raises ProtocolError where there were too many."""
         if self._allowed.reserve() is None:
-            raise ProtocolError("received signs of life without end")
+            raise ProtocolError("received next to nothing, too often")
 
 
 class Content:
@@ -1875,6 +1878,7 @@ class Content:
         self.received = offset  # with those that were here before
         self.is_over = False
         self._segment_left = 0
+        self._is_small = False  # the segment
         self._has_ended = False  # but for its SHA-256
 
     def read(self, blocks: Blocks) -> bytes:
@@ -1916,6 +1920,9 @@ class Content:
             raise ProtocolError(f"received a segment of {length} bytes")
         if self._size is not None and self.received + length > self._size:
             raise ProtocolError("received more of a file than was offered")
+        if self._is_small:  # and was not the last
+            self._heard.note()
+        self._is_small = length < SMALL_SEGMENT_BYTES
         self._segment_left = length
 
     def pass_over(self) -> None:

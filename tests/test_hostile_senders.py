@@ -64,13 +64,21 @@ def test_many_batches_have_a_bounded_number_of_lines_in_the_log(
     assert server.stderr().count("failed ../x") < 2_000
 
 
-@pytest.mark.parametrize("begin", [b"", message("offer", entries=[{"path": "x", "size": 9}])])
-def test_signs_of_life_without_end_are_an_end(server: Server, begin: bytes) -> None:
-    sign = LENGTH.pack(STILL_HERE) if begin else message("hashing")
+OFFER = message("offer", entries=[{"path": "x", "size": None}])
+
+
+@pytest.mark.parametrize(
+    ("begin", "sign"),
+    [
+        (b"", message("hashing")),
+        (OFFER, LENGTH.pack(STILL_HERE)),
+        (OFFER, frame(b"x")),
+    ],
+)
+def test_next_to_nothing_without_end_is_an_end(server: Server, begin: bytes, sign: bytes) -> None:
     with RawClient(server.port).greet() as client:
         client.send(begin + 3_000 * sign)
-        answers = client.read_all()
-    assert b"signs of life without end" in answers
+        assert b"received next to nothing, too often" in client.read_all()
 
 
 def test_one_path_is_compared_a_few_times_a_batch(server: Server) -> None:

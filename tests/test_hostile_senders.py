@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common import LENGTH, STILL_HERE
+from common import LENGTH, MAX_FRAME_BYTES, STILL_HERE
 from server import FREE_MISMATCHES, MAX_ALIKE
 from support import (
     MIB,
@@ -155,8 +155,9 @@ def test_many_hostile_clients_take_bounded_memory_and_an_honest_one_is_served(
     source = make_file(tmp_path / "honest", 100 * MIB)
     ended = threading.Event()
     said = attacks()
-    # Places for those, too, that have hung up and are still being answered.
-    with Server(inbox, "--max-clients", "256") as server, contextlib.ExitStack() as stack:
+    # For those, too, that have hung up and are still being answered: on a busy machine most places.
+    places = 256
+    with Server(inbox, "--max-clients", str(places)) as server, contextlib.ExitStack() as stack:
         for number in range(HOSTILE_CLIENTS):
             attack = said[number % len(said)]
             stack.enter_context(
@@ -164,6 +165,7 @@ def test_many_hostile_clients_take_bounded_memory_and_an_honest_one_is_served(
             )
         stack.callback(ended.set)
         result = server.send(source)
-        assert server.peak_mib() < 400
+        # A message, and a copy of it while it is decoded.
+        assert server.peak_mib() < 2 * places * MAX_FRAME_BYTES / MIB + 150
     assert result.status == 0, result
     assert (inbox / "honest").stat().st_size == 100 * MIB

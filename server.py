@@ -1698,8 +1698,8 @@ STATUS_NAME_CHARS = 30
 # Signs of life that may come at once, as a connection or this machine may have stood; and for good.
 SIGNS_AT_ONCE = 1_000
 SIGN_SPACING_S = 0.25
-# A client waits half a second to gather more than this, but for the last of a file.
-SMALL_SEGMENT_BYTES = 4096
+# A client waits half a second to gather more than this in a segment or an offer, but at the end.
+SMALL_BYTES = 4096
 # The speed of less, that took no longer, means nothing.
 MIN_MEASURED_BYTES = 1024 * 1024
 MIN_MEASURED_S = 1.0
@@ -1851,7 +1851,7 @@ class UnderWay:
 
 
 class SignLimiter:
-    """Counts one client's signs of life, one a second; segments that are small count as much."""
+    """Counts one client's signs of life, one a second; small segments and offers count too."""
 
     def __init__(self) -> None:
         self._allowed = RateLimiter(SIGNS_AT_ONCE, SIGN_SPACING_S)
@@ -1922,7 +1922,7 @@ class Content:
             raise ProtocolError("received more of a file than was offered")
         if self._is_small:  # and was not the last
             self._heard.note()
-        self._is_small = length < SMALL_SEGMENT_BYTES
+        self._is_small = length < SMALL_BYTES
         self._segment_left = length
 
     def pass_over(self) -> None:
@@ -2169,14 +2169,15 @@ class Reception:
         """Return the next batch; None when the client has hung up instead: it is done."""
         while True:
             try:
-                self._connection.wait_for_frame()
+                size = self._connection.wait_for_frame()
             except PeerClosed:
                 return None
+            if size < SMALL_BYTES:
+                self._heard.note()
             with self._signs, self._in_turn():
                 message = self._connection.receive(Offer, Hashing)
             if isinstance(message, Offer):
                 return message
-            self._heard.note()
 
     @contextlib.contextmanager
     def _in_turn(self) -> Iterator[None]:

@@ -3053,7 +3053,7 @@ class Listener:
 
     A block that was begun is always finished, so that the client can tell where the next one
     starts. The broadcaster's thread calls `offer`, `end` and `lose`; the client's own thread
-    `take_requests`, and `finish` after that.
+    `take_requests`, then `stop`, and `finish` after that.
     """
 
     def __init__(self, connection: Connection, encoding: Encoding) -> None:
@@ -3062,12 +3062,24 @@ class Listener:
         self.missed_blocks = 0
         self.gone = threading.Event()
         self.loss: str | None = None
+        self._sending = threading.Lock()
         self._progress_s = time.monotonic()
         self._requests: deque[tuple[int, int]] = deque(maxlen=REQUESTS_AT_ONCE)
         self._allowed = RateLimiter(REQUESTS_AT_ONCE, REQUEST_SPACING_S)
 
     def offer(self, frame: bytes, now_s: float) -> None:
-        """Give a block to the system, behind what was asked for, or miss it. Never blocks."""
+        """Give a block to the system, or miss it. Does nothing once it is gone. Never blocks."""
+        with self._sending:
+            if not self.gone.is_set():
+                self._offer(frame, now_s)
+
+    def stop(self) -> None:
+        """Send no more to this listener: returns once its socket is in no use."""
+        with self._sending:
+            self.gone.set()
+
+    def _offer(self, frame: bytes, now_s: float) -> None:
+        """Give a block to the system, behind the answers to what was asked for."""
         sent_bytes = self.connection.sent_bytes
         try:
             if not self.connection.offer(self._replies() + frame):
@@ -3194,7 +3206,8 @@ class Broadcaster:
         return self._opus[opus_kbit]
 
     def remove(self, listener: Listener) -> None:
-        """Send no more to `listener`. Idempotent."""
+        """Send no more to `listener`, whose socket may be closed then. Idempotent."""
+        listener.stop()
         with self._lock:
             self.listeners = tuple(other for other in self.listeners if other is not listener)
             self.missed_blocks += listener.missed_blocks
@@ -3229,8 +3242,7 @@ class Broadcaster:
         encodings = {listener.encoding for listener in listeners}
         frames = {each: each.encode(block) if block else each.finish() for each in encodings}
         for listener in listeners:
-            data = frames[listener.encoding]
-            if data and not listener.gone.is_set():
+            if data := frames[listener.encoding]:
                 listener.offer(data, now_s)
 
 

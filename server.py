@@ -1287,6 +1287,7 @@ class Space:
         with self._lock:
             claims.left[device] -= count
             claims.used += used
+            self._note_use(device, used)
 
     def forget(self, claims: Claims) -> None:
         """Have nothing be promised any more to the files of a batch."""
@@ -1302,8 +1303,11 @@ class Space:
         with self._lock:
             if needed > self._left(claims, folder):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            measured_s, free = self._free[folder.device]
-            self._free[folder.device] = measured_s, free - needed
+            self._note_use(folder.device, needed)
+
+    def _note_use(self, device: int, count: int) -> None:
+        measured_s, free = self._free[device]
+        self._free[device] = measured_s, free - count
 
     def _left(self, own: Claims, folder: Folder) -> float:
         """Return what is left beside what was promised; without end where no size is known."""

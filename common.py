@@ -328,11 +328,12 @@ def ask(question: str, data_on_stdout: bool = False) -> str:
     name = question.strip(": ")
     # Standard output may carry data; and who types looks at the terminal.
     aside = data_on_stdout or (sys.stdin.isatty() and not sys.stdout.isatty())
-    if aside or "readline" not in sys.modules:
-        # Without readline, input() has C write the question to descriptor 2: see quiet_libraries.
-        print(question, end="", file=sys.stderr if aside else sys.stdout, flush=True)
-        question = ""
     try:
+        if aside or "readline" not in sys.modules:
+            # Without readline, input() has C write the question to descriptor 2: see
+            # quiet_libraries.
+            print(question, end="", file=sys.stderr if aside else sys.stdout, flush=True)
+            question = ""
         answer = input(question)
     except KeyboardInterrupt:
         complain("")  # what comes next is not to stand behind the question

@@ -2467,7 +2467,7 @@ STEADY_INTERVAL_S = 2.5
 POOR_INTERVAL_S, POOR_S = 1.0, 100e-6
 # Quartz clocks drift by a tenth of a millionth in a minute as they get warm.
 CLOCK_WINDOW_S = 60.0
-MOST_KEPT = 150
+MOST_KEPT = 150  # however much a server answers: the line is looked for in all of them
 # A clock that is being set right goes so much faster or slower (Linux, adjtime).
 MAX_CLOCK_DRIFT = 500e-6
 DRIFT_STEPS = 16  # of bisection: to a 60th of a millionth

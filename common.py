@@ -1238,7 +1238,7 @@ KEEPALIVE_OPTIONS = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT",
 SO_NWRITE = 0x1024
 KEEPALIVE_INTERVAL_S = 1.0
 RECEIVE_BYTES = 256 * 1024
-SEND_BYTES = 64 * 1024  # more keep the other side waiting, and TLS no longer in a core's cache
+SEND_BYTES = 64 * 1024  # with more, the other side waits longer, and TLS leaves a core's cache
 TLS_RECORD_BYTES = 16 * 1024
 # What has to move before a connection counts as busy again; and the slowest that a frame may come.
 PROGRESS_BYTES = 16 * 1024

@@ -264,6 +264,12 @@ def partial_stem(name: str) -> str:
     return "." + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
 
 
+def split_partial(hidden: str) -> tuple[str, str]:
+    """Return the stem of a partial file's name, and its token, which begins with a client's tag."""
+    stem, _, token = hidden.removesuffix(PARTIAL_SUFFIX).rpartition(".")
+    return stem, token
+
+
 # --- folders --------------------------------------------------------------------------------
 
 FOLDER_GONE = "its folder was moved or removed meanwhile"
@@ -1182,15 +1188,14 @@ class Leftovers(NamedTuple):
             every = folder.names(PARTIAL_SUFFIX)
             found = heapq.nsmallest(MAX_LEFTOVERS, every, lambda name: not has_tag(name, tag))
         for name in found:
-            stem = name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]
-            names.setdefault(stem, []).append(name)
+            names.setdefault(split_partial(name)[0], []).append(name)
         is_settled = folder.mtime_ns < time.time_ns() - CLOCK_TICK_NS
         return cls(folder.mtime_ns if is_settled else -1, seen_s, names)
 
 
 def has_tag(name: str, tag: str) -> bool:
     """Return whether a partial file was made for a client whose address has this `tag`."""
-    return name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[2].startswith(tag)
+    return split_partial(name)[1].startswith(tag)
 
 
 def remove_old_leftovers(root: str) -> None:

@@ -22,7 +22,7 @@ sound: in step          ``InStep``, ``SyncedPlayout``: each sample frame when it
 sound: outputs          ``Speaker``: a sound card, as a destination; ``SpeakerOutput``
 sound: recordings       ``RecordingFiles``, ``Pipe``: WAV, FLAC and Opus, standard output;
                         ``find_destinations``: which of all these the user wants
-sound: Opus             ``OpusDecoder``: what comes as Opus, as PCM
+sound: receiving        ``receive_sound``; ``OpusDecoder``: what comes as Opus, as PCM
 sound: listening        ``start_audio_client``, ``Listening``: receives, comes back; ``Numbering``
 command line            ``main`` asks for what the arguments leave open
 ======================  ===========================================================
@@ -1123,7 +1123,7 @@ class Backlog:
     def __init__(self, sources: Iterator[Source]) -> None:
         self.run = os.urandom(8).hex()  # tells the server which connections belong together
         self.decided = 0  # how many files and folders
-        self.offset = 0  # of what is sent of the last batch, the furthest
+        self.offset = 0  # the furthest from which a file of the last batch is sent
         self._reached = (0, 0)
         self._fruitless = 0
         self._batches = in_batches(sources)
@@ -1342,9 +1342,10 @@ class ContentSender:
         self.sent_bytes = 0  # handed over to the connection
 
     def send(self, transfer: UnderWay, is_decided: Callable[[], bool]) -> Sent:
-        """Send a file from its offset on, without its end, unless the server has failed it by then.
+        """Send a file's bytes from its offset on; what says that these were all is not sent.
 
-        Raises ConnectionLost, OSError, OfferAgain, and SocketPairError where it is given up.
+        Raises ConnectionLost, OSError, OfferAgain, and SocketPairError where it is given up, as
+        the server has failed it.
         """
         self._progress.start(transfer.source, transfer.offset)
         return self._send_small(transfer) or self._send_large(transfer, is_decided)
@@ -3452,7 +3453,7 @@ def find_destinations(
         yield RecordingFiles(args.record, console)
 
 
-# --- sound: Opus ----------------------------------------------------------------------------
+# --- sound: receiving -----------------------------------------------------------------------
 
 # Something comes every KEEPALIVE_INTERVAL_S: after so long without any sound the server is gone.
 AUDIO_TIMEOUT_S = 4.0

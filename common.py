@@ -14,9 +14,8 @@ connection           ``TimedSocket``, ``TLS``, ``ByteStream``, and on top of the
                      ``SignsOfLife``, while a disk keeps the other side waiting
 time                 ``TimeLine``: when each sample frame passes a sound card
 local network        ``Announced``: what a server tells it; ``open_network``
-blocks               ``Blocks``; ``BlockPipeline``, where a second thread consumes them while the
-                     next is filled; ``blocks_for`` chooses
-checksum             ``calculate_checksum``: SHA-256 of a file or of its beginning
+blocks and checksum  ``Blocks``; ``BlockPipeline``, where a second thread consumes them while the
+                     next is filled; ``calculate_checksum``: SHA-256 of a file or its beginning
 sound card           in five rooms: the *devices*, and what opens them: ``SoundSystem``, which is
                      *PortAudio*, or ``JackSystem``, PortAudio in a process that *JACK* may end;
                      one *in use*: ``SoundCard``; the *last words* of a C library
@@ -476,10 +475,10 @@ class Pairing:
         self.share: bytes = self._spake2.start()
 
     def finish(self, share: bytes) -> ssl.SSLContext:
-        """Return the TLS context that fits the one side which has the same code.
+        """Return a TLS context that works only with a side that has the same code. Call it once.
 
-        `share` is the other side's. Whoever made that has tried one code by it, right or wrong.
-        For once. Raises ProtocolError where it is no share.
+        `share` is the other side's. Whoever made it has tried one code by it, right or wrong.
+        Raises ProtocolError where it is no share.
         """
         try:
             key: bytes = self._spake2.finish(share)
@@ -568,8 +567,8 @@ def load_identity(context: ssl.SSLContext, seed: bytes, certificate: bytes) -> N
 #
 # All that travels, as values without a socket. A **frame** is a 4-byte big-endian length and that
 # many bytes. A **message** is a frame that holds a JSON object, whose "type" is the name of a class
-# below in lower case. Each class has its fields, its checks, how it is encoded and decoded side
-# by side; whatever bytes come, decoding raises ProtocolError alone.
+# below in lower case. Each class has its fields, and how they are encoded, decoded and checked,
+# side by side; whatever bytes come, decoding raises ProtocolError alone.
 #
 # Either side may answer with an Error, which ends the conversation. It begins with:
 #
@@ -1035,10 +1034,11 @@ SAMPLE_RATES = range(1_000, 384_001)
 CHANNEL_COUNTS = range(1, 33)
 # A server that cannot keep up joins blocks, up to this.
 MAX_BLOCK_MS = 1_000
-BLOCK_HEADER = struct.Struct("!QQ")
+BLOCK_HEADER = struct.Struct("!QQ")  # the number of the first sample frame, and `captured_ns`
+# In place of that number; what follows the header is a reason, or TIMES.
 END_OF_STREAM = 2**64 - 1
-TIME_REPLY = 2**64 - 2  # in place of the number of a first sample frame
-TIMES = struct.Struct("!QQ")
+TIME_REPLY = 2**64 - 2
+TIMES = struct.Struct("!QQ")  # `received_ns` and `answered_ns`
 CLOCK_NS = range(2**63)  # what a clock can show
 SYNC_MS = range(10, 10_001)
 OPUS_RATE = 48_000  # Opus' own, whatever it was made of
@@ -1047,8 +1047,9 @@ DEFAULT_OPUS_KBIT = 96
 OPUS_CHANNELS = (1, 2)
 OPUS_FRAMES = 480  # sample frames in a packet: 10 ms
 MAX_OPUS_FRAMES = 5_760  # a packet never holds more (RFC 6716)
+# The byte in front of a packet: all of it counts, or what an OPUS_PART_HEADER says.
 OPUS_WHOLE, OPUS_PART = 0, 1
-OPUS_PART_HEADER = struct.Struct("!BHH")
+OPUS_PART_HEADER = struct.Struct("!BHH")  # that byte, `skipped` and `frames`
 
 
 class AudioFormat(NamedTuple):
@@ -1274,7 +1275,7 @@ class TimedSocket:
         self.peer = peer
         self.sent_bytes = 0
         self._socket = sock
-        self._unsent = memoryview(b"")  # of what the system has been given the beginning of
+        self._unsent = memoryview(b"")  # the rest of what was begun
         self._limits = Limits()
         self._heard_s = self._progress_s = time.monotonic()
         self._moved_bytes = 0  # since `_progress_s`
@@ -1343,7 +1344,7 @@ class TimedSocket:
             raise PeerStalled(limit.seconds)
 
     def _wait_while_draining(self, *, to_write: bool) -> None:
-        """Do so for as long as what the system has taken already gets on: on a slow line, long.
+        """Do so for as long as what the system has taken before still arrives, on a slow line.
 
         Who waits to write also waits for as long as the other side gives signs of life.
         """
@@ -1844,7 +1845,7 @@ class SignsOfLife:
         return self._due_s < math.inf
 
     def check(self, _count: int = 0) -> None:
-        """Raise ConnectionLost if a sign could not be sent."""
+        """Raise ConnectionLost if a sign could not be sent. Also for an `on_progress`."""
         if self._lost:
             raise self._lost
 
@@ -2177,7 +2178,7 @@ class Direction(NamedTuple):
         return f"no {self.noun} found: {advice}"
 
     def seconds_away(self, times: Mapping[str, float]) -> float:
-        """Return how long before its first frame is heard, or after it was captured, a block is.
+        """Return in how many seconds a block's first frame is heard, or how long ago captured.
 
         `times` are PortAudio's of one callback. Their clock is not Python's, so that only a
         difference tells anything.
@@ -3187,7 +3188,7 @@ EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 FLUSH_TIMEOUT_S = 2.0
-POKE_WAITS_S = (0.02, 0.2)
+POKE_WAITS_S = (0.02, 0.2)  # after a signal
 
 
 class Parser(argparse.ArgumentParser):
@@ -3395,7 +3396,7 @@ if sys.platform != "win32":
 
     def poke_main_thread(signals: socket.socket) -> None:
         """Interrupt what the main thread waits in, after each signal that `signals` tells of."""
-        main_thread = threading.main_thread().ident or 0  # which it is not, as it runs
+        main_thread = threading.main_thread().ident or 0  # never 0, as it runs
         while numbers := signals.recv(100):
             if signal.SIGINT in numbers or signal.SIGTERM in numbers:
                 for wait_s in POKE_WAITS_S:

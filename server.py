@@ -199,7 +199,7 @@ class NameRules(NamedTuple):
         return self.shorten(*split_suffix(name))
 
     def _takes(self, char: str) -> bool:
-        if "\ud800" <= char <= "\udfff":  # but those stand for bytes that are no UTF-8
+        if "\ud800" <= char <= "\udfff":  # no characters, but some stand for bytes of no UTF-8
             return not self.is_unicode and "\udc80" <= char <= "\udcff"
         return not self.is_windows or (char >= " " and char not in '<>:"/\\|?*')
 
@@ -279,8 +279,8 @@ MAX_LINKS = 40  # as many as Linux follows in one path
 MAX_OPEN_FOLDERS = 32
 # By one batch: one for each entry, and those above the first.
 MAX_NEW_FOLDERS = common.MAX_BATCH_ENTRIES + MAX_FOLDER_DEPTH
-# Until all that it should hold has arrived, and its own permissions are told.
-# On Linux the sticky bit tells it then from a folder that is to stay so, also after a restart.
+# The permissions of a folder made here, until all that is in it has arrived and its own are told.
+# On Linux the sticky bit tells it from a folder that is to stay so, also after a restart.
 UNFINISHED_MODE = 0o1700
 CLOSE_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
 # With O_PATH, where the system has it, permission to search a folder is enough.
@@ -1157,7 +1157,7 @@ class Digests:
         share = Share()
 
         def take_turns(count: int) -> None:
-            with self._turns.aside(share):  # also from who does not read what that tells him
+            with self._turns.aside(share):  # what a client does not read holds up nobody else
                 on_progress(count)
 
         digests, digest, done = {}, hashlib.sha256(), 0

@@ -1399,7 +1399,7 @@ class ContentSender:
     def _wait_for_stdin(self) -> None:
         """Send what has been read so far, and block until standard input has more, or has ended."""
         self._connection.flush()
-        while not has_stdin(common.KEEPALIVE_INTERVAL_S):
+        while not has_stdin(common.SIGN_INTERVAL_S):
             self._send_still_here()
 
     def _count(self, size: int) -> None:
@@ -3455,7 +3455,7 @@ def find_destinations(
 
 # --- sound: receiving -----------------------------------------------------------------------
 
-# Something comes every KEEPALIVE_INTERVAL_S: after so long without any sound the server is gone.
+# Something comes every SIGN_INTERVAL_S: after so long without any sound the server is gone.
 AUDIO_TIMEOUT_S = 4.0
 OPUS_HEAD = struct.Struct("<8sBBHIhB")  # RFC 7845, 5.1
 # Of a decoder that begins in the middle, what is still wrong (RFC 7845, 4.6: pre-roll).

@@ -1237,7 +1237,7 @@ LINGER = struct.Struct("HH" if sys.platform == "win32" else "ii")
 # An idle connection is asked after so many seconds, so often, and then counts as broken.
 KEEPALIVE_OPTIONS = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 SO_NWRITE = 0x1024
-KEEPALIVE_INTERVAL_S = 1.0
+SIGN_INTERVAL_S = 1.0
 RECEIVE_BYTES = 256 * 1024
 SEND_BYTES = 64 * 1024  # with more, the other side waits longer, and TLS leaves a core's cache
 TLS_RECORD_BYTES = 16 * 1024
@@ -1834,7 +1834,7 @@ class SignsOfLife:
         return self
 
     def __enter__(self) -> None:
-        self._due_s = time.monotonic() + KEEPALIVE_INTERVAL_S
+        self._due_s = time.monotonic() + SIGN_INTERVAL_S
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
@@ -1855,11 +1855,11 @@ class SignsOfLife:
 
     def _run(self) -> None:
         try:
-            while not self._is_over.wait(KEEPALIVE_INTERVAL_S / 2):
+            while not self._is_over.wait(SIGN_INTERVAL_S / 2):
                 with self._lock:
                     if time.monotonic() >= self._due_s:
                         self._send()
-                        self._due_s = time.monotonic() + KEEPALIVE_INTERVAL_S
+                        self._due_s = time.monotonic() + SIGN_INTERVAL_S
         except ConnectionLost as error:  # whoever writes next finds that out as well
             self._lost = error
 

@@ -89,9 +89,9 @@ try:
 except ModuleNotFoundError:
     raise SystemExit(f"common.py is missing: it belongs beside {__file__}") from None
 from common import (
-    KEEPALIVE_INTERVAL_S,
     PARTIAL_SUFFIX,
     SEGMENT_BYTES,
+    SIGN_INTERVAL_S,
     AudioBlock,
     AudioFormat,
     AudioUnavailable,
@@ -1645,7 +1645,7 @@ class Comparison:
             raise ProtocolError("too much that differs came from this address: try again later")
         deadline = Deadline(wait_s)
         while left_s := deadline.remaining():
-            time.sleep(min(left_s, KEEPALIVE_INTERVAL_S))
+            time.sleep(min(left_s, SIGN_INTERVAL_S))
             self._signs.check()
 
     def _receive_prefixes(self, count: int) -> Sequence[Sequence[str]]:
@@ -2141,7 +2141,7 @@ class Reception:
         self._began_s = time.monotonic()
         self._count = 0  # of files that were saved
         self._results: list[tuple[int, Outcome]] = []  # by index, not told yet
-        self._told = Deadline(KEEPALIVE_INTERVAL_S)
+        self._told = Deadline(SIGN_INTERVAL_S)
 
     def close(self) -> None:
         """Send no signs of life any more. Idempotent."""
@@ -2338,7 +2338,7 @@ class Reception:
         if self._results:
             self._connection.send(common.Results(self._results))
             self._results = []
-        self._told = Deadline(KEEPALIVE_INTERVAL_S)
+        self._told = Deadline(SIGN_INTERVAL_S)
 
 
 # --- sound: inputs --------------------------------------------------------------------------
@@ -3235,7 +3235,7 @@ class Broadcaster:
             listener.end()
 
     def _send_all(self) -> None:
-        while (block := self.captured.take(timeout_s=KEEPALIVE_INTERVAL_S)) is not None:
+        while (block := self.captured.take(timeout_s=SIGN_INTERVAL_S)) is not None:
             started_s = time.monotonic()
             self.meter.hear(block.samples)
             self.sent_s += self.captured.audio.frames_of(block.samples) / self.captured.audio.rate

@@ -102,7 +102,7 @@ from common import (
     Welcome,
     calculate_checksum,
     complain,
-    count,
+    counted,
     describe_error,
     escape,
     format_bytes,
@@ -804,7 +804,7 @@ class Progress:
     def _count(self, sizes: Callable[[], Sequence[int]]) -> None:
         found = sizes()
         with self._lock:
-            self._all.label, self._all.total = count(len(found), "file"), sum(found)
+            self._all.label, self._all.total = counted(len(found), "file"), sum(found)
 
     def _run(self) -> None:
         while self._console.has_status:
@@ -965,7 +965,7 @@ class Report:
         with self._lock:
             tally = self._folders.pop(source.name, Counter())
         is_new = tally["already"] < tally["files"] + tally["failed"] or not tally["files"]
-        files = count(tally["files"], "file")
+        files = counted(tally["files"], "file")
         text = f"{'Saved' if is_new else 'Already there as'} {escape(name)}/ with {files}"
         text += f" ({format_bytes(tally['bytes'])})"
         if tally["files"]:
@@ -2941,7 +2941,7 @@ class SpeakerOutput:
         return ", ".join(parts)
 
     def _count_dropouts(self) -> str:
-        return count(self._playout.dropouts, "dropout")
+        return counted(self._playout.dropouts, "dropout")
 
 
 def find_blocks_ms(wait_s: float | None) -> tuple[float, float]:

@@ -202,7 +202,7 @@ def format_tenths(seconds: float) -> str:
     return f"{format_duration(tenths // 10)}.{tenths % 10}"
 
 
-def count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
     """Return a number of things in words, as ``1 listener``, ``2 listeners``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
@@ -2431,7 +2431,7 @@ class SoundSystem:
         """Return why `device` cannot be opened, in words that help."""
         name = f"{direction.noun} {device.shown!r}"
         if audio.channels > device.channels:
-            most = count(device.channels, "channel")
+            most = counted(device.channels, "channel")
             return f"the {name} has no {describe_channels(audio.channels)}: at most {most}"
         rates = [rate for rate in USUAL_RATES if self._supports(direction, device, audio, rate)]
         if rates and audio.rate not in rates:

@@ -111,7 +111,7 @@ from common import (
     SignsOfLife,
     SocketPairError,
     Welcome,
-    count,
+    counted,
     describe_error,
     escape,
     format_bytes,
@@ -2170,7 +2170,7 @@ class Reception:
         """Return what is arriving, a large file or many, and from where. For any thread."""
         if large := self.large:
             return f"{large.describe_progress()} from {self.host}"
-        return f"{count(self._count, 'file')} from {self.host}" if self._count else ""
+        return f"{counted(self._count, 'file')} from {self.host}" if self._count else ""
 
     # offered
 
@@ -3985,7 +3985,7 @@ class Server:
         except Refused as refusal:
             turn_away(connection, common.Error(str(refusal)))
         if not self.clients.admit(client):
-            clients = common.count(self._max_clients, "client")
+            clients = counted(self._max_clients, "client")
             problem = f"this server is busy with {clients}: try again later"
             turn_away(connection, common.Error(problem))
         return welcome
@@ -4323,7 +4323,7 @@ def make_audio_server(
 def show_until_ended(broadcaster: Broadcaster, console: Console) -> None:
     """Keep the status line up to date until the sound ends; blocks."""
     while not broadcaster.join(common.STATUS_INTERVAL_S):
-        listeners = count(len(broadcaster.listeners), "listener")
+        listeners = counted(len(broadcaster.listeners), "listener")
         console.show_loudness(broadcaster.meter, listeners)
 
 
@@ -4338,8 +4338,8 @@ def finish_audio(server: Server, broadcaster: Broadcaster, console: Console) -> 
 
 def summarize(broadcaster: Broadcaster) -> str:
     """Return what has been broadcast, in a line."""
-    listeners = count(broadcaster.served_count, "listener")
-    missed = count(broadcaster.missed_blocks, "block")
+    listeners = counted(broadcaster.served_count, "listener")
+    missed = counted(broadcaster.missed_blocks, "block")
     return f"{common.format_tenths(broadcaster.sent_s)} of sound to {listeners}, {missed} missed"
 
 

@@ -3411,7 +3411,7 @@ def open_missing_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
-def find_status(main: Callable[[Sequence[str]], int]) -> int:
+def exit_status_of(main: Callable[[Sequence[str]], int]) -> int:
     """Run `main` on the command line's arguments; return its exit status, also after an error."""
     try:
         return main(sys.argv[1:])
@@ -3459,7 +3459,7 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        status = find_status(main)
+        status = exit_status_of(main)
         INTERRUPTS.disarm()
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED

@@ -3307,11 +3307,11 @@ NOT_A_WEB_SERVER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"This is a Socket Pair server, not a web server: python3 client.py\n"
 )
-CODE_WANTED = common.Error(
+WANTS_CODE = common.Error(
     f"this server wants its pairing code: give it with --code CODE or {common.CODE_VARIABLE}",
     common.CODE_WANTED,
 )
-NO_CODE = common.Error("this server has no pairing code", common.NO_CODE)
+HAS_NO_CODE = common.Error("this server has no pairing code", common.NO_CODE)
 TOO_MANY_GUESSES = common.Error(
     "too many wrong pairing codes came from this address: try again in a minute", common.WAIT
 )
@@ -3360,14 +3360,14 @@ class Gate:
             raise TurnedAway("not a Socket Pair client: it speaks HTTP, as a browser does")
         hello = self._receive_hello(connection)
         if hello.mode == common.FINDING:
-            turn_away(connection, NO_CODE if self._code is None else CODE_WANTED, logging.DEBUG)
+            turn_away(connection, HAS_NO_CODE if self._code is None else WANTS_CODE, logging.DEBUG)
         if hello.mode == common.PAIRING:
             if self._code is None:
-                turn_away(connection, NO_CODE)
+                turn_away(connection, HAS_NO_CODE)
             self._pair(connection, self._code, crowd)
             return self._receive_hello(connection)
         if self._code is not None:
-            turn_away(connection, CODE_WANTED, logging.INFO)
+            turn_away(connection, WANTS_CODE, logging.INFO)
         return hello
 
     @staticmethod
@@ -3417,7 +3417,7 @@ def turn_away(
     """Give a client its answer, and a moment to read it; raises TurnedAway."""
     connection.send(answer)
     connection.finish()
-    if answer is CODE_WANTED:
+    if answer is WANTS_CODE:
         raise TurnedAway("was asked for the pairing code", log_level)
     raise TurnedAway(f"turned away: {answer.error}", log_level)
 

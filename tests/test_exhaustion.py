@@ -136,7 +136,7 @@ def test_what_nobody_has_dealt_with_is_one_line(
     def fail(_argv: Sequence[str]) -> int:
         raise error
 
-    assert common.find_status(fail) == common.EXIT_FAILED
+    assert common.exit_status_of(fail) == common.EXIT_FAILED
     printed = capsys.readouterr()
     assert printed.err.startswith(said)
     assert printed.err.count("\n") == 1

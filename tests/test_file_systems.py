@@ -183,7 +183,7 @@ files.create(lambda file: file.write(b"sound"))
 RECORD_SOUND = """
 import sys, client, common
 files = client.RecordingFiles(sys.argv[1], common.Console(quiet=True))
-sys.exit(common.find_status(lambda _: client.WavWriter(files, common.AudioFormat(48_000, 1))))
+sys.exit(common.exit_status_of(lambda _: client.WavWriter(files, common.AudioFormat(48_000, 1))))
 """
 
 

@@ -649,7 +649,7 @@ def is_real_folder(entry: os.DirEntry[str]) -> bool:
     """Return whether `entry` is a folder, not a link to one, nor Windows' junction."""
     with contextlib.suppress(OSError):  # look_at will say it
         if entry.is_dir(follow_symlinks=False):
-            is_junction = getattr(entry, "is_junction", bool)  # from Python 3.12 on
+            is_junction = getattr(entry, "is_junction", lambda: False)  # from Python 3.12 on
             return not is_junction()
     return False
 
@@ -788,7 +788,7 @@ class Progress:
         self._console = console
         self._is_single = is_single
         self._draw_bar = find_bar() if console.has_status else None
-        self._in_transit: Callable[[], int] = int
+        self._in_transit: Callable[[], int] = lambda: 0
         self._all = Gauge("counting the files", None)
         self._large: Gauge | None = None  # while a file is under way that has a bar of its own
         self._path = ""  # of the file under way
@@ -872,6 +872,7 @@ def find_bar() -> Callable[..., str] | None:
 # --- results --------------------------------------------------------------------------------
 
 HOW = {"saved": "Saved", "already": "Already there"}
+LAST_WORDS_S = 1.0  # in which a server that hangs up may say why
 
 
 class Sent(NamedTuple):
@@ -1062,7 +1063,6 @@ RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 # Connections in a row that bring nothing to where it stays, before that counts as no server.
 MAX_FRUITLESS = 10
 RESUMED_LATER = "what has arrived is kept, and the same command goes on from there"
-LAST_WORDS_S = 1.0
 # What is read and sent at once: as much as takes no longer than this.
 PACE_S = 0.5
 MIN_PACE_BYTES = 16 * 1024
@@ -1410,6 +1410,9 @@ class ContentSender:
         self._connection.write(LENGTH.pack(common.STILL_HERE))
 
 
+Digests = dict[int, "hashlib._Hash"]  # of the first bytes of a file, by how many
+
+
 class Upload:
     """The conversation with the server over one connection; see "the wire" in common.py.
 
@@ -1615,9 +1618,6 @@ class Upload:
             self._report.decided(source, outcome, end)
         elif end != OFFERED_AGAIN:
             self._report.problem(Problem(source.path, source.name, end.reason))
-
-
-Digests = dict[int, "hashlib._Hash"]  # of the first bytes of a file, by how many
 
 
 def hash_prefixes(
@@ -2269,10 +2269,10 @@ class Playout:
 
     def _frames_for(self, frames: int) -> int:
         """Return how many frames a read of `frames` of the sound card may take."""
-        return math.ceil(frames * self._step) + 2
+        return math.ceil(frames * self._stride) + 2
 
     @property
-    def _step(self) -> float:
+    def _stride(self) -> float:
         """How many of the server's frames go into one of the sound card's."""
         return self.audio.rate / self.card.rate * self.speed
 
@@ -2299,7 +2299,7 @@ class Playout:
             self._start(self._frames_for(frames), now_s)
         elif now_s - self._steered_s >= STEERING_INTERVAL_S:
             self._steer(now_s)
-        self._resampler.ratio = 1 / self._step
+        self._resampler.ratio = 1 / self._stride
         sound = self._resampler.read(frames)
         return to_samples(sound, self.card.channels)
 
@@ -2311,7 +2311,7 @@ class Playout:
         self.dropouts += self.is_playing
 
     def _note_read(self, frames: int, now_s: float, _ahead_s: float) -> None:
-        self._asked_frames += frames * self._step
+        self._asked_frames += frames * self._stride
         if self._has_stood_still(now_s):
             self._reads = EarliestLine(READS_WINDOW_S)
         self._read_s = now_s

@@ -344,16 +344,6 @@ def ask(question: str, data_on_stdout: bool = False) -> str:
     return answer
 
 
-def ask_mode() -> str:
-    """Ask for the mode until the answer is one."""
-    while True:
-        answer = ask("Mode (file/audio): ").strip().lower()
-        for mode in MODES:
-            if answer and mode.startswith(answer):
-                return mode
-        say("please type file or audio")
-
-
 # --- pairing code ---------------------------------------------------------------------------
 #
 # A pairing code is proved without being told: both sides run SPAKE2 (RFC 9382), whose outcome is
@@ -1820,7 +1810,7 @@ class SignsOfLife:
     The thread that sends the signs ends with `stop`, or with the connection.
     """
 
-    def __init__(self, send: Callable[[], object] = bool) -> None:
+    def __init__(self, send: Callable[[], object] = lambda: None) -> None:
         self._send = send
         self._due_s = math.inf
         self._lock = threading.Lock()  # held while a sign is sent
@@ -3227,6 +3217,16 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     volume.add_argument("-v", "--verbose", action="store_true", help="say more")
     volume.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")
     return parser
+
+
+def ask_mode() -> str:
+    """Ask for the mode until the answer is one."""
+    while True:
+        answer = ask("Mode (file/audio): ").strip().lower()
+        for mode in MODES:
+            if answer and mode.startswith(answer):
+                return mode
+        say("please type file or audio")
 
 
 def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> None:

@@ -961,9 +961,9 @@ SPACE_AGE_S = 0.25
 PROMISE_S = 60.0
 # Comparisons in which something differed, for an address: so many at once, then one a second.
 FREE_MISMATCHES = 50
+MISMATCH_SPACING_S = 1.0
 # Who has had no more of the processor, in turns, has not to wait until another has rested.
 NEWCOMER_S = 0.05
-MISMATCH_SPACING_S = 1.0
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -4271,6 +4271,33 @@ def welcome_to_folder(folder: str, host: str) -> Welcome:
     return welcome
 
 
+def attend_folder(store: Store, console: Console) -> None:
+    """Show what arrives, and remove old leftovers now and then, until Ctrl+C; blocks."""
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            remove_old_leftovers(store.disk.root)
+            sweep = Deadline(SWEEP_INTERVAL_S)
+            while wait_s := sweep.remaining():
+                if console.has_status:
+                    console.show_status(store.describe_arrivals())
+                    wait_s = common.STATUS_INTERVAL_S
+                time.sleep(wait_s)
+
+
+def finish_files(server: Server) -> int:
+    """Take no more clients, and wait until those served are done, or for a second Ctrl+C."""
+    common.INTERRUPTS.arm()
+    try:
+        under_way = server.clients.count_served()
+        ending = f"finishing {under_way} under way - Ctrl+C again to stop at once"
+        common.complain(f"\n{ending if under_way else 'stopped'}")
+        server.stop()
+        server.clients.finish()
+    except KeyboardInterrupt:
+        common.complain("\nstopped at once: what is here of unfinished files is kept")
+    return common.EXIT_INTERRUPTED
+
+
 def serve_audio(args: argparse.Namespace, console: Console) -> int:
     """Broadcast the input until Ctrl+C or its end; return the exit status."""
     # A thread a listener: the usual 8 MiB each would be backed by huge pages on some systems.
@@ -4341,33 +4368,6 @@ def summarize(broadcaster: Broadcaster) -> str:
     listeners = counted(broadcaster.served_count, "listener")
     missed = counted(broadcaster.missed_blocks, "block")
     return f"{common.format_tenths(broadcaster.sent_s)} of sound to {listeners}, {missed} missed"
-
-
-def attend_folder(store: Store, console: Console) -> None:
-    """Show what arrives, and remove old leftovers now and then, until Ctrl+C; blocks."""
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            remove_old_leftovers(store.disk.root)
-            sweep = Deadline(SWEEP_INTERVAL_S)
-            while wait_s := sweep.remaining():
-                if console.has_status:
-                    console.show_status(store.describe_arrivals())
-                    wait_s = common.STATUS_INTERVAL_S
-                time.sleep(wait_s)
-
-
-def finish_files(server: Server) -> int:
-    """Take no more clients, and wait until those served are done, or for a second Ctrl+C."""
-    common.INTERRUPTS.arm()
-    try:
-        under_way = server.clients.count_served()
-        ending = f"finishing {under_way} under way - Ctrl+C again to stop at once"
-        common.complain(f"\n{ending if under_way else 'stopped'}")
-        server.stop()
-        server.clients.finish()
-    except KeyboardInterrupt:
-        common.complain("\nstopped at once: what is here of unfinished files is kept")
-    return common.EXIT_INTERRUPTED
 
 
 def main(argv: Sequence[str]) -> int:

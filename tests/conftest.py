@@ -89,3 +89,11 @@ def silent_machine(tmp_path: Path) -> dict[str, str]:
         "PULSE_SERVER": f"unix:{tmp_path}/nowhere",
         "XDG_RUNTIME_DIR": str(tmp_path),
     }
+
+
+@pytest.fixture
+def without_av(silent_machine: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """Return such an environment in which package av is not installed either."""
+    (tmp_path / "no").mkdir()
+    (tmp_path / "no" / "av.py").write_text("raise ImportError('not here')\n")
+    return {**silent_machine, "PYTHONPATH": str(tmp_path / "no")}

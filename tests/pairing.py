@@ -64,7 +64,3 @@ def shake_hands_in_memory(near: ssl.SSLContext, far: ssl.SSLContext) -> None:
             done[index] = done[index] or side.shake_hands()
             sides[1 - index].feed(side.output())
     assert done == [True, True]
-
-
-def visible_files(folder: Path) -> set[str]:
-    return {name for name in os.listdir(folder) if not name.startswith(".")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import subprocess
 import time
 import wave
 from array import array
@@ -28,32 +29,23 @@ from sound_card import (
 from waiting import wait_for
 
 LIMIT_S = 30.0
-
-
 TONE_HZ = 1_000.0
-
-
 OTHER_HZ = 1_700.0
-
-
 PIP_S = 0.05
 PIP_LIMIT_S = 5.0
 PIPS = 6
-
-
 LOUD = 6_000
-
-
 MONO = AudioFormat(48_000, 1)
+
+Machine = VirtualSoundCard | Mapping[str, str]  # by its card, or by the environment there
 
 
 class Script(Process):
     """One of the two scripts in audio mode; all that it prints is in `lines`."""
 
-    def __init__(
-        self, name: str, *arguments: str, environment: Mapping[str, str], **options: Any
-    ) -> None:
-        super().__init__(name, "audio", *arguments, env=environment, merged=True, **options)
+    def __init__(self, name: str, machine: Machine, *arguments: str, **options: Any) -> None:
+        env = machine.environment if isinstance(machine, VirtualSoundCard) else machine
+        super().__init__(name, "audio", *arguments, env=env, merged=True, **options)
 
     def end(self) -> int:
         """Return the exit status, once there is one and all is printed."""
@@ -65,11 +57,11 @@ class Script(Process):
         return self.end()
 
 
-def start_server(card: VirtualSoundCard, *arguments: str, **options: Any) -> Script:
+def start_server(machine: Machine, *arguments: str, **options: Any) -> Script:
     """Return a server that listens, on a port of its own unless `arguments` name one."""
     if "--port" not in arguments:
         arguments = ("--port", "0", *arguments)
-    script = Script("server.py", *arguments, environment=card.environment, **options)
+    script = Script("server.py", machine, *arguments, **options)
     script.wait_for("Ctrl+C to stop")
     return script
 
@@ -80,15 +72,9 @@ def port_of(script: Script) -> str:
     return line.split(" - ")[0].rsplit(":", 1)[1]
 
 
-def start_client(card: VirtualSoundCard, port: str, *arguments: str, **options: Any) -> Script:
+def start_client(machine: Machine, port: str, *arguments: str, **options: Any) -> Script:
     """Return a client that tries to listen."""
-    environment = card.environment
-    return Script("client.py", "--port", port, *arguments, environment=environment, **options)
-
-
-def at_terminal(card: VirtualSoundCard, port: str, *arguments: str) -> Script:
-    """Return a client at a terminal of its own."""
-    return start_client(card, port, *arguments, terminal=True)
+    return Script("client.py", machine, "--port", port, *arguments, **options)
 
 
 def are_lost_and_found(card: VirtualSoundCard, player: Script, sender: Script) -> None:
@@ -212,6 +198,15 @@ def read_wav(path: Path) -> tuple[AudioFormat, bytes]:
     with wave.open(str(path), "rb") as file:
         audio = AudioFormat(file.getframerate(), file.getnchannels())
         return audio, file.readframes(file.getnframes())
+
+
+def decode(path: Path, audio: AudioFormat) -> bytes:
+    """Return what ffmpeg hears in a file, which must have no fault."""
+    command = ["ffmpeg", "-v", "error", "-xerror", "-i", str(path), "-f", "s16le"]
+    command += ["-ar", str(audio.rate), "-ac", str(audio.channels), "-"]
+    done = subprocess.run(command, check=True, timeout=60, capture_output=True)
+    assert not done.stderr
+    return done.stdout
 
 
 def pack_welcome(**changes: Any) -> bytes:

@@ -83,7 +83,7 @@ with_permissions = pytest.mark.skipif(
     reason="nothing is forbidden here",
 )
 as_root = pytest.mark.skipif(
-    sys.platform != "linux" or os.geteuid() != 0, reason="needs root, to make a small disk"
+    sys.platform != "linux" or os.geteuid() != 0, reason="only root may make such a disk or file"
 )
 
 

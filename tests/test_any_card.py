@@ -13,7 +13,16 @@ import common
 from common import AudioFormat
 from jack import JackServer
 from simulation import sinad_db
-from sound import MONO, TONE_HZ, Script, make_tone, port_of, read_wav, start_server, write_wav
+from sound import (
+    MONO,
+    TONE_HZ,
+    make_tone,
+    port_of,
+    read_wav,
+    start_client,
+    start_server,
+    write_wav,
+)
 from sound_card import VirtualSoundCard
 from waiting import wait_for
 
@@ -41,9 +50,7 @@ def test_jack_plays_mono_on_both_sides_at_its_own_rate(
     write_wav(tmp_path / "tone.wav", make_tone(10), MONO)
     with (
         start_server(card, "--input", str(tmp_path / "tone.wav")) as sender,
-        Script(
-            "client.py", "--port", port_of(sender), "--output", "system", environment=jack
-        ) as player,
+        start_client(jack, port_of(sender), "--output", "system") as player,
     ):
         player.wait_for("Listening")
         wait_for(lambda: len(playing_ports(jack)) == 2, "the client's ports")
@@ -70,9 +77,7 @@ def test_a_listener_without_a_loudspeaker_still_records(
     arguments = ("--record", str(recording), "--seconds", "1")
     with (
         start_server(card, "--input", str(tmp_path / "tone.wav")) as sender,
-        Script(
-            "client.py", "--port", port_of(sender), *arguments, environment=silent_machine
-        ) as player,
+        start_client(silent_machine, port_of(sender), *arguments) as player,
     ):
         assert player.end() == common.EXIT_OK
         assert "recording without playing" in player.text()

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import server
-from pairing import CODE, JUNK, send_here, visible_files
-from support import HOST, RawClient, Server
+from pairing import CODE, JUNK, send_here
+from support import HOST, RawClient, Server, visible
 
 
 def run_tool(*command: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
@@ -59,7 +59,7 @@ def still_well(
     yield
     check()
     assert either.status_field("VmRSS") < memory + 10_000  # kB
-    assert visible_files(either.folder) == set()
+    assert visible(either.folder) == []
 
 
 @pytest.mark.usefixtures("still_well")
@@ -71,7 +71,7 @@ def test_openssl_s_client_gets_no_certificate(either: Server) -> None:
 
 
 @pytest.mark.usefixtures("still_well")
-def test_a_browser(either: Server) -> None:
+def test_a_browser_is_told_what_this_is(either: Server) -> None:
     page = run_tool("curl", "-s", "--http0.9", "-m", "20", f"http://{HOST}:{either.port}/")
     assert page.stdout.startswith("This is a Socket Pair server, not a web server")
     either.wait_for_output("not a Socket Pair client: it speaks HTTP, as a browser does")
@@ -80,12 +80,12 @@ def test_a_browser(either: Server) -> None:
 
 
 @pytest.mark.usefixtures("still_well")
-def test_a_port_scanner(either: Server) -> None:
+def test_a_port_scanner_does_no_harm(either: Server) -> None:
     run_tool("nmap", "-Pn", "-sV", "--version-all", "-p", str(either.port), HOST)
 
 
 @pytest.mark.usefixtures("still_well")
-def test_junk(either: Server) -> None:
+def test_junk_does_no_harm(either: Server) -> None:
     for junk in JUNK.values():
         for hang_up in (True, False):
             with RawClient(either.port) as raw:

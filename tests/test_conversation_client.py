@@ -69,6 +69,13 @@ def steps(*answers: bytes) -> Callable[[RawPeer], None]:
     return serve
 
 
+def begin(peer: RawPeer, answer: Message = Start([0])) -> None:  # noqa: B008 - a value
+    """Shake hands, and answer the offer that follows."""
+    welcome(peer)
+    assert isinstance(read_message(peer, Offer), Offer)
+    peer.send(say(answer))
+
+
 def read_file(peer: RawPeer, between: bytes = b"") -> tuple[bytes, bytes | None]:
     """Return a file that the client sends, and its digest; None where it gave up.
 
@@ -191,9 +198,7 @@ def test_a_result_before_the_file_was_sent_is_not_believed(
     file = make_file(tmp_path / "file", 40 * MIB)
 
     def serve(peer: RawPeer) -> None:
-        welcome(peer)
-        read_message(peer, Offer)
-        peer.send(say(Start([0])))
+        begin(peer)
         peer.read(1000)
         peer.send(say(results))
         peer.read_all()
@@ -217,9 +222,7 @@ def test_a_result_of_another_file_ends_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def serve(peer: RawPeer) -> None:
-        welcome(peer)
-        read_message(peer, Offer)
-        peer.send(say(Start([0])))
+        begin(peer)
         assert read_file(peer)[0] == file.read_bytes()
         peer.send(say(Results(results)))
         peer.read_all()
@@ -232,9 +235,7 @@ def test_a_name_at_the_server_is_shown_harmless(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def serve(peer: RawPeer) -> None:
-        welcome(peer)
-        read_message(peer, Offer)
-        peer.send(say(Start([0])))
+        begin(peer)
         read_file(peer)
         peer.send(say(Results([(0, Outcome("saved", "\x1b[2J\nfile"))])))
         peer.read_all()
@@ -252,9 +253,7 @@ def test_a_file_that_fails_at_the_server_is_given_up_and_the_next_is_sent(
     sent: list[tuple[bytes, bytes | None]] = []
 
     def serve(peer: RawPeer) -> None:
-        welcome(peer)
-        read_message(peer, Offer)
-        peer.send(say(Start([0, 0])))
+        begin(peer, Start([0, 0]))
         peer.send(say(Results([(0, Outcome("failed", "no room"))])))
         sent.extend(read_file(peer) for _ in range(2))
         peer.send(say(Results([(1, Outcome("saved", "second"))])))
@@ -280,9 +279,7 @@ def test_signs_of_life_count_only_while_a_server_takes_nothing(
     large = make_file(tmp_path / "large", 100 * MIB)
 
     def serve(peer: RawPeer) -> None:
-        welcome(peer)
-        assert isinstance(read_message(peer, Offer), Offer)
-        peer.send(say(Start([0])))
+        begin(peer)
         if is_taken:
             read_file(peer, say(Hashing()))
             peer.send(say(Results([(0, Outcome("saved", "large"))])))
@@ -304,9 +301,7 @@ def test_hanging_up_in_the_middle_is_one_line(
     over = threading.Event()
 
     def serve(peer: RawPeer) -> None:
-        welcome(peer)
-        read_message(peer, Offer)
-        peer.send(say(Start([0])))
+        begin(peer)
         peer.read(read)
         peer.hang_up()
         over.wait(60)
@@ -323,9 +318,7 @@ def test_prefixes_are_those_of_the_file_and_none_is_near_another(file: Path) -> 
     lengths = [1, 4096, 4097, SIZE, SIZE + 1]
 
     def serve(peer: RawPeer) -> None:
-        welcome(peer)
-        read_message(peer, Offer)
-        peer.send(say(Held([(0, lengths)])))
+        begin(peer, Held([(0, lengths)]))
         answers.append(read_message(peer, Prefixes))
         peer.send(say(Start([4096])))
         content, digest = read_file(peer)

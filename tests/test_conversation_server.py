@@ -206,10 +206,11 @@ DIGEST = hashlib.sha256(CONTENT).digest()
         segments(b"", DIGEST),
         segments(CONTENT[:-1]),
         segments(CONTENT, bytes(32)),
+        segments(CONTENT[::-1], DIGEST),
         encode_frame(CONTENT) + LENGTH.pack(GIVEN_UP),
         LENGTH.pack(GIVEN_UP),
     ],
-    ids=["cut", "changed", "empty", "short", "no digest", "given up late", "given up"],
+    ids=["cut", "changed", "empty", "short", "no digest", "order", "given up late", "given up"],
 )
 def test_what_is_not_as_it_was_offered_is_not_saved_and_the_next_file_is(
     inbox: Path, said: bytes

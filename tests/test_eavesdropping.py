@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from common import normalize_code
-from pairing import CODE, CONTENT, NAME, check_paired, send_here, visible_files
-from support import DOWN, UP, Cut, Process, Proxy, RawClient, Server, free_port, wait_for
+from pairing import CODE, CONTENT, NAME, check_paired, send_here
+from support import DOWN, UP, Cut, Process, Proxy, RawClient, Server, free_port, visible, wait_for
 
 
 class Harm:
@@ -114,7 +114,7 @@ def test_whatever_is_changed_or_cut_off_on_the_way_nothing_wrong_arrives(
     check_paired(paired, code, tmp_path)
     paired.wait_until_idle(held)
     assert paired.status_field("VmRSS") < memory + 10_000  # kB
-    assert visible_files(paired.folder) == set()
+    assert visible(paired.folder) == []
 
 
 @pytest.mark.parametrize("code", [CODE, None])

@@ -15,6 +15,7 @@ import pytest
 import common
 import server
 from common import Connection, PeerStalled
+from peers import socket_pair
 from server import Client, Clients, LimitedLog
 from support import (
     HELLO,
@@ -46,9 +47,8 @@ class Ends:
 
     def client(self, crowd: str) -> Client:
         """Return a client of the server's that has just been accepted."""
-        with socket.create_server((HOST, 0)) as listening:
-            self._stack.enter_context(socket.create_connection(listening.getsockname()))
-            near, _ = listening.accept()
+        near, far = socket_pair()
+        self._stack.enter_context(far)
         return Client(self._stack.enter_context(Connection(near, "peer")), crowd)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import common
 from jack import JackServer
-from sound import Script, are_lost_and_found, port_of, read_wav
+from sound import Script, are_lost_and_found, port_of, read_wav, start_client, start_server
 from sound_card import VirtualSoundCard
 
 
@@ -19,19 +19,13 @@ def jack() -> Iterator[JackServer]:
         yield server
 
 
-def start_server(environment: dict[str, str], *arguments: str) -> Script:
-    script = Script("server.py", "--port", "0", *arguments, environment=environment)
-    script.wait_for("Ctrl+C to stop")
-    return script
-
-
 def test_a_jack_server_that_dies_is_nothing_to_who_does_not_use_it(
     card: VirtualSoundCard, jack: JackServer
 ) -> None:
     environment = jack.environment(card.environment)
     with (
         start_server(environment) as sender,
-        Script("client.py", "--port", port_of(sender), environment=environment) as player,
+        start_client(environment, port_of(sender)) as player,
     ):
         player.wait_for("Listening")
         jack.kill()
@@ -44,9 +38,7 @@ def test_jack_devices_that_die_are_waited_for(card: VirtualSoundCard, jack: Jack
     environment = jack.environment(card.environment)
     with (
         start_server(environment, "--input", "system") as sender,
-        Script(
-            "client.py", "--port", port_of(sender), "--output", "system", environment=environment
-        ) as player,
+        start_client(environment, port_of(sender), "--output", "system") as player,
     ):
         player.wait_for("Listening")
         jack.kill()
@@ -62,8 +54,8 @@ def test_jack_devices_that_die_are_waited_for(card: VirtualSoundCard, jack: Jack
 def test_a_jack_microphone_is_recorded_at_its_own_rate(jack: JackServer, tmp_path: Path) -> None:
     recording = tmp_path / "jack.wav"
     with start_server(jack.environment(), "--input", "system") as sender:
-        arguments = ("--port", port_of(sender), "--output", str(recording), "--seconds", "1")
-        with Script("client.py", *arguments, environment=jack.environment()) as reader:
+        arguments = ("--output", str(recording), "--seconds", "1")
+        with start_client(jack.environment(), port_of(sender), *arguments) as reader:
             assert reader.end() == common.EXIT_OK
     audio, samples = read_wav(recording)
     assert audio == common.AudioFormat(44_100, 2)
@@ -72,7 +64,7 @@ def test_a_jack_microphone_is_recorded_at_its_own_rate(jack: JackServer, tmp_pat
 
 def test_a_rate_that_the_device_cannot_do_is_refused_with_those_it_can(jack: JackServer) -> None:
     arguments = ("--port", "0", "--input", "system", "--rate", "48000")
-    with Script("server.py", *arguments, environment=jack.environment()) as sender:
+    with Script("server.py", jack.environment(), *arguments) as sender:
         assert sender.end() == common.EXIT_FAILED
         assert sender.lines == ["the microphone 'system' cannot do 48000 Hz; it can do 44100 Hz"]
 
@@ -81,7 +73,7 @@ def test_jack_devices_are_listed_and_named_by_their_number(
     card: VirtualSoundCard, jack: JackServer
 ) -> None:
     environment = jack.environment(card.environment)
-    with Script("server.py", "--list-devices", environment=environment) as listing:
+    with Script("server.py", environment, "--list-devices") as listing:
         assert listing.end() == common.EXIT_OK
         lines = listing.lines
     row = next(line for line in lines if "JACK Audio Connection Kit" in line)
@@ -100,12 +92,13 @@ def test_without_any_other_card_jack_is_the_default(
 
 def test_ctrl_c_ends_also_where_jack_hangs(card: VirtualSoundCard, jack: JackServer) -> None:
     environment = jack.environment(card.environment)
-    with start_server(environment, "--input", "system") as sender:
-        arguments = ("--port", port_of(sender), "--output", "system")
-        with Script("client.py", *arguments, environment=environment) as player:
-            player.wait_for("Listening")
-            with jack.hanging():
-                player.wait_for("is gone")
-                sender.wait_for("is gone")
-                assert player.interrupt() == common.EXIT_OK
-                assert sender.interrupt() == common.EXIT_INTERRUPTED
+    with (
+        start_server(environment, "--input", "system") as sender,
+        start_client(environment, port_of(sender), "--output", "system") as player,
+    ):
+        player.wait_for("Listening")
+        with jack.hanging():
+            player.wait_for("is gone")
+            sender.wait_for("is gone")
+            assert player.interrupt() == common.EXIT_OK
+            assert sender.interrupt() == common.EXIT_INTERRUPTED

@@ -16,7 +16,6 @@ import pytest
 
 from support import (
     END_OF_FILE,
-    GIVEN_UP,
     HELLO,
     HOST,
     MIB,
@@ -197,25 +196,6 @@ def test_nonsense_from_a_client_is_a_line_in_the_log(
     assert 1 <= len(log.splitlines()) <= 3
     assert control_codes(log) == set()
     assert len(visible(server.folder)) == 1
-
-
-WRONG_CONTENT = {
-    "a wrong checksum": frame(b"1234") + END_OF_FILE + bytes(32),
-    "an early end": frame(b"12") + END_OF_FILE + hashlib.sha256(b"12").digest(),
-    "given up": frame(b"12") + GIVEN_UP,
-    "another order": frame(b"4321") + END_OF_FILE + hashlib.sha256(b"1234").digest(),
-}
-
-
-@pytest.mark.parametrize("said", WRONG_CONTENT.values(), ids=WRONG_CONTENT.keys())
-def test_content_that_is_not_what_was_offered_is_never_saved(server: Server, said: bytes) -> None:
-    with RawClient(server.port).greet() as client:
-        assert client.offer(ENTRY)["entries"] == [{"offset": 0}]
-        client.send(said)
-        assert "failed" in client.receive_result()
-        assert contents(server.folder) == {}
-        assert "saved" in client.send_file("next", b"good"), "the conversation goes on"
-    assert contents(server.folder) == {"next": b"good"}
 
 
 BAD_PATHS = [

@@ -87,11 +87,17 @@ def encode(samples: bytes, audio: AudioFormat, kbit: int = 96) -> list[Any]:
 
 
 @pytest.fixture
-def decoder() -> Iterator[client.OpusDecoder]:
-    """Give a decoder for mono whose connection says nothing."""
+def connection() -> Iterator[Connection]:
+    """Give a connection whose other side says nothing."""
     near, far = socket_pair()
-    with far, Connection(near, "near") as connection:
-        yield client.OpusDecoder(connection, MONO)
+    with far, Connection(near, "near") as opened:
+        yield opened
+
+
+@pytest.fixture
+def decoder(connection: Connection) -> client.OpusDecoder:
+    """Return a decoder for mono whose connection says nothing."""
+    return client.OpusDecoder(connection, MONO)
 
 
 class Broadcast:
@@ -100,13 +106,8 @@ class Broadcast:
     def __init__(self, environment: dict[str, str], *arguments: str) -> None:
         self._environment = environment
         self._scripts = contextlib.ExitStack()
-        arguments = ("--port", "0", "--input", "-", *arguments)
-        self.server = self._run("server.py", *arguments, stdin=subprocess.PIPE)
-        self.server.wait_for("Ctrl+C to stop")
-
-    def _run(self, name: str, *arguments: str, **options: Any) -> Script:
-        script = Script(name, *arguments, environment=self._environment, **options)
-        return self._scripts.enter_context(script)
+        server = start_server(environment, "--input", "-", *arguments, stdin=subprocess.PIPE)
+        self.server = self._scripts.enter_context(server)
 
     def __enter__(self) -> Broadcast:
         return self
@@ -116,8 +117,8 @@ class Broadcast:
 
     def listen(self, *arguments: str) -> Script:
         """Return a client that listens, past its handshake."""
-        listener = self._run("client.py", "--port", port_of(self.server), *arguments)
-        listener.wait_for("Listening to")
+        listener = start_client(self._environment, port_of(self.server), *arguments)
+        self._scripts.enter_context(listener).wait_for("Listening to")
         return listener
 
     def send(self, samples: bytes) -> None:
@@ -245,14 +246,6 @@ def test_sound_waits_for_12_5_ms_at_most_to_be_encoded() -> None:
         assert MONO.milliseconds(waiting_frames) <= 12.5
 
 
-@pytest.fixture
-def connection() -> Iterator[Connection]:
-    """Give a connection whose other side says nothing."""
-    near, far = socket_pair()
-    with far, Connection(near, "near") as opened:
-        yield opened
-
-
 def test_listeners_of_one_bit_rate_share_an_encoder_as_long_as_there_are_any(
     connection: Connection,
 ) -> None:
@@ -283,32 +276,21 @@ def test_more_bit_rates_than_a_server_will_encode_are_refused(connection: Connec
 # --- what goes wrong ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def without_av(silent_machine: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """Return an environment in which package av is not installed."""
-    (tmp_path / "no").mkdir()
-    (tmp_path / "no" / "av.py").write_text("raise ImportError('not here')\n")
-    return {**silent_machine, "PYTHONPATH": str(tmp_path / "no")}
-
-
 def test_a_server_without_av_says_so_to_that_listener_alone(
     without_av: dict[str, str], silent_machine: dict[str, str], tmp_path: Path
 ) -> None:
     write_wav(tmp_path / "sent.wav", make_music(48_000), MONO)
-    arguments = ("--port", "0", "--input", str(tmp_path / "sent.wav"))
-    with Script("server.py", *arguments, environment=without_av) as sender:
-        sender.wait_for("Ctrl+C to stop")
-        listener = ("--port", port_of(sender), "--output", str(tmp_path / "heard.wav"))
+    with start_server(without_av, "--input", str(tmp_path / "sent.wav")) as sender:
+        listener = (silent_machine, port_of(sender), "--output", str(tmp_path / "heard.wav"))
         for _ in range(2):
-            with Script("client.py", *listener, "--opus", environment=silent_machine) as refused:
+            with start_client(*listener, "--opus") as refused:
                 ends_with_one_line(refused, "no Opus without the package av", "install")
-            as_pcm = (*listener, "--seconds", "1")
-            with Script("client.py", *as_pcm, environment=silent_machine) as heard:
+            with start_client(*listener, "--seconds", "1") as heard:
                 assert heard.end() == common.EXIT_OK
 
 
 def test_a_client_without_av_says_so(without_av: dict[str, str]) -> None:
-    with Script("client.py", "--port", "1", "--opus", environment=without_av) as listener:
+    with start_client(without_av, "1", "--opus") as listener:
         ends_with_one_line(listener, "--opus needs the package av", "install")
 
 
@@ -322,7 +304,7 @@ def test_sound_of_many_channels_cannot_be_had_as_opus(silent_machine: dict[str, 
 def test_a_bit_rate_that_opus_has_not_is_status_2(
     silent_machine: dict[str, str], kbit: str
 ) -> None:
-    with Script("client.py", "--opus", kbit, environment=silent_machine) as listener:
+    with Script("client.py", silent_machine, "--opus", kbit) as listener:
         assert listener.end() == common.EXIT_USAGE
 
 
@@ -358,7 +340,7 @@ def test_a_server_that_sends_no_opus_is_a_line(
     output = ("--output", str(tmp_path / "x.wav"), "--opus", "-q")
     with (
         FakeServer(answer) as fake,
-        Script("client.py", "--port", str(fake.port), *output, environment=silent_machine) as one,
+        start_client(silent_machine, str(fake.port), *output) as one,
     ):
         ends_with_one_line(one)
 

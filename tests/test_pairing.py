@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import server
-from pairing import CODE, CONTENT, NAME, OTHER_CODE, visible_files
+from pairing import CODE, CONTENT, NAME, OTHER_CODE
 from processes import CTRL_C
-from support import HOST, Process, Server, free_port
+from support import HOST, Process, Server, free_port, visible
 
 NOT_INSTALLED = "raise ImportError('not installed')"
 
@@ -208,7 +208,7 @@ def test_a_name_with_several_addresses_is_listened_on_at_all_of_them(
         for address in found:
             result = running.send(source, "--host", address)
             assert result.status == 0, result
-    assert visible_files(inbox) == {NAME}
+    assert visible(inbox) == [NAME]
 
 
 def test_both_ip_versions_at_once(inbox: Path, source: Path) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from common import PARTIAL_SUFFIX
 from server import Disk, Folder, Folders, PartialFile, Place, Refused
-from support import linux
-
-posix = pytest.mark.skipif(sys.platform == "win32", reason="links need a right on Windows")
+from support import as_root, linux, posix
 
 
 class Client:
@@ -247,9 +244,7 @@ def test_a_partial_file_that_is_a_pipe_is_not_waited_for(root: Path) -> None:
     assert reopen(root, pipe.name) is None
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or os.geteuid() != 0, reason="only root can plant another's file"
-)
+@as_root
 def test_a_partial_file_of_another_user_is_not_continued(root: Path) -> None:
     planted = root / f".x.0{PARTIAL_SUFFIX}"
     planted.write_bytes(b"planted")

@@ -37,7 +37,7 @@ def stereo(tmp_path: Path) -> Iterator[StereoCard]:
 def start_player(card: StereoCard, side: str, port: str, *arguments: str) -> Script:
     """Return a client that plays on one side."""
     environment = card.on(side)
-    return Script("client.py", "--port", port, *arguments, environment=environment)
+    return Script("client.py", environment, "--port", port, *arguments)
 
 
 def apart_ms(heard: Recording) -> float | None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,34 +16,27 @@ import client
 import common
 from common import AudioFormat
 from sound import (
-    LIMIT_S,
     MONO,
     TONE_HZ,
     Script,
+    decode,
     ends_with_one_line,
     level,
     make_tone,
     numbered_frames,
     port_of,
     read_wav,
+    start_client,
+    start_server,
     write_wav,
 )
 from sound_card import RATE
 from support import run_script, small_disk
-from waiting import wait_for
+from waiting import ends_soon, wait_for
 
 STEREO = AudioFormat(44_100, 2)
 QUIET = common.Console(quiet=True)
 ENDINGS = [".wav", ".flac", ".opus"]
-
-
-def decode(path: Path, audio: AudioFormat) -> bytes:
-    """Return what ffmpeg hears in a file, which must have no fault."""
-    command = ["ffmpeg", "-v", "error", "-xerror", "-i", str(path), "-f", "s16le"]
-    command += ["-ar", str(audio.rate), "-ac", str(audio.channels), "-"]
-    done = subprocess.run(command, check=True, timeout=60, capture_output=True)
-    assert not done.stderr
-    return done.stdout
 
 
 def codec_of(path: Path) -> str:
@@ -59,18 +51,13 @@ def codec_of(path: Path) -> str:
 def sender(tmp_path: Path, silent_machine: dict[str, str]) -> Iterator[Script]:
     """Give a server that plays a tone over and over."""
     write_wav(tmp_path / "tone.wav", make_tone(1), MONO)
-    arguments = ("--port", "0", "--input", str(tmp_path / "tone.wav"))
-    with Script("server.py", *arguments, environment=silent_machine) as running:
-        running.wait_for("Ctrl+C to stop")
+    with start_server(silent_machine, "--input", str(tmp_path / "tone.wav")) as running:
         yield running
 
 
-def record(
-    sender: Script, path: Path, environment: dict[str, str], *more: str, option: str = "--output"
-) -> Script:
+def record(machine: dict[str, str], port: str, path: Path) -> Script:
     """Return a client that records."""
-    arguments = ("--port", port_of(sender), option, str(path), *more)
-    return Script("client.py", *arguments, environment=environment)
+    return start_client(machine, port, "--output", str(path))
 
 
 # --- what is written ------------------------------------------------------------------------
@@ -107,9 +94,8 @@ def test_a_tone_is_recorded_beside_the_pipe_that_it_goes_through(
 ) -> None:
     recording = tmp_path / "talk.flac"
     with (tmp_path / "heard.raw").open("wb") as heard:
-        arguments = ["--port", port_of(sender), "--output", "-", "--record", str(recording)]
-        arguments += ["--seconds", "2"]
-        with Script("client.py", *arguments, environment=silent_machine, stdout=heard) as listening:
+        arguments = ("--output", "-", "--record", str(recording), "--seconds", "2")
+        with start_client(silent_machine, port_of(sender), *arguments, stdout=heard) as listening:
             assert listening.end() == common.EXIT_OK
     samples = (tmp_path / "heard.raw").read_bytes()
     assert len(samples) == 2 * RATE * 2
@@ -122,8 +108,8 @@ def test_a_recording_is_valid_up_to_the_last_second_after_kill_9(
 ) -> None:
     recording, beside = tmp_path / f"talk{ending}", tmp_path / "beside.wav"
     with (
-        record(sender, recording, silent_machine) as killed,
-        record(sender, beside, silent_machine) as other,
+        record(silent_machine, port_of(sender), recording) as killed,
+        record(silent_machine, port_of(sender), beside) as other,
     ):
         for script in (killed, other):
             script.wait_for("Listening")
@@ -166,17 +152,15 @@ def test_a_server_that_comes_back_in_the_same_format_goes_into_the_same_file(
     tmp_path: Path, silent_machine: dict[str, str]
 ) -> None:
     write_wav(tmp_path / "sent.wav", numbered_frames(48_000), MONO)
-    arguments = ("--port", "0", "--input", str(tmp_path / "sent.wav"))
+    arguments = ("--input", str(tmp_path / "sent.wav"))
     recording = tmp_path / "out" / "talk.wav"
     recording.parent.mkdir()
-    with Script("server.py", *arguments, environment=silent_machine) as first:
-        first.wait_for("Ctrl+C to stop")
+    with start_server(silent_machine, *arguments) as first:
         port = port_of(first)
-        listening = record(first, recording, silent_machine)
+        listening = record(silent_machine, port, recording)
         listening.wait_for("Listening")
         first.kill()
-    again = ("--port", port, *arguments[2:])
-    with listening, Script("server.py", *again, environment=silent_machine):
+    with listening, start_server(silent_machine, "--port", port, *arguments):
         listening.wait_for("Listening", times=2)
         size = recording.stat().st_size
         wait_for(lambda: recording.stat().st_size > size, "more sound")
@@ -223,7 +207,7 @@ def test_what_cannot_be_recorded_into_is_a_line(
     arguments = ["--port", "1", option, str(tmp_path / name)]
     if option == "--record":
         arguments += ["--output", str(tmp_path / "beside.wav")]
-    with Script("client.py", *arguments, environment=silent_machine) as listening:
+    with Script("client.py", silent_machine, *arguments) as listening:
         ends_with_one_line(listening, name, words)
 
 
@@ -249,12 +233,9 @@ def test_what_no_recording_can_be_is_a_wrong_argument(
 
 @pytest.mark.parametrize("ending", [".flac", ".opus"])
 def test_without_av_a_line_says_what_would_help(
-    silent_machine: dict[str, str], tmp_path: Path, ending: str
+    without_av: dict[str, str], tmp_path: Path, ending: str
 ) -> None:
-    (tmp_path / "av.py").write_text("raise ImportError('not here')\n")
-    environment = {**silent_machine, "PYTHONPATH": str(tmp_path)}
-    arguments = ("--port", "1", "--output", str(tmp_path / f"talk{ending}"))
-    with Script("client.py", *arguments, environment=environment) as listening:
+    with record(without_av, "1", tmp_path / f"talk{ending}") as listening:
         ends_with_one_line(listening, "the package av", "install")
 
 
@@ -267,10 +248,7 @@ def test_a_full_disk_ends_a_recording_with_a_line_and_what_was_written_is_valid(
         output = client.RecordingFiles(str(recording), QUIET).open(STEREO)
         with pytest.raises(common.SocketPairError, match="cannot record: no space left"):
             fill(output)
-        closing = threading.Thread(target=close_failed, args=(output,), daemon=True)
-        closing.start()
-        closing.join(LIMIT_S)
-        assert not closing.is_alive()
+        ends_soon(lambda: close_failed(output))
         command = ["ffmpeg", "-v", "error", "-i", str(recording), "-f", "null", "-"]
         subprocess.run(command, check=True, timeout=60)
 

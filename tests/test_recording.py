@@ -69,7 +69,7 @@ def test_a_pipe_arrives_sample_for_sample_and_ends(card: VirtualSoundCard, tmp_p
 
 def test_a_pipe_without_sound_is_a_failure(silent_machine: dict[str, str]) -> None:
     arguments = ("--input", "-", "--port", "0")
-    with Script("server.py", *arguments, environment=silent_machine) as sender:
+    with Script("server.py", silent_machine, *arguments) as sender:
         assert sender.end() == common.EXIT_FAILED
         assert any("there was no sound on standard input" in line for line in sender.lines)
 
@@ -108,9 +108,7 @@ def test_a_reader_that_goes_ends_the_client_quietly_and_what_is_recorded_stays(
 
 
 def test_raw_samples_are_not_written_to_a_terminal(card: VirtualSoundCard) -> None:
-    with Script(
-        "client.py", "--output", "-", environment=card.environment, terminal=True
-    ) as player:
+    with Script("client.py", card, "--output", "-", terminal=True) as player:
         assert player.end() == common.EXIT_FAILED
         assert "terminal" in player.text()
 

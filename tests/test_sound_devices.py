@@ -52,7 +52,7 @@ def test_an_exact_name_wins_over_a_part_of_anothers(many: VirtualSoundCard) -> N
 
 
 def test_a_part_of_several_names_is_an_error_that_lists_them(many: VirtualSoundCard) -> None:
-    with Script("server.py", "--input", "USB ", environment=many.environment) as sender:
+    with Script("server.py", many, "--input", "USB ") as sender:
         ends_with_one_line(sender, "several", "usb one", "usb two")
 
 
@@ -62,7 +62,7 @@ def test_a_part_of_one_name_is_enough(many: VirtualSoundCard) -> None:
 
 
 def test_a_name_that_is_not_utf_8_is_listed_and_can_be_used(many: VirtualSoundCard) -> None:
-    with Script("server.py", "--list-devices", environment=many.environment) as listing:
+    with Script("server.py", many, "--list-devices") as listing:
         assert listing.end() == common.EXIT_OK
         assert r"b\xe4d" in listing.text()
     name = b"b\xe4d".decode("utf-8", "surrogateescape")
@@ -72,13 +72,13 @@ def test_a_name_that_is_not_utf_8_is_listed_and_can_be_used(many: VirtualSoundCa
 
 @pytest.mark.parametrize(("script", "option"), [("server", "--input"), ("client", "--output")])
 def test_an_empty_name_is_refused(card: VirtualSoundCard, script: str, option: str) -> None:
-    with Script(f"{script}.py", option, " ", environment=card.environment) as refused:
+    with Script(f"{script}.py", card, option, " ") as refused:
         assert refused.end() == common.EXIT_USAGE
         assert "empty name" in refused.lines[-1]
 
 
 def test_a_device_that_cannot_be_opened_is_a_line(many: VirtualSoundCard) -> None:
-    with Script("server.py", "--input", "gone", environment=many.environment) as sender:
+    with Script("server.py", many, "--input", "gone") as sender:
         ends_with_one_line(sender, "'gone' cannot be opened", "another program", "--input")
 
 
@@ -114,7 +114,7 @@ def test_a_device_is_known_again_by_its_name_and_its_sound_system() -> None:
 
 def test_pulse_source_chooses_the_microphone_behind_the_default(card: VirtualSoundCard) -> None:
     environment = {**card.environment, "PULSE_SOURCE": "speaker.monitor"}
-    with Script("server.py", "--port", "0", environment=environment) as sender:
+    with Script("server.py", environment, "--port", "0") as sender:
         sender.wait_for("Broadcasting default")
         sources = dict(
             line.split()[1::-1] for line in card.pactl("list", "short", "sources").splitlines()
@@ -191,7 +191,7 @@ def test_ctrl_c_ends_also_where_the_sound_system_hangs(card: VirtualSoundCard) -
 def test_a_signal_while_the_sound_system_starts_ends(
     card: VirtualSoundCard, arguments: tuple[str, ...], number: signal.Signals, status: int
 ) -> None:
-    with card.hanging(), Script(*arguments, environment=card.environment) as script:
+    with card.hanging(), Script(*arguments, card) as script:
         maps = Path(f"/proc/{script.popen.pid}/maps")
         wait_for(lambda: "libpulse" in maps.read_text(), "the use of PulseAudio")
         script.signal(number)

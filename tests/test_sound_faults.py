@@ -11,7 +11,6 @@ from common import AudioBlock
 from pairing import CODE
 from sound import (
     Script,
-    at_terminal,
     ends_with_one_line,
     let_pass,
     pack_welcome,
@@ -32,7 +31,7 @@ def test_the_pairing_code_is_asked_for_where_the_user_sees_it(
 ) -> None:
     with (
         start_server(card, "--code", CODE) as sender,
-        at_terminal(card, port_of(sender)) as player,
+        start_client(card, port_of(sender), terminal=True) as player,
     ):
         player.wait_for("Pairing code: ")
         shown = player.text()
@@ -48,7 +47,7 @@ def test_the_pairing_code_is_asked_for_where_the_user_sees_it(
 def test_ctrl_c_before_anything_was_heard_is_status_130(card: VirtualSoundCard) -> None:
     with (
         start_server(card, "--code", CODE) as sender,
-        at_terminal(card, port_of(sender)) as player,
+        start_client(card, port_of(sender), terminal=True) as player,
     ):
         player.wait_for("Pairing code: ")
         player.type("\x03")
@@ -62,16 +61,16 @@ def test_ctrl_c_before_anything_was_heard_is_status_130(card: VirtualSoundCard) 
 
 
 def test_no_microphone_and_no_loudspeaker_are_a_line_each(silent_machine: dict[str, str]) -> None:
-    with Script("server.py", "--port", "0", environment=silent_machine) as sender:
+    with Script("server.py", silent_machine, "--port", "0") as sender:
         ends_with_one_line(sender, "no microphone", "--input")
-    with Script("client.py", environment=silent_machine) as player:
+    with Script("client.py", silent_machine) as player:
         ends_with_one_line(player, "no loudspeaker", "--output")
 
 
 def test_no_pyaudio_is_a_line(card: VirtualSoundCard, tmp_path: Path) -> None:
     (tmp_path / "pyaudio.py").write_text("raise ImportError('not here')\n")
     environment = {**card.environment, "PYTHONPATH": str(tmp_path)}
-    with Script("server.py", "--port", "0", environment=environment) as sender:
+    with Script("server.py", environment, "--port", "0") as sender:
         ends_with_one_line(sender, "PyAudio", "pip install")
 
 
@@ -82,7 +81,7 @@ def test_a_name_that_no_device_has_is_a_line(card: VirtualSoundCard) -> None:
 
 def test_devices_are_listed(card: VirtualSoundCard) -> None:
     for name in ("server.py", "client.py"):
-        with Script(name, "--list-devices", environment=card.environment) as script:
+        with Script(name, card, "--list-devices") as script:
             assert script.end() == common.EXIT_OK
             assert "channels" in script.lines[0]
             assert any(line.startswith("*") and "ALSA" in line for line in script.lines)
@@ -122,7 +121,7 @@ def test_seconds_end_a_client_that_finds_no_server(card: VirtualSoundCard, tmp_p
 def test_wrong_arguments_are_status_2(
     silent_machine: dict[str, str], arguments: tuple[str, str]
 ) -> None:
-    with Script("server.py", *arguments, environment=silent_machine) as sender:
+    with Script("server.py", silent_machine, *arguments) as sender:
         assert sender.end() == common.EXIT_USAGE
 
 
@@ -142,5 +141,5 @@ def test_a_library_that_ends_the_process_has_its_last_words_shown(
         f"    {end}\n"
     )
     environment = {**card.environment, "PYTHONPATH": str(tmp_path)}
-    with Script("server.py", "--port", "0", environment=environment) as sender:
+    with Script("server.py", environment, "--port", "0") as sender:
         ends_with_one_line(sender, "sound library", "lib.c:7: Assertion failed.")

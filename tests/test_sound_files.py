@@ -20,10 +20,13 @@ from common import AudioFormat
 from sound import (
     MONO,
     Script,
+    decode,
     ends_with_one_line,
     numbered_frames,
     port_of,
     read_wav,
+    start_client,
+    start_server,
     write_wav,
 )
 
@@ -37,13 +40,6 @@ def encode(source: Path, target: Path, *options: str) -> Path:
     command = ["ffmpeg", "-v", "error", "-y", "-i", str(source), *options, str(target)]
     subprocess.run(command, check=True, timeout=60)
     return target
-
-
-def decode(path: Path, audio: AudioFormat) -> bytes:
-    """Return what ffmpeg hears in a file."""
-    command = ["ffmpeg", "-v", "error", "-i", str(path), "-f", "s16le"]
-    command += ["-ar", str(audio.rate), "-ac", str(audio.channels), "-"]
-    return subprocess.run(command, check=True, timeout=60, capture_output=True).stdout
 
 
 def chunk(kind: bytes, content: bytes, size: int | None = None) -> bytes:
@@ -78,14 +74,6 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def without_av(tmp_path: Path, silent_machine: dict[str, str]) -> dict[str, str]:
-    """Return an environment in which package av is not installed."""
-    (tmp_path / "no").mkdir()
-    (tmp_path / "no" / "av.py").write_text("raise ImportError('not here')\n")
-    return {**silent_machine, "PYTHONPATH": str(tmp_path / "no")}
-
-
 # --- what plays -----------------------------------------------------------------------------
 
 
@@ -98,12 +86,12 @@ def test_a_lossless_file_goes_out_sample_for_sample_over_and_over(
     options = ["-c:a", "pcm_s24le"] if name == "24.wav" else []
     song = encode(source, source.with_name(name), *options)
     heard = source.with_name("heard.wav")
-    server_arguments = ("--port", "0", "--input", str(song))
-    with Script("server.py", *server_arguments, environment=silent_machine) as sender:
-        sender.wait_for("Ctrl+C to stop")
-        arguments = ("--port", port_of(sender), "--output", str(heard), "--seconds", "3")
-        with Script("client.py", *arguments, environment=silent_machine) as writer:
-            assert writer.end() == common.EXIT_OK, writer.text()
+    arguments = ("--output", str(heard), "--seconds", "3")
+    with (
+        start_server(silent_machine, "--input", str(song)) as sender,
+        start_client(silent_machine, port_of(sender), *arguments) as writer,
+    ):
+        assert writer.end() == common.EXIT_OK, writer.text()
     audio, samples = read_wav(heard)
     assert audio == STEREO
     assert len(samples) == 3 * STEREO.rate * STEREO.frame_bytes
@@ -192,7 +180,7 @@ def test_more_channels_than_can_be_sent_are_a_line(
 ) -> None:
     write_wav(tmp_path / "many.wav", bytes(8_000), AudioFormat(48_000, 40))
     arguments = ("--port", "0", "--input", str(tmp_path / "many.wav"))
-    with Script("server.py", *arguments, environment=silent_machine) as sender:
+    with Script("server.py", silent_machine, *arguments) as sender:
         ends_with_one_line(sender, "many.wav", "40 channels cannot be mixed")
 
 
@@ -224,13 +212,12 @@ def test_a_file_that_stops_half_way_plays_to_there_and_ends_with_status_1(
     song = encode(source, source.with_name(name), *options)
     cut(song)
     heard = source.with_name("heard.wav")
-    server_arguments = ("--port", "0", "--input", str(song))
-    with Script("server.py", *server_arguments, environment=silent_machine) as sender:
-        sender.wait_for("Ctrl+C to stop")
-        arguments = ("--port", port_of(sender), "--output", str(heard))
-        with Script("client.py", *arguments, environment=silent_machine) as writer:
-            assert writer.end() == common.EXIT_OK
-            assert f"The sound has ended: {song} cannot be read any further" in writer.text()
+    with (
+        start_server(silent_machine, "--input", str(song)) as sender,
+        start_client(silent_machine, port_of(sender), "--output", str(heard)) as writer,
+    ):
+        assert writer.end() == common.EXIT_OK
+        assert f"The sound has ended: {song} cannot be read any further" in writer.text()
         assert sender.end() == common.EXIT_FAILED
         assert f"{song} cannot be read any further" in sender.text()
     samples = read_wav(heard)[1]
@@ -261,7 +248,7 @@ def test_what_is_no_sound_is_a_line(
     make, words = BAD[name]
     make(tmp_path / name)
     arguments = ("--port", "0", "--input", str(tmp_path / name))
-    with Script("server.py", *arguments, environment=silent_machine) as sender:
+    with Script("server.py", silent_machine, *arguments) as sender:
         ends_with_one_line(sender, f"cannot play {tmp_path / name}: ", words)
 
 
@@ -273,7 +260,7 @@ def test_without_av_a_line_says_what_a_file_is_and_what_would_help(
     source: Path, without_av: dict[str, str], name: str, kind: str
 ) -> None:
     song = encode(source, source.with_name(name))
-    with Script("server.py", "--port", "0", "--input", str(song), environment=without_av) as sender:
+    with Script("server.py", without_av, "--port", "0", "--input", str(song)) as sender:
         ends_with_one_line(sender, f"it is {kind}", "the package av", "install")
 
 
@@ -285,7 +272,7 @@ def test_without_av_a_wav_of_another_encoding_is_a_line(
     source: Path, without_av: dict[str, str], arguments: tuple[str, ...], words: str
 ) -> None:
     song = encode(source, source.with_name("other.wav"), *arguments)
-    with Script("server.py", "--port", "0", "--input", str(song), environment=without_av) as sender:
+    with Script("server.py", without_av, "--port", "0", "--input", str(song)) as sender:
         ends_with_one_line(sender, words, "the package av", "install")
 
 
@@ -293,7 +280,7 @@ def test_without_av_a_format_that_is_not_the_files_is_a_line(
     source: Path, without_av: dict[str, str]
 ) -> None:
     arguments = ("--port", "0", "--input", str(source), "--rate", "48000")
-    with Script("server.py", *arguments, environment=without_av) as sender:
+    with Script("server.py", without_av, *arguments) as sender:
         ends_with_one_line(sender, "44100 Hz stereo", "the package av", "install")
 
 

@@ -15,12 +15,10 @@ import client
 import common
 import server
 from common import AudioBlock, AudioFormat
-from peers import FakeServer, RawPeer, message, socket_pair
-from sound import (
-    LIMIT_S,
-    MONO,
-)
-from waiting import background, wait_for
+from peers import FakeServer, RawPeer, socket_pair
+from proxy import HOST
+from sound import LIMIT_S, MONO, pack_welcome
+from waiting import background, ends_soon, wait_for
 
 
 def test_ctrl_c_at_any_moment_of_recording_leaves_it_able_to_end(tmp_path: Path) -> None:
@@ -49,10 +47,7 @@ def test_ctrl_c_at_any_moment_of_recording_leaves_it_able_to_end(tmp_path: Path)
             pass
         finally:
             sys.settrace(None)
-        closing = threading.Thread(target=output.close, daemon=True)
-        closing.start()
-        closing.join(LIMIT_S)
-        assert not closing.is_alive(), f"Ctrl+C after {moment} steps"
+        ends_soon(output.close)
         moment += 1
 
 
@@ -99,19 +94,21 @@ def test_seconds_end_also_where_hardly_anything_comes(
 
     def trickle(peer: RawPeer) -> None:
         peer.receive()
-        sound = {"rate": 48_000, "channels": 1, "stream": "one"}
-        peer.send(message("welcome", protocol=common.PROTOCOL, mode="audio", **sound))
+        peer.send(pack_welcome())
         number = 0
         while not may_end.wait(0.05):
             peer.send(AudioBlock(number, 0, bytes(2)).encode())
             number += 1
 
     with FakeServer(trickle) as fake:
-        arguments = ["--quiet", "--seconds", "0.5", "--output", str(tmp_path / "heard.wav")]
-        address = client.Address("127.0.0.1", fake.port)
-        status = client.start_audio_client(address, client.parse_arguments(arguments))
+        assert record(fake.port, tmp_path, "--quiet", "--seconds", "0.5") == common.EXIT_OK
         may_end.set()
-    assert status == common.EXIT_OK
+
+
+def record(port: int, folder: Path, *arguments: str) -> int:
+    """Record from a server in this process; return the exit status."""
+    args = client.parse_arguments([*arguments, "--output", str(folder / "heard.wav")])
+    return client.start_audio_client(client.Address(HOST, port), args)
 
 
 def test_a_server_that_is_lost_before_the_seconds_have_been_heard_is_a_failure(
@@ -119,15 +116,11 @@ def test_a_server_that_is_lost_before_the_seconds_have_been_heard_is_a_failure(
 ) -> None:
     def leave(peer: RawPeer) -> None:
         peer.receive()
-        sound = {"rate": 48_000, "channels": 1, "stream": "one"}
-        peer.send(message("welcome", protocol=common.PROTOCOL, mode="audio", **sound))
+        peer.send(pack_welcome())
         peer.send(AudioBlock(0, 0, bytes(2)).encode())
 
     with FakeServer(leave) as fake:
-        arguments = ["--seconds", "0.2", "--output", str(tmp_path / "heard.wav")]
-        address = client.Address("127.0.0.1", fake.port)
-        status = client.start_audio_client(address, client.parse_arguments(arguments))
-    assert status == common.EXIT_FAILED
+        assert record(fake.port, tmp_path, "--seconds", "0.2") == common.EXIT_FAILED
     assert capsys.readouterr().out.endswith("heard 0:00.0 of 0:00.2\n")
 
 
@@ -245,9 +238,7 @@ def test_listeners_that_come_and_go_have_a_bounded_number_of_lines_in_the_log(
 
 
 def test_a_slow_listener_gets_whole_blocks_and_misses_whole_blocks() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as acceptor:
-        far = socket.create_connection(acceptor.getsockname())
-        near, _ = acceptor.accept()
+    near, far = socket_pair()
     with common.Connection(near, "near") as sending, common.Connection(far, "far") as reading:
         sending.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, server.send_buffer_bytes(MONO))
         listener = server.Listener(sending, server.PcmEncoding())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from array import array
 from pathlib import Path
 
@@ -9,17 +10,20 @@ import pytest
 
 import common
 from common import LevelMeter
-from sound import MONO, Script, ends_with_one_line, make_tone, port_of, write_wav
+from sound import (
+    MONO,
+    Script,
+    ends_with_one_line,
+    make_tone,
+    port_of,
+    start_client,
+    start_server,
+    write_wav,
+)
 from sound_card import RATE
 
 QUIET = array("h", [100, -100] * 60).tobytes()
 LOUDEST = array("h", [32_767, -32_768] * 60).tobytes()
-
-
-def start_server(environment: dict[str, str], *arguments: str) -> Script:
-    script = Script("server.py", "--port", "0", *arguments, environment=environment)
-    script.wait_for("Ctrl+C to stop")
-    return script
 
 
 # --- the meter ------------------------------------------------------------------------------
@@ -67,7 +71,7 @@ def test_a_narrow_terminal_shortens_the_bar_not_what_stands_beside_it(
 def test_clipping_shows_at_a_terminal(silent_machine: dict[str, str], tmp_path: Path) -> None:
     write_wav(tmp_path / "loud.wav", LOUDEST * 400, MONO)
     arguments = ("--port", "0", "--input", str(tmp_path / "loud.wav"))
-    with Script("server.py", *arguments, environment=silent_machine, terminal=True) as sender:
+    with Script("server.py", silent_machine, *arguments, terminal=True) as sender:
         sender.wait_for("CLIP")
 
 
@@ -80,21 +84,18 @@ def test_the_shortest_time_is_heard_and_told_in_tenths(
     write_wav(tmp_path / "tone.wav", make_tone(1), MONO)
     with start_server(silent_machine, "--input", str(tmp_path / "tone.wav")) as sender:
         recording = tmp_path / "heard.wav"
-        arguments = ("--port", port_of(sender), "--output", str(recording), "--seconds", "0.05")
-        with Script("client.py", *arguments, environment=silent_machine) as reader:
+        arguments = ("--output", str(recording), "--seconds", "0.05")
+        with start_client(silent_machine, port_of(sender), *arguments) as reader:
             assert reader.end() == common.EXIT_OK
             assert reader.lines[-1] == "heard 0:00.1"
     assert recording.stat().st_size == 44 + 2 * RATE // 20
 
 
 def test_less_heard_than_asked_for_is_said(silent_machine: dict[str, str], tmp_path: Path) -> None:
-    arguments = ("--port", "0", "--input", "-")
     sound = make_tone(1)
-    with Script("server.py", *arguments, environment=silent_machine, stdin=-1) as sender:
-        sender.wait_for("Ctrl+C to stop")
+    with start_server(silent_machine, "--input", "-", stdin=subprocess.PIPE) as sender:
         output = ("--output", str(tmp_path / "heard.wav"), "--seconds", "30")
-        listening = ("--port", port_of(sender), *output)
-        with Script("client.py", *listening, environment=silent_machine) as reader:
+        with start_client(silent_machine, port_of(sender), *output) as reader:
             reader.wait_for("Listening")
             assert sender.popen.stdin is not None
             sender.popen.stdin.write(sound)
@@ -114,5 +115,5 @@ def test_time_spans_are_told_in_tenths() -> None:
 
 def test_raw_sound_is_not_read_from_a_terminal(silent_machine: dict[str, str]) -> None:
     arguments = ("--port", "0", "--input", "-")
-    with Script("server.py", *arguments, environment=silent_machine, terminal=True) as sender:
+    with Script("server.py", silent_machine, *arguments, terminal=True) as sender:
         ends_with_one_line(sender, "--input -", "not for a terminal")

@@ -33,3 +33,9 @@ def background(work: Callable[[], object]) -> Iterator[None]:
     yield
     thread.join(LIMIT_S)
     assert not thread.is_alive()
+
+
+def ends_soon(work: Callable[[], object]) -> None:
+    """Run `work`; fail where it blocks for ever."""
+    with background(work):
+        pass

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,15 +90,19 @@ as_root = pytest.mark.skipif(
 
 @contextlib.contextmanager
 def half_way(
-    server: Server, *sources: Path, hold_at: int = 16 * MIB, written: int = 8 * MIB
+    server: Server,
+    *args: str | Path,
+    hold_at: int = 16 * MIB,
+    written: int = 8 * MIB,
+    **options: Any,
 ) -> Iterator[tuple[Process, Proxy]]:
-    """Give a client in the middle of its first file, and the proxy that holds it there.
+    """Give a client in the middle of its first large file, and the proxy that holds it there.
 
     `hold_at` bytes have passed, of which over `written` are in the server's partial file.
     """
     with (
         Proxy(server.port, hold_at=hold_at) as proxy,
-        server.client(*sources, port=proxy.port) as client,
+        server.client(*args, port=proxy.port, **options) as client,
     ):
         wait_for(lambda: partial_size(server.folder) > written)
         yield client, proxy

@@ -25,10 +25,8 @@ from support import (
     make_file,
     make_partial,
     message,
-    partial_size,
     sha256,
     visible,
-    wait_for,
 )
 
 # --- resuming -------------------------------------------------------------------------------
@@ -127,14 +125,11 @@ def test_a_file_under_way_is_hidden_and_kept_when_the_client_is_killed(
     server: Server, tmp_path: Path
 ) -> None:
     source = make_file(tmp_path / "file.bin", 30 * MIB)
-    with Proxy(server.port, hold_at=20 * MIB) as link:
-        with server.client(source, port=link.port) as client:
-            wait_for(lambda: partial_size(server.folder) > 18 * MIB)
-            assert visible(server.folder) == []
-            client.kill()
-        link.cut()
-        server.wait_for_output(r"[\d.]+ MB of file\.bin are kept for the next run")
+    with half_way(server, source, hold_at=20 * MIB, written=18 * MIB) as (client, _):
         assert visible(server.folder) == []
+        client.kill()
+    server.wait_for_output(r"[\d.]+ MB of file\.bin are kept for the next run")
+    assert visible(server.folder) == []
     with Proxy(server.port) as second:
         assert server.send(source, port=second.port).status == 0
         assert second.passed < 14 * MIB
@@ -159,14 +154,12 @@ def test_the_client_comes_back_by_itself_when_the_link_breaks(
 ) -> None:
     source = make_file(tmp_path / "file.bin", 40 * MIB)
     small = make_file(tmp_path / "small", 10)
-    with Proxy(server.port, hold_at=30 * MIB) as link:
-        with server.client(small, source, port=link.port) as client:
-            wait_for(lambda: partial_size(server.folder) > 28 * MIB)
-            link.release()
-            link.cut()
-            result = client.wait()
-        assert link.connections == 2
-        assert link.passed < 44 * MIB, "goes on, and does not begin again"
+    with half_way(server, small, source, hold_at=30 * MIB, written=28 * MIB) as (client, link):
+        link.release()
+        link.cut()
+        result = client.wait()
+    assert link.connections == 2
+    assert link.passed < 44 * MIB, "goes on, and does not begin again"
     assert result.status == 0, result
     assert "trying again in 0.5 s" in result.stderr
     assert contents(server.folder) == {
@@ -181,28 +174,25 @@ def test_a_small_file_is_reported_while_a_large_one_is_under_way(
 ) -> None:
     small = make_file(tmp_path / "small", 10)
     large = make_file(tmp_path / "large", 30 * MIB)
-    with (
-        Proxy(server.port, hold_at=20 * MIB) as link,
-        server.client(small, large, port=link.port) as client,
-    ):
-        client.wait_for_output("Saved as small", 20)
+    with half_way(server, small, large) as (client, link):
+        client.wait_for_output("Saved as small")
         link.release()
         assert client.wait().status == 0
 
 
 def test_the_client_comes_back_to_a_server_that_was_killed(inbox: Path, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file.bin", 40 * MIB)
-    with Server(inbox) as first:
-        link = Proxy(first.port, hold_at=30 * MIB)
-        with link, first.client(source, port=link.port) as client:
-            wait_for(lambda: partial_size(inbox) > 28 * MIB)
-            first.kill()
-            client.wait_for_output(r"trying again in")
-            link.release()
-            assert visible(inbox) == []
-            with Server(inbox, port=first.port):
-                result = client.wait()
-        assert link.passed < 44 * MIB
+    with (
+        Server(inbox) as first,
+        half_way(first, source, hold_at=30 * MIB, written=28 * MIB) as (client, link),
+    ):
+        first.kill()
+        client.wait_for_output(r"trying again in")
+        link.release()
+        assert visible(inbox) == []
+        with Server(inbox, port=first.port):
+            result = client.wait()
+    assert link.passed < 44 * MIB
     assert result.status == 0, result
     assert contents(inbox) == {"file.bin": source.read_bytes()}
 
@@ -227,28 +217,23 @@ def test_a_server_that_comes_back_with_another_code_is_asked_once(
 ) -> None:
     """Each try would count as a wrong guess there."""
     source = make_file(tmp_path / "file.bin", 40 * MIB)
-    with Server(inbox, "--code", CODE) as first:
-        link = Proxy(first.port, hold_at=30 * MIB)
-        with link, first.client(source, "--code", CODE, port=link.port) as client:
-            wait_for(lambda: partial_size(inbox) > 28 * MIB)
-            first.kill()
-            client.wait_for_output(r"trying again in")
-            link.release()
-            with Server(inbox, "--code", OTHER_CODE, port=first.port) as second:
-                result = client.wait()
-                assert second.stderr().count("wrong pairing code") == 1
+    with (
+        Server(inbox, "--code", CODE) as first,
+        half_way(first, source, "--code", CODE) as (client, link),
+    ):
+        first.kill()
+        client.wait_for_output(r"trying again in")
+        link.release()
+        with Server(inbox, "--code", OTHER_CODE, port=first.port) as second:
+            result = client.wait()
+            assert second.stderr().count("wrong pairing code") == 1
     assert result.status == 1
     assert "pairing code: check it there; what has arrived is kept" in result.error_lines[-1]
 
 
 def test_the_client_gives_up_in_the_end(inbox: Path, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file.bin", 30 * MIB)
-    with (
-        Server(inbox) as server,
-        Proxy(server.port, hold_at=16 * MIB) as link,
-        server.client("--retry", "3", source, port=link.port) as client,
-    ):
-        link.wait_until_held()
+    with Server(inbox) as server, half_way(server, "--retry", "3", source) as (client, _):
         server.kill()
         result = client.wait()
     assert result.status == 1
@@ -262,13 +247,14 @@ def test_the_client_gives_up_in_the_end(inbox: Path, tmp_path: Path) -> None:
 def test_a_pipe_that_was_cut_off_is_not_sent_in_part(server: Server, tmp_path: Path) -> None:
     after = make_file(tmp_path / "after", 10)
     source = make_file(tmp_path / "source", 30 * MIB)
-    with Proxy(server.port, hold_at=16 * MIB) as link, open(source, "rb") as file:
-        args = ("-", after, "--name", "piped")
-        with server.client(*args, port=link.port, stdin=file.fileno()) as client:
-            wait_for(lambda: partial_size(server.folder) > 8 * MIB)
-            link.release()
-            link.cut()
-            result = client.wait()
+    args = ("-", after, "--name", "piped")
+    with (
+        open(source, "rb") as file,
+        half_way(server, *args, stdin=file.fileno()) as (client, link),
+    ):
+        link.release()
+        link.cut()
+        result = client.wait()
     assert result.status == 1
     assert "standard input cannot be sent a second time" in result.stderr
     assert contents(server.folder) == {"after": after.read_bytes()}
@@ -278,12 +264,13 @@ def test_nothing_is_waited_for_where_all_there_was_to_send_is_a_pipe_that_was_cu
     server: Server, tmp_path: Path
 ) -> None:
     source = make_file(tmp_path / "source", 30 * MIB)
-    with Proxy(server.port, hold_at=16 * MIB) as link, open(source, "rb") as file:
-        args = ("-", "--name", "piped", "--retry", "1000")
-        with server.client(*args, port=link.port, stdin=file.fileno()) as client:
-            wait_for(lambda: partial_size(server.folder) > 8 * MIB)
-            link.cut()
-            result = client.wait()
+    args = ("-", "--name", "piped", "--retry", "1000")
+    with (
+        open(source, "rb") as file,
+        half_way(server, *args, stdin=file.fileno()) as (client, link),
+    ):
+        link.cut()
+        result = client.wait()
     assert result.status == 1
     (line,) = result.error_lines
     assert line.startswith("piped: ")

@@ -12,11 +12,10 @@ from support import (
     Proxy,
     Server,
     contents,
+    half_way,
     make_file,
-    partial_size,
     sha256,
     visible,
-    wait_for,
 )
 
 # --- names that are taken -------------------------------------------------------------------
@@ -114,9 +113,8 @@ def test_a_large_file_is_not_taken_for_another_of_its_size(server: Server, tmp_p
 def test_overwriting_replaces_in_one_step(inbox: Path, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file", 30 * MIB)
     old = make_file(inbox / "file", 1000, seed=2).read_bytes()
-    with Server(inbox, "--overwrite") as server, Proxy(server.port, hold_at=16 * MIB) as link:
-        with server.client(source, port=link.port) as client:
-            wait_for(lambda: partial_size(inbox) > 8 * MIB)
+    with Server(inbox, "--overwrite") as server:
+        with half_way(server, source) as (client, link):
             assert (inbox / "file").read_bytes() == old, "until the new one is complete"
             before = (inbox / "file").stat().st_ino
             link.release()
@@ -194,11 +192,7 @@ def test_eight_clients_with_one_content_do_no_harm(server: Server, tmp_path: Pat
 def test_one_slow_client_does_not_hold_up_others(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "slow.bin", 20 * MIB)
     other = make_file(tmp_path / "other.bin", 2 * MIB)
-    with (
-        Proxy(server.port, hold_at=10 * MIB) as link,
-        server.client(source, port=link.port) as client,
-    ):
-        link.wait_until_held()
+    with half_way(server, source, hold_at=10 * MIB) as (client, link):
         assert server.send(other).status == 0
         link.release()
         assert client.wait().status == 0

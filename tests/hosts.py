@@ -23,11 +23,11 @@ from pathlib import Path
 
 import pytest
 
+from pairing import CODE
 from support import ROOT, Program, Server
 
 FAR = "10.77.2.2"
 NEXT = "10.77.1.1"  # of the machine between, in the client's network
-CODE = "KQ7M-2XFD-9WPA"
 BAD_LINE = str(ROOT / "tests" / "bad_line.py")
 SONG_RATE = 48_000
 SONG_FRAMES = 120 * SONG_RATE

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from hosts import CODE, FAR, Hosts, at_rest, far, hosts, third_machine_listening
+from hosts import FAR, Hosts, at_rest, far, hosts, third_machine_listening
+from pairing import CODE
 from support import MIB, Process, Result, Server, make_file, partial_size, sha256, wait_for
 
 __all__ = ["far", "hosts"]

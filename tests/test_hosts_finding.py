@@ -7,7 +7,8 @@ import socket
 import sys
 from pathlib import Path
 
-from hosts import CODE, NEXT, SONG_RATE, Hosts, frames_in, hosts, song, third_machine_listening
+from hosts import NEXT, SONG_RATE, Hosts, frames_in, hosts, song, third_machine_listening
+from pairing import CODE
 from support import MIB, Process, Program, Result, Server, make_file, sha256, wait_for
 
 __all__ = ["hosts", "song"]

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from hosts import (
-    CODE,
     FAR,
     FRAME_BYTES,
     SONG_FRAMES,
@@ -25,6 +24,7 @@ from hosts import (
     song,
     third_machine_listening,
 )
+from pairing import CODE
 from support import Process, wait_for
 
 __all__ = ["hosts", "song"]

@@ -31,17 +31,18 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
+from listeners import cpu_s  # noqa: E402
+
 import client  # noqa: E402
 import common  # noqa: E402
+from pairing import CODE  # noqa: E402
 from processes import Server  # noqa: E402
 from support import MIB, make_file  # noqa: E402
 from test_hostile_senders import attacks  # noqa: E402
 
-CODE = "KQ7M-2XFD-9WPA"
 ELSEWHERE = "127.0.0.2"
 HONEST_BYTES = 100 * MIB
 SETTLING_S = 3.0
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def attack(address: client.Address, said: bytes) -> None:
@@ -67,12 +68,6 @@ def attack_all(address: client.Address, count: int) -> None:
     threading.Event().wait()
 
 
-def core_seconds(pid: int) -> float:
-    """Return the processor's time that a process has had."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
-
-
 def send_honestly(server: Server, place: Path, arguments: list[str]) -> float:
     """Send a file of its own; return how many seconds that took."""
     source = make_file(place / f"honest-{time.monotonic_ns()}", HONEST_BYTES)
@@ -95,10 +90,10 @@ def measure_beside(
     try:
         time.sleep(SETTLING_S)
         pids = [int(attackers.pid or 0), server.popen.pid]
-        before, began = [core_seconds(pid) for pid in pids], time.monotonic()
+        before, began = [cpu_s(pid) for pid in pids], time.monotonic()
         seconds = send_honestly(server, place, arguments)
         span = time.monotonic() - began
-        shares = [(core_seconds(pid) - was) / span for pid, was in zip(pids, before, strict=True)]
+        shares = [(cpu_s(pid) - was) / span for pid, was in zip(pids, before, strict=True)]
     finally:
         attackers.kill()
         attackers.join()

@@ -36,7 +36,7 @@ def by_icecast(burst_bytes: int) -> latency.Way:
     def commands(card: VirtualSoundCard) -> list[list[str]]:
         os.chmod(card.folder, 0o755)  # Icecast changes its user
         recipe = read_recipe("icecast").replace(
-            "python client.py", f"{sys.executable} {ROOT}/client.py"
+            "python3 client.py", f"{sys.executable} {ROOT}/client.py"
         )
         return [
             icecast_server.configure(card.folder, 10, burst_bytes=burst_bytes),

@@ -22,12 +22,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import random
 import shutil
 import subprocess
 import sys
 import time
-import wave
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +33,14 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from latency import snapcast  # noqa: E402
+from quality import relayed  # noqa: E402
+
+from common import AudioFormat  # noqa: E402
 from likeness import Signal, lag, to_signal  # noqa: E402
-from proxy import DOWN, Proxy, free_port  # noqa: E402
+from proxy import free_port  # noqa: E402
+from sound import write_wav  # noqa: E402
 from sound_card import (  # noqa: E402
     MICROPHONE_MONITOR,
     RATE,
@@ -55,25 +58,6 @@ DELAY_SEARCH_S = 1.5
 IN_STEP_S = 0.0005
 SECOND_PLAYER_S = 8.0  # after the first
 SETTLE_S = 12.0  # after the second: left out of the figures
-HOLDS_S = (0.04, 0.06, 0.06, 0.08, 0.15)
-
-
-class PoorWifi:
-    """Holds up what a proxy reads from the server, as a poor Wi-Fi does: see `Proxy`."""
-
-    def __init__(self, seed: int = 1) -> None:
-        self._chance = random.Random(seed)
-        self._hold_s = time.monotonic() + self._chance.uniform(3, 12)
-
-    def __call__(self, direction: int, _passed: int, data: bytes) -> bytes:
-        """Wait, and pass `data` on."""
-        if direction == DOWN:
-            wait_s = self._chance.expovariate(1 / 0.003)
-            if time.monotonic() > self._hold_s:
-                wait_s = self._chance.choice(HOLDS_S)
-                self._hold_s = time.monotonic() + self._chance.uniform(3, 12)
-            time.sleep(wait_s)
-        return data
 
 
 @dataclass(frozen=True)
@@ -92,15 +76,8 @@ class Way:
         if self.snapcast_ms is None:
             command = [sys.executable, str(ROOT / "server.py"), "audio", "--port", str(port)]
             return [command + (["--sync", str(self.sync_ms)] if self.sync_ms else [])]
-        fifo, conf = card.folder / "snapfifo", card.folder / "snapserver.conf"
-        conf.touch()
-        stream = f"pipe://{fifo}?name=mic&sampleformat=48000:16:2&chunk_ms=10"
-        server = ["snapserver", "-c", str(conf), "--http.enabled=false", "--tcp.enabled=false"]
-        server += [f"--stream.source={stream}", f"--server.datadir={card.folder}"]
-        server += ["--stream.codec=pcm", f"--stream.buffer={self.snapcast_ms}"]
-        server.append(f"--stream.port={port}")
-        feed = f"exec parec --raw --rate=48000 --channels=2 --latency-msec=5 > {fifo}"
-        return [server, ["sh", "-c", feed]]
+        server, feed, _ = snapcast(self.snapcast_ms)(card)
+        return [[*server, f"--stream.port={port}"], feed]
 
     def player(self, port: int, number: int) -> list[str]:
         """Return the command of a player."""
@@ -233,11 +210,11 @@ def measure(way: Way, arguments: argparse.Namespace) -> Result:
         time.sleep(SECOND_PLAYER_S)
         right_port = port
         if way.poor:
-            right_port = stack.enter_context(Proxy(port, hook=PoorWifi())).port
+            right_port = stack.enter_context(relayed(port, seed=1))
         stack.enter_context(running([(way.player(right_port, 1), card.on("right"))], log))
         time.sleep(SETTLE_S + arguments.seconds)
         if arguments.wav:
-            write_wav(arguments.wav, said.samples())
+            write_wav(Path(arguments.wav), said.samples(), AudioFormat(RATE, 2))
         if arguments.verbose:
             print(log.read_text(errors="replace"), file=sys.stderr)
     with without_priority():
@@ -251,13 +228,6 @@ def find_result(heard: Recording, said: Recording, seconds: float) -> Result:
     moments_s = np.linspace(len(sides) / RATE - seconds, len(sides) / RATE - 1, 9)
     delay = delay_ms(heard, said, moments_s.tolist())
     return Result(apart, silent_s, delay, joined_after_s(sides))
-
-
-def write_wav(path: str, samples: bytes) -> None:
-    """Write both players into a file."""
-    with wave.open(path, "wb") as file:
-        file.setparams((2, 2, RATE, 0, "NONE", ""))
-        file.writeframes(samples)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

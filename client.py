@@ -3846,7 +3846,7 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
         "--record",
         type=recording_name,
         metavar="FILE",
-        help="write it to a file as well: .wav, .flac or .opus",
+        help="write the sound to a file as well: .wav, .flac or .opus",
     )
     add_playing_arguments(sound)
     sound.add_argument(
@@ -3873,7 +3873,8 @@ def add_playing_arguments(sound: argparse._ArgumentGroup) -> None:
         nargs="?",
         const=common.DEFAULT_OPUS_KBIT,
         metavar="KBIT/S",
-        help=f"have it sent as Opus, an eighth of the data (%(const)s; {opus[0]} to {opus[-1]})",
+        help=f"have the sound sent as Opus, in an eighth of the data (%(const)s; {opus[0]} to "
+        f"{opus[-1]})",
     )
     sound.add_argument(
         "--delay",

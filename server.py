@@ -3566,7 +3566,7 @@ class Endpoint(NamedTuple):
         return [] if is_everywhere else self.addresses()
 
     def describe(self, doing: str, console: Console) -> None:
-        """Say where the server is and how a client gets in; a new code to a quiet one as well."""
+        """Say where the server is and how a client gets in; with --quiet only a new code."""
         names = [each.getsockname()[:2] for each in self.sockets]
         where = " and ".join(common.format_address(*name) for name in names)
         console.say(f"{doing} on {where} - Ctrl+C to stop")
@@ -4187,7 +4187,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="replace files of the same name, rather than keep both",
     )
     add_audio_arguments(parser)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)  # see refuse_words
     args = parser.parse_intermixed_args(argv)
     refuse_words(parser, args)
     common.refuse_other_mode(parser, args, MODE_OPTIONS)

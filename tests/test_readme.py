@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 import client
 import server
-from recipes import README, read_block
+from recipes import MODULES, README, read_block
 from support import ROOT
 
 OPTION = re.compile(r"--[a-z][a-z-]+")
+# What Python, pip and the system say, or too few words of the programs' own to look for.
+NOT_OURS = ["SyntaxError", "file too large", "is for audio mode", "for file mode", "several"]
+NOT_OURS += ["no microphone found", "no loudspeaker found", "and 990 more lines"]
 
 
 def section(title: str) -> str:
@@ -45,6 +49,28 @@ def test_no_option_is_in_the_readme_that_there_is_not(capsys: pytest.CaptureFixt
     there = set(OPTION.findall(capsys.readouterr().out))
     named = [cells[0] for cells in table(section("Options"))]
     assert set(OPTION.findall(" ".join(named))) <= there
+
+
+def texts() -> Iterator[str]:
+    """Give all texts of the programs; what is put into them is a `…`."""
+    for module in MODULES:
+        for node in ast.walk(ast.parse((ROOT / module).read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (getattr(each, "value", "") for each in node.values)
+                yield "".join(each if isinstance(each, str) else "…" for each in parts)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_every_symptom_has_words_that_the_programs_print() -> None:
+    printed = "\n".join(texts())
+    symptoms = [cells[0] for cells in table(section("Troubleshooting"))]
+    for symptom in re.findall(r"`([^`]+)`", " ".join(symptoms)):
+        parts = [part.strip(" :").split() for part in symptom.split("…")]
+        runs = [" ".join(part[at : at + 3]) for part in parts for at in range(len(part) - 2)]
+        is_ours = not any(each in symptom for each in NOT_OURS)
+        # The others have numbers and names in them.
+        assert not is_ours or sum(run in printed for run in runs) >= len(runs) / 4, symptom
 
 
 def test_every_package_is_in_the_readme() -> None:

@@ -211,7 +211,7 @@ def test_a_name_with_several_addresses_is_listened_on_at_all_of_them(
     assert visible(inbox) == [NAME]
 
 
-def test_both_ip_versions_at_once(inbox: Path, source: Path) -> None:
+def test_all_addresses_of_ipv6_are_those_of_ipv4_as_well(inbox: Path, source: Path) -> None:
     if not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
     with Server(inbox, "--host", "::", "--code", CODE) as running:

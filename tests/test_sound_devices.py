@@ -95,7 +95,9 @@ def test_a_device_that_cannot_be_opened_is_a_line(many: VirtualSoundCard) -> Non
         ("none of them", []),
     ],
 )
-def test_what_a_wanted_name_means(wanted: str, numbers: list[int]) -> None:
+def test_a_wanted_name_means_the_exact_one_else_a_number_else_a_part(
+    wanted: str, numbers: list[int]
+) -> None:
     devices = [
         device(1, "Mic"),
         device(2, "Mic (hw:7,0)"),

@@ -1166,9 +1166,10 @@ class Sender:
         connection, welcome = connect(self._address, FILE_HELLO)
         self.begun = named
         is_single = len(named) == 1 and not named[0].entry.is_folder
-        sizes = functools.partial(sizes_in, named, welcome.folder)
+        left_out = common.disguise(welcome.folder) if welcome.folder else None
+        sizes = functools.partial(sizes_in, named, left_out)
         progress = Progress(self._console, is_single, sizes)
-        found = find_sources(named, welcome.folder)
+        found = find_sources(named, left_out)
         backlog = Backlog(self._report.without_problems(found))
         waits = self._waits()
         while True:

@@ -742,11 +742,24 @@ class Sound(NamedTuple):
         return cls(audio, stream, optional_number(fields, "sync_ms", SYNC_MS), opus_kbit)
 
 
+def disguise(folder: tuple[int, int]) -> tuple[int, int]:
+    """Return a folder's device and inode as a Welcome has them, or these from there.
+
+    On another machine nothing comes of it: its folders may have the same numbers, and through a
+    tunnel its clients come from the server's own address.
+    """
+    machine = socket.gethostname()
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        machine = file.read()
+    key = int.from_bytes(hashlib.sha256(machine.encode()).digest()[:8], "big")
+    return folder[0] ^ key, folder[1] ^ key
+
+
 class Welcome(NamedTuple):
     """The answer to a Hello; `sound` is there in audio mode, and there alone.
 
-    `folder` is the device and the inode of the folder that files go to, told on this machine alone:
-    a client that sends a folder around it leaves it out.
+    `folder` is the one that files go to, in disguise, told on this machine alone: a client that
+    sends a folder around it leaves it out.
     """
 
     protocol: int

@@ -4267,7 +4267,7 @@ def welcome_to_folder(folder: str, host: str) -> Welcome:
     if common.is_loopback(host):
         with contextlib.suppress(OSError):
             found = os.stat(folder)
-            return welcome._replace(folder=(found.st_dev, found.st_ino))
+            return welcome._replace(folder=common.disguise((found.st_dev, found.st_ino)))
     return welcome
 
 

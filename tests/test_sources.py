@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import client
-from support import Server, contents, linux, make_file, make_partial, posix
+from support import Server, as_root, contents, linux, make_file, make_partial, posix
 
 
 @pytest.mark.parametrize(
@@ -118,3 +118,19 @@ def test_the_servers_own_folder_is_not_sent_into_itself(server: Server, tmp_path
     assert result.status == 1
     assert "the server's own folder" in result.stderr
     assert set(contents(server.folder)) == {"old"}
+
+
+@as_root
+def test_a_folder_of_another_machine_with_the_numbers_of_the_servers_own_is_sent(
+    server: Server, tmp_path: Path
+) -> None:
+    """As through a tunnel between two machines that were made from one image."""
+    source = make_file(server.folder / "file", 10)
+    boot_id = make_file(tmp_path / "boot_id", 0)
+    boot_id.write_text("another machine's")
+    hide = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
+    wrapper = ("unshare", "--mount", "sh", "-c", hide, str(boot_id))
+    result = server.send(server.folder, wrapper=wrapper)
+    assert result.status == 0, result
+    arrived = server.folder / server.folder.name / "file"
+    assert arrived.read_bytes() == source.read_bytes()

@@ -193,7 +193,7 @@ def test_ctrl_c_ends_also_where_the_sound_system_hangs(card: VirtualSoundCard) -
 def test_a_signal_while_the_sound_system_starts_ends(
     card: VirtualSoundCard, arguments: tuple[str, ...], number: signal.Signals, status: int
 ) -> None:
-    with card.hanging(), Script(*arguments, card) as script:
+    with card.hanging(), Script(arguments[0], card, *arguments[1:]) as script:
         maps = Path(f"/proc/{script.popen.pid}/maps")
         wait_for(lambda: "libpulse" in maps.read_text(), "the use of PulseAudio")
         script.signal(number)

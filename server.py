@@ -915,9 +915,9 @@ class PartialFile:
             if self.size < (1 if self.name else KEPT_BYTES):
                 self.discard()
                 return 0
-            if not self.name:
-                self._hide()
-                os.chmod(self.descriptor, 0o600)  # for its owner alone, as long as it is partial
+            self._hide()
+            # Its source's would keep its owner out, or have it count as an old leftover.
+            self.set_metadata(time.time_ns(), 0o600)
             return self.size
         return 0
 

@@ -18,6 +18,7 @@ from support import (
     GIVEN_UP,
     MIB,
     ROOT,
+    Proxy,
     RawClient,
     Server,
     contents,
@@ -171,6 +172,26 @@ def test_what_a_network_tells_only_at_the_end_of_a_file_keeps_it_from_its_name(
             result = server.send(source)
             assert result.error_lines == [f"{source}: at the server: no space left on device"]
             assert os.listdir(inbox) == []
+
+
+def test_what_failed_only_at_its_very_end_is_there_for_the_next_run(
+    inbox: Path, tmp_path: Path, faulty_disk: Path
+) -> None:
+    """Also where its source is older than leftovers become, and may not be written to."""
+    source = make_file(tmp_path / "file", 3 * MIB)
+    source.chmod(0o444)
+    os.utime(source, (0, 0))
+    with serve(inbox, faulty_disk, f"link={errno.EIO}") as server:
+        result = server.send(source)
+        assert result.error_lines == [f"{source}: at the server: input/output error"]
+    (partial,) = partials(inbox)
+    assert partial.stat().st_mode & 0o777 == 0o600
+    with Server(inbox) as server, Proxy(server.port) as link:
+        server.held()  # it has looked for old leftovers by then
+        assert server.send(source, port=link.port).status == 0
+        assert link.passed < MIB
+    assert contents(inbox) == {"file": source.read_bytes()}
+    assert (inbox / "file").stat().st_mtime == 0
 
 
 RECORD = """

@@ -595,7 +595,7 @@ def lock_file(descriptor: int) -> bool:
     """Lock an open file against other servers; return False if one has it.
 
     The system releases the lock when the file is closed or the process dies. Where there are no
-    locks, it counts as locked.
+    locks, or this process may not use them, it counts as locked.
     """
     try:
         if sys.platform == "win32":
@@ -604,8 +604,23 @@ def lock_file(descriptor: int) -> bool:
             os.lseek(descriptor, 0, os.SEEK_SET)
         else:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except PermissionError:
+        return not may_lock(descriptor)
     except OSError as error:
-        return not isinstance(error, BlockingIOError | PermissionError)
+        return not isinstance(error, BlockingIOError)
+    return True
+
+
+def may_lock(descriptor: int) -> bool:
+    """Return whether a lock that was not permitted is another's, as Windows and SMB say.
+
+    Who may not lock at all, as AppArmor can have it, may not unlock either.
+    """
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        except PermissionError:
+            return False
     return True
 
 

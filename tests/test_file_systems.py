@@ -67,7 +67,7 @@ def send_all_sizes(server: Server, tmp_path: Path) -> dict[str, bytes]:
 
 
 LINK_FAULTS = [errno.EPERM, errno.EACCES, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS]
-LOCK_FAULTS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
+LOCK_FAULTS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES]
 FAULTS = [
     f"tmpfile={errno.EOPNOTSUPP}",
     *(f"link={number}" for number in LINK_FAULTS),

@@ -2273,6 +2273,7 @@ class Reception:
             outcome = self._receive_file(batch, wanted, content)
         except (Refused, GivenUp, OSError) as error:
             outcome = batch.fail(entry.path, error)
+            self.kept = ""  # the conversation goes on
         self._results.append((index, outcome))
         if not content.is_over:
             # Let the client know, so that it stops sending what nobody can keep.

@@ -290,6 +290,28 @@ def test_hanging_up_at_any_step_keeps_what_there_was(inbox: Path, said: bytes, h
     assert contents(inbox) == {"file": CONTENT}
 
 
+def test_what_was_kept_and_has_been_saved_since_is_not_told_as_kept_when_the_client_is_lost(
+    inbox: Path, log: pytest.LogCaptureFixture
+) -> None:
+    content = bytes(100_000)
+    begun = content[:90_000]
+    offer = say(Offer([Entry("file", len(content))]))
+    with real_server(inbox) as peer:
+        peer.send(offer)
+        assert start_of(peer).entries == [0]
+        peer.send(encode_frame(begun) + LENGTH.pack(GIVEN_UP))
+        assert outcomes_of(peer)[0].kind == "failed"
+        peer.send(offer)
+        assert read_message(peer, Held) == Held([(0, [len(begun)])])
+        peer.send(say(Prefixes([[hashlib.sha256(begun).hexdigest()]])))
+        assert start_of(peer).entries == [len(begun)]
+        peer.send(segments(content[len(begun) :], hashlib.sha256(content).digest()))
+        assert outcomes_of(peer) == {0: Outcome("saved", "file")}
+        peer.send(b"\0\0")
+    assert "in the middle of a frame" in log.messages[-1]
+    assert "kept" not in log.messages[-1]
+
+
 def test_a_file_of_which_nothing_comes_leaves_no_folder(inbox: Path) -> None:
     with real_server(inbox) as peer:
         peer.send(say(Offer([Entry("a/b/lost", 3), Entry("a/c/kept", 1)])))

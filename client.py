@@ -531,7 +531,7 @@ def has_size(path: str, size: int) -> bool:
     """Return False if reading a file gives more or less than `size` bytes."""
     try:
         with open_file(path) as file:
-            return len(file.read(size + 1)) == size
+            return len(file.read(size + 1) or b"") == size  # None: nothing yet
     except OSError:  # sending it will say so
         return True
 
@@ -1173,13 +1173,16 @@ class Sender:
         backlog = Backlog(self._report.without_problems(found))
         waits = self._waits()
         while True:
+            short_stay = Deadline(self._retry_s)
             with contextlib.closing(Upload(connection, backlog, self._report, progress)) as upload:
                 try:
                     upload.run()
                     return
                 except ConnectionLost as error:
                     lost = error
-                    if upload.has_moved() and backlog.is_getting_on():
+                    # Comparing may take long, and moves nothing.
+                    was_back = upload.has_moved() or not short_stay.remaining()
+                    if was_back and backlog.is_getting_on():
                         waits = self._waits()
             if upload.give_back(lost) and is_single:
                 return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -331,6 +332,28 @@ def test_prefixes_are_those_of_the_file_and_none_is_near_another(file: Path) -> 
     whole = file.read_bytes()
     known = {size: hashlib.sha256(whole[:size]).hexdigest() for size in (4096, SIZE)}
     assert answers == [Prefixes([[known.get(length, "") for length in lengths]])]
+
+
+def test_a_server_that_is_lost_after_it_has_compared_for_long_is_waited_for_anew(
+    file: Path,
+) -> None:
+    offers: list[Message] = []
+
+    def serve(peer: RawPeer) -> None:
+        welcome(peer)
+        offers.append(read_message(peer, Offer))
+        if len(offers) == 3:
+            peer.send(say(Start([0])))
+            assert read_file(peer)[0] == file.read_bytes()
+            peer.send(say(Results([(0, SAVED)])))
+            peer.read_all()
+        elif len(offers) == 2:
+            time.sleep(1.2)  # it compares
+
+    with FakeServer(serve) as fake:
+        address = client.Address(HOST, fake.port)
+        assert client.start_file_client(address, [str(file)], retry_s=1.0) == 0
+    assert len(offers) == 3
 
 
 def test_a_file_that_is_offered_anew_is_so_once_when_the_connection_is_lost(

@@ -36,6 +36,15 @@ def test_a_drive_and_a_share_have_a_name(path: str, name: str) -> None:
 
 
 @posix
+def test_what_gives_nothing_yet_is_looked_up_all_the_same(tmp_path: Path) -> None:
+    """As some of Linux's virtual files do, and a pipe that stands in a file's place by now."""
+    os.mkfifo(tmp_path / "pipe")
+    descriptor = os.open(tmp_path / "pipe", os.O_RDWR)
+    assert client.has_size(str(tmp_path / "pipe"), 0)
+    os.close(descriptor)
+
+
+@posix
 @pytest.mark.parametrize("year", [1601, 2300, 9999])
 def test_a_date_far_away_does_no_harm(server: Server, tmp_path: Path, year: int) -> None:
     source = make_file(tmp_path / "old", 10)

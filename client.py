@@ -346,16 +346,12 @@ def ask_for_code(problem: str) -> str:
 
 
 def connect(
-    address: Address,
-    hello: Hello,
-    *,
-    timeout_s: float = HANDSHAKE_TIMEOUT_S,
-    ask: Callable[[str], str] = ask_for_code,
+    address: Address, hello: Hello, console: Console, timeout_s: float = HANDSHAKE_TIMEOUT_S
 ) -> tuple[Connection, Welcome]:
     """Return a connection past its handshake, and the server's welcome.
 
     Asks for the pairing code where the server wants one that `address` lacks, and there is a
-    terminal to ask at; again, if the answer was wrong.
+    terminal to ask at; again, if the answer was wrong. `console` shows no status line meanwhile.
     Otherwise blocks for `timeout_s` for connecting and for 10 s for the handshake at most.
 
     Raises ConnectionLost, ProtocolError where it is no Socket Pair server, WrongCode, PeerRefused,
@@ -372,7 +368,8 @@ def connect(
     common.require_pairing_packages()
     problem = ""
     while True:
-        address.code = ask(problem)
+        with console.without_status():
+            address.code = ask_for_code(problem)
         try:
             return connect_once(address, hello, timeout_s)
         except WrongCode as error:
@@ -1163,7 +1160,7 @@ class Sender:
         Comes back to a lost server after growing waits; raises ConnectionLost in the end,
         PeerRefused, ProtocolError and WrongCode at once.
         """
-        connection, welcome = connect(self._address, FILE_HELLO)
+        connection, welcome = connect(self._address, FILE_HELLO, self._console)
         self.begun = named
         is_single = len(named) == 1 and not named[0].entry.is_folder
         left_out = common.disguise(welcome.folder) if welcome.folder else None
@@ -1202,7 +1199,7 @@ class Sender:
             self._console.complain(f"{error}; trying again in {wait_s:.2g} s")
             time.sleep(wait_s)
             try:
-                return connect(self._address, FILE_HELLO)[0]
+                return connect(self._address, FILE_HELLO, self._console)[0]
             except ConnectionLost as again:
                 error = again
             except WrongCode as again:  # it was started anew; and each try counts as a guess
@@ -3646,11 +3643,7 @@ class Listening:
 
     def _connect(self) -> tuple[Connection, Welcome]:
         timeout_s = HANDSHAKE_TIMEOUT_S if self._audio is None else RECONNECT_TIMEOUT_S
-        return connect(self._address, self._hello, timeout_s=timeout_s, ask=self._ask_for_code)
-
-    def _ask_for_code(self, problem: str) -> str:
-        with self._console.without_status():
-            return ask_for_code(problem)
+        return connect(self._address, self._hello, self._console, timeout_s)
 
     def _wait_for_server(self, error: ConnectionLost) -> None:
         """Say once that there is no server, and leave it a little time to come back."""
@@ -4053,7 +4046,8 @@ def main(argv: Sequence[str]) -> int:
             return common.list_devices(common.SPEAKER)
         return start_audio_client(address, args)
     if not args.paths:
-        connect(address, FILE_HELLO)[0].close()  # holds no place there while the user types
+        # It holds no place there while the user types.
+        connect(address, FILE_HELLO, Console(args.quiet))[0].close()
         args.paths = ask_for_paths()
     return start_file_client(
         address,

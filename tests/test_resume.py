@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from common import STATUS_INTERVAL_S
 from pairing import CODE, OTHER_CODE
 from support import (
     LIMIT_S,
@@ -229,6 +231,23 @@ def test_a_server_that_comes_back_with_another_code_is_asked_once(
             assert second.stderr().count("wrong pairing code") == 1
     assert result.status == 1
     assert "pairing code: check it there; what has arrived is kept" in result.error_lines[-1]
+
+
+def test_no_bar_is_drawn_over_the_question_for_the_code_of_a_server_that_has_one_now(
+    inbox: Path, tmp_path: Path
+) -> None:
+    source = make_file(tmp_path / "file.bin", 40 * MIB)
+    with Server(inbox) as first, half_way(first, source, terminal=True) as (client, link):
+        first.kill()
+        client.wait_for_output(r"trying again in")
+        link.release()
+        with Server(inbox, "--code", CODE, port=first.port):
+            client.expect("Pairing code: ")
+            time.sleep(5 * STATUS_INTERVAL_S)
+            assert client.rest() == ""
+            client.type(f"{CODE}\r")
+            assert client.wait().status == 0
+    assert contents(inbox) == {"file.bin": source.read_bytes()}
 
 
 def test_the_client_gives_up_in_the_end(inbox: Path, tmp_path: Path) -> None:

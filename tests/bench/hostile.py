@@ -49,7 +49,7 @@ def attack(address: client.Address, said: bytes) -> None:
     """Be one hostile client, for good."""
     while True:
         with contextlib.suppress(OSError, common.SocketPairError):
-            connection, _ = client.connect(address, client.FILE_HELLO)
+            connection, _ = client.connect(address, client.FILE_HELLO, common.Console(quiet=True))
             with connection, connection.limit(20):
                 while True:
                     connection.write(said)

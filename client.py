@@ -3916,8 +3916,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     take_path_for_mode(parser, args)
     common.refuse_other_mode(parser, args, MODE_OPTIONS)
     check_arguments(parser, args)
-    if args.open:
-        args.code = None  # the environment's
+    common.take_code_from_environment(parser, args)
     return args
 
 

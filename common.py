@@ -3254,7 +3254,6 @@ def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> No
     pairing.add_argument(
         "--code",
         type=pairing_code,
-        default=os.environ.pop(CODE_VARIABLE, None) or None,  # not for child processes
         help=f"pairing code (or set {CODE_VARIABLE}, as arguments show in ps)",
     )
     pairing.add_argument("--open", action="store_true", help="do without a pairing code")
@@ -3269,6 +3268,19 @@ def refuse_other_mode(
             given = getattr(args, name) != parser.get_default(name)
             if given and args.mode not in (None, mode):
                 parser.error(f"--{name.replace('_', '-')} is for {mode} mode")
+
+
+def take_code_from_environment(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Have the environment's pairing code count where neither --code nor --open was given.
+
+    Exits with status 2 where it can be none.
+    """
+    text = os.environ.pop(CODE_VARIABLE, "")  # not for child processes
+    if text and not (args.code or args.open):
+        try:
+            args.code = pairing_code(text)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{CODE_VARIABLE}: {error}")
 
 
 def pairing_code(text: str) -> str:

@@ -4207,8 +4207,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     refuse_words(parser, args)
     common.refuse_other_mode(parser, args, MODE_OPTIONS)
-    if args.open:
-        args.code = None  # the environment's
+    common.take_code_from_environment(parser, args)
     return args
 
 
@@ -4272,7 +4271,7 @@ def serve_files(args: argparse.Namespace, console: Console) -> int:
         endpoint.describe(f"Receiving into {shown}", console)
         attend_folder(store, console)
         console.end_status()
-        return finish_files(server)
+        return finish_files(server, args.quiet)
     finally:
         server.stop()
 
@@ -4300,13 +4299,17 @@ def attend_folder(store: Store, console: Console) -> None:
                 time.sleep(wait_s)
 
 
-def finish_files(server: Server) -> int:
-    """Take no more clients, and wait until those served are done, or for a second Ctrl+C."""
+def finish_files(server: Server, quiet: bool) -> int:
+    """Take no more clients, and wait until those served are done, or for a second Ctrl+C.
+
+    Return the exit status. If `quiet`, say nothing where there is nobody to wait for.
+    """
     common.INTERRUPTS.arm()
     try:
-        under_way = server.clients.count_served()
-        ending = f"finishing {under_way} under way - Ctrl+C again to stop at once"
-        common.complain(f"\n{ending if under_way else 'stopped'}")
+        if under_way := server.clients.count_served():
+            common.complain(f"\nfinishing {under_way} under way - Ctrl+C again to stop at once")
+        elif not quiet:
+            common.complain("\nstopped")
         server.stop()
         server.clients.finish()
     except KeyboardInterrupt:

@@ -354,6 +354,14 @@ def test_arguments_that_make_no_sense_are_refused(command: str) -> None:
 
 
 @pytest.mark.parametrize("script", ["server.py", "client.py"])
+def test_a_bad_code_in_the_environment_is_told_as_that(script: str) -> None:
+    result = run_script(script, "file", env={"SOCKET_PAIR_CODE": "short"})
+    assert result.status == 2
+    (line,) = result.error_lines
+    assert line.startswith(f"{script}: error: SOCKET_PAIR_CODE: a pairing code has at least 8 ")
+
+
+@pytest.mark.parametrize("script", ["server.py", "client.py"])
 def test_help_and_version_are_there(script: str) -> None:
     assert re.fullmatch(r"Socket Pair \d+\.\d+\.\d+\n", run_script(script, "--version").stdout)
     shown = run_script(script, "--help")

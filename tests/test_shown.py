@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -9,16 +10,19 @@ import socket
 import sys
 from pathlib import Path
 
+from common import FINDING, PROTOCOL
 from support import (
     MIB,
     ROOT,
     Process,
     Program,
+    RawClient,
     Server,
     contents,
     free_port,
     make_file,
     make_sparse,
+    message,
     posix,
     send,
     sha256,
@@ -103,6 +107,24 @@ def test_a_quiet_server_says_nothing(inbox: Path, tmp_path: Path) -> None:
         wait_for(lambda: send(port, source).status == 0)
         assert contents(inbox) == {"file.bin": source.read_bytes()}
         assert server.stdout() + server.stderr() == ""
+
+
+def test_a_quiet_server_that_serves_nobody_ends_without_a_word(inbox: Path) -> None:
+    port = free_port()
+    args = ("file", "-q", "--port", str(port), "--folder", str(inbox))
+    with Process("server.py", *args) as server:
+        wait_for(lambda: is_there(port))
+        server.signal(signal.SIGINT)
+        result = server.wait()
+    assert (result.status, result.stdout, result.stderr) == (130, "", "")
+
+
+def is_there(port: int) -> bool:
+    """Return whether a server answers who only asks that."""
+    with contextlib.suppress(OSError), RawClient(port) as client:
+        client.send(message("hello", protocol=PROTOCOL, mode=FINDING))
+        return bool(client.receive()["type"] == "error")
+    return False
 
 
 def test_a_bar_is_shown_on_a_terminal_only(server: Server, tmp_path: Path) -> None:

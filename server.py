@@ -272,7 +272,7 @@ def split_partial(hidden: str) -> tuple[str, str]:
 
 # --- folders --------------------------------------------------------------------------------
 
-FOLDER_GONE = "its folder was moved or removed meanwhile"
+FOLDER_GONE = "its folder, or its hidden file there, was moved or removed meanwhile"
 MAX_TIME_NS = 2**63 - 1
 MAX_LINKS = 40  # as many as Linux follows in one path
 # Of one batch: each is a descriptor. One that is needed again after others is opened again.
@@ -1440,8 +1440,8 @@ class Disk:
 # --- looking up -----------------------------------------------------------------------------
 
 # More partial files than this of one batch are not looked at, of the client's own address and of
-# others: each is an open file.
-MAX_OPEN_PARTIALS = 16
+# others: each is an open file, and no client takes over ``MAX_HELD_LENGTHS`` of one name.
+MAX_OPEN_PARTIALS = 12
 # Entries of one batch with one path that are compared: each is a guess at what is here.
 MAX_ALIKE = 8
 # Finished files of one name that are read as they may be the same: those with the offered time, and

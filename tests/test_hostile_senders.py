@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common import LENGTH, MAX_FRAME_BYTES, STILL_HERE
+from common import LENGTH, MAX_FRAME_BYTES, MAX_HELD_LENGTHS, PARTIAL_SUFFIX, STILL_HERE
 from server import FREE_MISMATCHES, MAX_ALIKE
 from support import (
     MIB,
@@ -22,6 +22,7 @@ from support import (
     linux,
     make_file,
     make_partial,
+    make_sparse,
     message,
     partials,
     visible,
@@ -98,6 +99,22 @@ def test_each_guess_at_what_is_here_counts(server: Server) -> None:
             assert client.receive()["type"] == "start"
     with RawClient(server.port).greet() as client:
         assert client.offer(*guesses)["type"] == "hashing", "it has to wait for its turn"
+
+
+def test_no_number_of_partial_files_has_a_client_asked_more_than_it_answers(
+    server: Server,
+) -> None:
+    own = make_partial(server.folder, "film", b"")
+    for number in range(20):
+        for name in (own.name, f".film.0123456789{PARTIAL_SUFFIX}"):
+            partial = server.folder / name.replace("89.", f"{number:02}.")
+            make_sparse(partial, (64 + 40 * number + 20 * (name == own.name)) * MIB)
+    with RawClient(server.port).greet() as client:
+        held = client.offer({"path": "film", "size": 900 * MIB})
+        while held["type"] == "hashing":
+            held = client.receive()
+        ((_, lengths),) = held["entries"]
+        assert MAX_HELD_LENGTHS // 2 < len(lengths) <= MAX_HELD_LENGTHS
 
 
 def test_a_false_offer_does_not_remove_what_another_may_continue(server: Server) -> None:

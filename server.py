@@ -1290,7 +1290,7 @@ class Space:
         self._claims: set[Claims] = set()
         self._free: dict[int, tuple[float, float]] = {}  # when it was measured, and how much
 
-    def promise(self, claims: Claims, folder: Folder, needed: int) -> Promise:
+    def promise(self, claims: Claims, folder: Folder, needed: int) -> None:
         """Set `needed` bytes aside; raises Refused where there are not so many, and OSError."""
         with self._lock:
             left = self._left(claims, folder)
@@ -1300,9 +1300,8 @@ class Space:
             self._claims.add(claims)
             claims.promised_s = time.monotonic()
             claims.left[folder.device] += needed
-        return Promise(self, claims, folder.device, needed)
 
-    def release(self, claims: Claims, device: int, count: int, used: int) -> None:
+    def release(self, claims: Claims, device: int, count: int, used: int = 0) -> None:
         """Have `count` bytes not be promised any more, of which so many have been `used`."""
         with self._lock:
             claims.left[device] -= count
@@ -1338,27 +1337,6 @@ class Space:
             self._free[folder.device] = time.monotonic(), free
         others = sum(each.soon(folder.device) for each in self._claims - {own})
         return free - own.left[folder.device] - others
-
-
-class Promise:
-    """Space on a disk that is set aside for one file. For one thread at a time."""
-
-    def __init__(self, space: Space, claims: Claims, device: int, left: int) -> None:
-        self._space = space
-        self._claims = claims
-        self._device = device
-        self._left = left
-
-    def use(self, count: int) -> None:
-        """Note that `count` bytes have been written."""
-        count = min(count, self._left)
-        self._left -= count
-        self._space.release(self._claims, self._device, count, used=count)
-
-    def release(self) -> None:
-        """Give back all that is left. Idempotent."""
-        count, self._left = self._left, 0
-        self._space.release(self._claims, self._device, count, used=0)
 
 
 def reserve_of(total: int) -> int:
@@ -1470,7 +1448,7 @@ class Wanted(NamedTuple):
 
     entry: Entry
     beginning: PartialFile | None = None  # what is here of it
-    promise: Promise | None = None  # of space for the rest
+    device: int | None = None  # the file system on which there is space set aside for the rest
 
     @property
     def offset(self) -> int:
@@ -1753,14 +1731,12 @@ class Tampered(Refused):
 class UnderWay:
     """A file whose bytes are arriving, until it has its name."""
 
-    def __init__(
-        self, batch: Batch, entry: Entry, partial: PartialFile, promise: Promise | None
-    ) -> None:
-        self.entry = entry
+    def __init__(self, batch: Batch, wanted: Wanted, partial: PartialFile) -> None:
+        self.entry = wanted.entry
         self.partial = partial
         self._batch = batch
         self._disk = batch.store.disk
-        self._promise = promise
+        self._device = wanted.device
         self._offset = partial.size
         self._started_s = time.monotonic()
 
@@ -1774,8 +1750,11 @@ class UnderWay:
         if self.entry.size is None:
             self._disk.space.take(self._batch.claims, self.partial.folder, len(view))
         self.partial.write(view)
-        if self._promise:
-            self._promise.use(len(view))
+        self._release_space(len(view), used=len(view))
+
+    def _release_space(self, count: int, used: int = 0) -> None:
+        if self._device is not None:
+            self._disk.space.release(self._batch.claims, self._device, count, used)
 
     # the end
 
@@ -1833,13 +1812,12 @@ class UnderWay:
     def leave(self, error: BaseException) -> str:
         """Keep what has come, after `error`, if another run can use it; return words about that."""
         number = error.errno if isinstance(error, OSError) else 0
+        self._release_space(self.bytes_left)
         if self.entry.size is None or isinstance(error, Tampered) or number == errno.EFBIG:
             self.partial.discard()
         elif number in DISK_FULL:
             self.partial.make_room()
         kept = self.partial.keep()
-        if self._promise:
-            self._promise.release()
         shown = f"{format_bytes(kept)} of {escape(self.entry.path)}"
         return f"; {shown} are kept for the next run" if kept else ""
 
@@ -2114,10 +2092,10 @@ class Batch:
             folder = self.folders.nearest(folder_of(wanted.entry)) if needed > 0 else None
             if folder is None:
                 return wanted
-            promise = self.store.disk.space.promise(self.claims, folder, needed)
+            self.store.disk.space.promise(self.claims, folder, needed)
         except (Refused, OSError) as error:
             return self.fail(wanted.entry.path, error)
-        return Wanted(wanted.entry, wanted.beginning, promise)
+        return wanted._replace(device=folder.device)
 
     def close(self) -> None:
         """Release all that is still held or promised, and log how much was left out."""
@@ -2329,7 +2307,7 @@ class Reception:
         except FileNotFoundError:  # removed since it was looked up
             batch.folders.forget(path)
             partial = self._create(batch.folders.make(path, mode), entry)
-        under_way = UnderWay(batch, entry, partial, wanted.promise)
+        under_way = UnderWay(batch, wanted, partial)
         if under_way.bytes_left >= LARGE_BYTES:
             name = self._store.disk.rules_in(partial.folder).fit(name_of(entry))
             shown = self._store.spell(partial.folder, name)

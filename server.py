@@ -813,10 +813,6 @@ class PartialFile:
             os.ftruncate(self.descriptor, left)
             self.size = left
 
-    def is_of(self, holder: Holder) -> bool:
-        """Return whether it was made for a client with the address of `holder`."""
-        return has_tag(self.name, holder.tag)
-
     def is_untouched(self) -> bool:
         """Return whether no other program has made it longer or shorter: by its name one could."""
         return not self.name or os.fstat(self.descriptor).st_size == self.size
@@ -1456,14 +1452,6 @@ class Wanted(NamedTuple):
         return self.beginning.size if self.beginning else 0
 
 
-class Finished(NamedTuple):
-    """A file that has its name, and may be the same as an offered one."""
-
-    name: str
-    size: int
-    mtime_ns: int
-
-
 class LookedUp(NamedTuple):
     """An offered file, and what is here that may be its beginning, or the whole of it."""
 
@@ -1530,7 +1518,8 @@ class LookUp:
         self._disk = batch.store.disk
         self._since = since  # the client has connected, a time.monotonic()
         self._began_s = time.monotonic()
-        self._found: dict[str, tuple[list[PartialFile], list[Finished]]] = {}  # by path
+        # By path: partial files, and finished ones by their names.
+        self._found: dict[str, tuple[list[PartialFile], dict[str, os.stat_result]]] = {}
         self._alike: Counter[str] = Counter()
         self._open_left = {True: MAX_OPEN_PARTIALS, False: MAX_OPEN_PARTIALS}  # by whether own
         self._numbers_left = MAX_NUMBERS_LOOKED_UP
@@ -1551,11 +1540,10 @@ class LookUp:
             there = self._disk.with_fitting(folder, name, lambda name: self._finished(folder, name))
             self._found[entry.path] = left, there
         partials, finished = self._found[entry.path]
-        alike = [each for each in finished if each.size == entry.size]
-        alike.sort(key=lambda each: each.mtime_ns == entry.mtime_ns)
-        candidates = [each.name for each in alike[-MAX_CANDIDATES:]]
-        if partials or candidates:
-            return LookedUp(entry, entry.size, folder, partials, candidates)
+        alike = [each for each, found in finished.items() if found.st_size == entry.size]
+        alike.sort(key=lambda each: finished[each].st_mtime_ns == entry.mtime_ns)
+        if partials or alike:
+            return LookedUp(entry, entry.size, folder, partials, alike[-MAX_CANDIDATES:])
         return Wanted(entry)
 
     def _reopen_partials(self, folder: Folder, name: str) -> Iterator[PartialFile]:
@@ -1570,9 +1558,9 @@ class LookUp:
                 self._batch.partials.append(partial)
                 yield partial
 
-    def _finished(self, folder: Folder, name: str) -> list[Finished]:
+    def _finished(self, folder: Folder, name: str) -> dict[str, os.stat_result]:
         """Return the finished files of a name, and of that with a number."""
-        finished = []
+        finished = {}
         for number, each in self._disk.numbered(folder, name, MAX_NUMBERED):
             try:
                 found = folder.stat(each)
@@ -1581,7 +1569,7 @@ class LookUp:
                     self._disk.numbers.note((folder.identity, name), number)
                 break
             if stat.S_ISREG(found.st_mode):
-                finished.append(Finished(each, found.st_size, found.st_mtime_ns))
+                finished[each] = found
             self._numbers_left -= 1
             if self._numbers_left <= 0 or self._batch.store.overwrite:
                 break
@@ -1668,7 +1656,7 @@ def end_others(
     """Remove the partial files that were not chosen, but what may be another client's."""
     matched = {each.partial for here in same for each in here.beginnings}
     for partial in compared - {each.partial for each in chosen}:
-        if partial in matched or partial.is_of(holder):
+        if partial in matched or has_tag(partial.name, holder.tag):
             partial.discard()
         else:
             partial.close()

@@ -11,7 +11,7 @@ folders               ``Folder``, kept open; ``Folders``: nothing outside the ro
 partial files         ``PartialFile``: until complete and given a name; ``Leases``: who has which
 what clients share    ``Disk``: what is known of it; ``Space``, ``Digests``, ``Turns`` and
                       ``RateLimiter`` bound what each of them may cost
-looking up            ``LookUp``: what is here already; ``Comparison``: and the same at the client
+looking up            ``LookUp``: what is here already; ``Here``: and the same at the client
 one file              ``UnderWay``, until it has its name; ``Content``: its bytes
 file conversation     ``handle_file_client`` and ``Reception``: from offer to results; ``Batch``:
                       what the entries of an offer share
@@ -1426,7 +1426,6 @@ MAX_NUMBERED = 100  # that are looked at for that, of one name
 MAX_NUMBERS_LOOKED_UP = 10_000
 # A file of which more is held is also compared at some shorter lengths.
 CHECKPOINT_BYTES = 64 * 1024 * 1024
-MAX_COMPARISON_WAIT_S = 300.0
 
 
 def folder_of(entry: Entry) -> str:
@@ -1576,67 +1575,6 @@ class LookUp:
         return finished
 
 
-class Comparison:
-    """Finds out, together with one client, what of the files here is the same as there."""
-
-    def __init__(
-        self, connection: Connection, signs: SignsOfLife, heard: SignLimiter, disk: Disk
-    ) -> None:
-        self._connection = connection
-        self._signs = signs
-        self._heard = heard
-        self._disk = disk
-
-    def compare(
-        self, batch: Batch, looked_up: Sequence[LookedUp | Wanted | Outcome]
-    ) -> list[Wanted | Outcome]:
-        """Return what is done with each entry; blocks until both sides have read their files."""
-        held = {index: each for index, each in enumerate(looked_up) if isinstance(each, LookedUp)}
-        same = self._ask(batch, held) if held else {}
-        chosen = choose_beginnings(same)
-        compared = {partial for each in held.values() for partial in each.partials}
-        end_others(batch.holder, compared, same.values(), chosen.values())
-        return [
-            decide(batch, each, same[index], chosen.get(index))
-            if isinstance(each, LookedUp)
-            else each
-            for index, each in enumerate(looked_up)
-        ]
-
-    def _ask(self, batch: Batch, held: dict[int, LookedUp]) -> dict[int, Here]:
-        """Return, for each entry, what is here and the same at the client."""
-        with self._signs:
-            self._wait_for_turn(batch, Counter(each.entry.path for each in held.values()))
-        lengths = [(index, each.held()) for index, each in held.items()]
-        self._connection.send(common.Held(lengths))
-        with self._signs:
-            here = [each.read(self._disk, self._signs.check) for each in held.values()]
-        same = {}
-        for (index, each), its, checksums in zip(
-            held.items(), here, self._receive_prefixes(len(held)), strict=True
-        ):
-            # Short where the client could not read so much of its file.
-            same[index] = its.same_as(dict(zip(each.held(), checksums, strict=False)), each.size)
-        return same
-
-    def _wait_for_turn(self, batch: Batch, paths: Counter[str]) -> None:
-        """Wait until the client's address may have so much compared; raises ProtocolError."""
-        wait_s = batch.reserve_guesses(max(paths.values()), MAX_COMPARISON_WAIT_S)
-        if wait_s is None:
-            raise ProtocolError("too much that differs came from this address: try again later")
-        deadline = Deadline(wait_s)
-        while left_s := deadline.remaining():
-            time.sleep(min(left_s, SIGN_INTERVAL_S))
-            self._signs.check()
-
-    def _receive_prefixes(self, count: int) -> Sequence[Sequence[str]]:
-        while isinstance(message := self._connection.receive(common.Prefixes, Hashing), Hashing):
-            self._heard.note()
-        if len(message.entries) != count:
-            raise ProtocolError("received a message with bad 'entries'")
-        return message.entries
-
-
 def choose_beginnings(same: dict[int, Here]) -> dict[int, Beginning]:
     """Return the longest beginning for each entry that is not here, a partial file for one only."""
     chosen: dict[int, Beginning] = {}
@@ -1651,12 +1589,12 @@ def choose_beginnings(same: dict[int, Here]) -> dict[int, Beginning]:
 
 
 def end_others(
-    holder: Holder, compared: set[PartialFile], same: Iterable[Here], chosen: Iterable[Beginning]
+    tag: str, compared: set[PartialFile], same: Iterable[Here], chosen: Iterable[Beginning]
 ) -> None:
-    """Remove the partial files that were not chosen, but what may be another client's."""
+    """Remove those that were not chosen, but what may be a client's of another address."""
     matched = {each.partial for here in same for each in here.beginnings}
     for partial in compared - {each.partial for each in chosen}:
-        if partial in matched or has_tag(partial.name, holder.tag):
+        if partial in matched or has_tag(partial.name, tag):
             partial.discard()
         else:
             partial.close()
@@ -1685,9 +1623,6 @@ def decide(
 PIECE_S = 1.0
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 STATUS_NAME_CHARS = 30
-# Signs of life that may come at once, as a connection or this machine may have stood; and for good.
-SIGNS_AT_ONCE = 1_000
-SIGN_SPACING_S = 0.25
 # A client waits half a second to gather more than this in a segment or an offer, but at the end.
 SMALL_BYTES = 4096
 # The speed of less, that took no longer, means nothing.
@@ -1840,26 +1775,21 @@ class UnderWay:
         return f" (the rest of {format_bytes(size)})" if self._offset else ""
 
 
-class SignLimiter:
-    """Counts one client's signs of life, one a second; small segments and offers count too."""
-
-    def __init__(self) -> None:
-        self._allowed = RateLimiter(SIGNS_AT_ONCE, SIGN_SPACING_S)
-
-    def note(self) -> None:
-        """Count one; raises ProtocolError where there were too many."""
-        if self._allowed.reserve() is None:
-            raise ProtocolError("received next to nothing, too often")
-
-
 class Content:
-    """The bytes of one file on a connection: segments, then the SHA-256 of the whole."""
+    """The bytes of one file on a connection: segments, then the SHA-256 of the whole.
+
+    `note_sign` is told of each sign of life, and of each segment that is hardly more.
+    """
 
     def __init__(
-        self, connection: Connection, heard: SignLimiter, size: int | None, offset: int
+        self,
+        connection: Connection,
+        note_sign: Callable[[], object],
+        size: int | None,
+        offset: int,
     ) -> None:
         self._connection = connection
-        self._heard = heard
+        self._note_sign = note_sign
         self._size = size
         # A large file's bytes go straight into the blocks; many small files come with one call.
         self._ahead = (
@@ -1900,7 +1830,7 @@ class Content:
             if length == common.END_OF_FILE:
                 self._has_ended = True
             elif length == common.STILL_HERE:
-                self._heard.note()
+                self._note_sign()
             else:
                 self._begin_segment(length)
         return not self._has_ended
@@ -1911,7 +1841,7 @@ class Content:
         if self._size is not None and self.received + length > self._size:
             raise ProtocolError("received more of a file than was offered")
         if self._is_small:  # and was not the last
-            self._heard.note()
+            self._note_sign()
         self._is_small = length < SMALL_BYTES
         self._segment_left = length
 
@@ -1928,6 +1858,10 @@ LINES_A_BATCH = 10
 # A file of which so much is to come has a line in the log when it begins.
 LARGE_BYTES = 64 * 1024 * 1024
 ENTRIES_BETWEEN_CHECKS = 64
+# Signs of life that may come at once, as a connection or this machine may have stood; and for good.
+SIGNS_AT_ONCE = 1_000
+SIGN_SPACING_S = 0.25
+MAX_COMPARISON_WAIT_S = 300.0
 # Looking up takes one part in so many more, while a large file arrives.
 LOOKING_UP_SHARE = 4
 # Who speaks another protocol may come again after so long, not as fast as the processor allows.
@@ -2117,8 +2051,7 @@ class Reception:
         self._share = store.share_of(self.host)
         self._has_turn = False
         self._signs = SignsOfLife(lambda: connection.send(Hashing()))  # while a disk is slow
-        self._heard = SignLimiter()
-        self._comparison = Comparison(connection, self._signs, self._heard, store.disk)
+        self._heard = RateLimiter(SIGNS_AT_ONCE, SIGN_SPACING_S)  # signs of life of the client
         self._began_s = time.monotonic()
         self._count = 0  # of files that were saved
         self._results: list[tuple[int, Outcome]] = []  # by index, not told yet
@@ -2163,11 +2096,16 @@ class Reception:
             except PeerClosed:
                 return None
             if size < SMALL_BYTES:
-                self._heard.note()
+                self._note_sign()
             with self._signs, self._in_turn():
                 message = self._connection.receive(Offer, Hashing)
             if isinstance(message, Offer):
                 return message
+
+    def _note_sign(self) -> None:
+        """Count a sign of life, or what is hardly more; raises ProtocolError for too many."""
+        if self._heard.reserve() is None:
+            raise ProtocolError("received next to nothing, too often")
 
     @contextlib.contextmanager
     def _in_turn(self) -> Iterator[None]:
@@ -2190,7 +2128,7 @@ class Reception:
         with contextlib.closing(Batch(self._store, self, offer.run or self.peer)) as batch:
             with self._signs, self._in_turn():
                 looked_up = self._look_up(batch, offer)
-            compared = self._comparison.compare(batch, looked_up)
+            compared = self._compare(batch, looked_up)
             with self._signs:
                 decided = [
                     batch.set_space_aside(each) if isinstance(each, Wanted) else each
@@ -2221,6 +2159,55 @@ class Reception:
                 looked_up.append(batch.fail(entry.path, error))
         return looked_up
 
+    def _compare(
+        self, batch: Batch, looked_up: Sequence[LookedUp | Wanted | Outcome]
+    ) -> list[Wanted | Outcome]:
+        """Return what is done with each entry; blocks until both sides have read their files."""
+        held = {index: each for index, each in enumerate(looked_up) if isinstance(each, LookedUp)}
+        same = self._ask(batch, held) if held else {}
+        chosen = choose_beginnings(same)
+        compared = {partial for each in held.values() for partial in each.partials}
+        end_others(self.tag, compared, same.values(), chosen.values())
+        return [
+            decide(batch, each, same[index], chosen.get(index))
+            if isinstance(each, LookedUp)
+            else each
+            for index, each in enumerate(looked_up)
+        ]
+
+    def _ask(self, batch: Batch, held: dict[int, LookedUp]) -> dict[int, Here]:
+        """Return, for each entry, what is here and the same at the client."""
+        with self._signs:
+            self._wait_to_compare(batch, Counter(each.entry.path for each in held.values()))
+        lengths = [(index, each.held()) for index, each in held.items()]
+        self._connection.send(common.Held(lengths))
+        with self._signs:
+            here = [each.read(self._store.disk, self._signs.check) for each in held.values()]
+        same = {}
+        for (index, each), its, checksums in zip(
+            held.items(), here, self._receive_prefixes(len(held)), strict=True
+        ):
+            # Short where the client could not read so much of its file.
+            same[index] = its.same_as(dict(zip(each.held(), checksums, strict=False)), each.size)
+        return same
+
+    def _wait_to_compare(self, batch: Batch, paths: Counter[str]) -> None:
+        """Wait until the client's address may have so much compared; raises ProtocolError."""
+        wait_s = batch.reserve_guesses(max(paths.values()), MAX_COMPARISON_WAIT_S)
+        if wait_s is None:
+            raise ProtocolError("too much that differs came from this address: try again later")
+        deadline = Deadline(wait_s)
+        while left_s := deadline.remaining():
+            time.sleep(min(left_s, SIGN_INTERVAL_S))
+            self._signs.check()
+
+    def _receive_prefixes(self, count: int) -> Sequence[Sequence[str]]:
+        while isinstance(message := self._connection.receive(common.Prefixes, Hashing), Hashing):
+            self._note_sign()
+        if len(message.entries) != count:
+            raise ProtocolError("received a message with bad 'entries'")
+        return message.entries
+
     # under way
 
     def _transfer(self, batch: Batch, index: int, wanted: Wanted) -> None:
@@ -2233,7 +2220,7 @@ class Reception:
             return
         if is_large(entry) or not self._connection.buffered() or self._told.remaining() == 0:
             self._tell_results()  # before what may take a while
-        content = Content(self._connection, self._heard, entry.size, wanted.offset)
+        content = Content(self._connection, self._note_sign, entry.size, wanted.offset)
         try:
             content.has_more()  # nothing is made here for a file of which nothing comes
             outcome = self._receive_file(batch, wanted, content)

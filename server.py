@@ -1030,7 +1030,7 @@ class RateLimiter:
             self._buckets.note(key, (left, self._clock()))
         return wait_s
 
-    def give_back(self, key: str, number: int = 1) -> None:
+    def give_back(self, key: str, number: int) -> None:
         """Return turns that were reserved, and are not to count."""
         with self._lock:
             self._buckets.note(key, (self._left(key) + number, self._clock()))
@@ -1547,7 +1547,7 @@ class LookUp:
 
     def _reopen_partials(self, folder: Folder, name: str) -> Iterator[PartialFile]:
         """Open what earlier runs have left of a file."""
-        place = Place(name, self._batch.holder, self._disk)
+        place = Place(name, self._batch.client, self._disk)
         for hidden in self._disk.find_leftovers(folder, place, self._since):
             is_own = has_tag(hidden, place.holder.tag)
             if not self._open_left[is_own]:
@@ -1956,12 +1956,10 @@ class Batch:
 
     def __init__(self, store: Store, reception: Reception, run: str) -> None:
         self.store = store
-        self.holder: Holder = reception
+        self.client = reception
         self.folders = Folders(store.disk)
         self.partials: list[PartialFile] = []  # left by earlier runs
         self.differed = False
-        self._peer = reception.peer
-        self._host = reception.host
         self._run = run
         self._guesses = 0
         self.claims = Claims()
@@ -1976,7 +1974,7 @@ class Batch:
     def _log(self, level: int, kind: str, text: str) -> None:
         self._lines[level, kind] += 1
         if self._lines[level, kind] <= LINES_A_BATCH:
-            self.store.log.write(f"{self._peer} {text}", level, self._host)
+            self.store.log.write(f"{self.client.peer} {text}", level, self.client.host)
 
     def settle(self, kind: str, folder: Folder, name: str) -> Outcome:
         """Return that the client has a file here, "saved" or "already", which is noted."""
@@ -2003,7 +2001,7 @@ class Batch:
         """
         if self._guesses:
             return 0.0
-        wait_s = self.store.disk.mismatches.reserve(self._host, most_s, number)
+        wait_s = self.store.disk.mismatches.reserve(self.client.host, most_s, number)
         self._guesses = 0 if wait_s is None else number
         return wait_s
 
@@ -2026,11 +2024,11 @@ class Batch:
         self.store.disk.space.forget(self.claims)
         self.folders.close()
         if self._guesses and not self.differed:
-            self.store.disk.mismatches.give_back(self._host, self._guesses)
+            self.store.disk.mismatches.give_back(self.client.host, self._guesses)
         for (level, kind), lines in self._lines.items():
             if lines > LINES_A_BATCH:
-                more = f"{self._peer} and {lines - LINES_A_BATCH} more {kind}"
-                self.store.log.write(more, level, self._host)
+                more = f"{self.client.peer} and {lines - LINES_A_BATCH} more {kind}"
+                self.store.log.write(more, level, self.client.host)
 
 
 class Reception:
@@ -3814,7 +3812,7 @@ class Server:
         self._welcome = welcome
         self._gate = Gate(endpoint.code)
         # For all hosts together: they may be many.
-        self._turned_away = LimitedLog(TURNED_AWAY_LINES, TURNED_AWAY_SPACING_S, "were turned away")
+        self._turned_away = LimitedLog(TURNED_AWAY_LINES, TURNED_AWAY_SPACING_S)
         self.clients = Clients(max_clients, find_max_pending())
         self._advertising = contextlib.ExitStack()
         self._waker, self._woken = socket.socketpair()
@@ -3968,6 +3966,7 @@ LINES_AT_ONCE = 1_000
 LINE_SPACING_S = 1.0
 # Whoever reads the log goes by the words before the path: in other lines no name may hold them.
 SAVED_LINE = "%s sent %s, saved as %s"
+LEFT_OUT = "and %d more lines were left out"
 SAVED_WORDS, SAVED_WORDS_IN_NAMES = ", saved as ", r",\0040saved as "
 LOG_CLOSE_S = 2.0
 
@@ -3993,8 +3992,9 @@ class BackgroundLog(logging.Handler):
             self._left_out += 1
             return
         if self._left_out:
-            text, self._left_out = f"and {self._left_out} more lines", 0
-            self._lines.put(log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None))
+            left_out, self._left_out = (self._left_out,), 0
+            told = log.makeRecord(log.name, logging.WARNING, "", 0, LEFT_OUT, left_out, None)
+            self._lines.put(told)
         if record.msg != SAVED_LINE:
             text = record.getMessage().replace(SAVED_WORDS, SAVED_WORDS_IN_NAMES)
             record.msg, record.args = text, ()
@@ -4023,12 +4023,9 @@ class LimitedLog:
         self,
         at_once: int = LINES_AT_ONCE,
         spacing_s: float = LINE_SPACING_S,
-        left_out: str = "lines were left out",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`left_out` says what became of those whose lines were left out, as ``were refused``."""
         self._allowed = RateLimiter(at_once, spacing_s, clock)
-        self._left_out_text = left_out
         self._left_out = 0
         self._lock = threading.Lock()
 
@@ -4042,7 +4039,7 @@ class LimitedLog:
                 return
             left_out, self._left_out = self._left_out, 0
         if left_out:
-            log.warning("and %d more %s", left_out, self._left_out_text)
+            log.warning(LEFT_OUT, left_out)
         log.log(level, "%s", text)
 
 

@@ -174,7 +174,7 @@ def test_ctrl_c_waits_for_the_busy_and_not_for_who_holds_a_place(inbox: Path) ->
 
 def test_turning_many_away_is_some_lines_and_a_number(caplog: pytest.LogCaptureFixture) -> None:
     now_s = 0.0
-    turned_away = LimitedLog(50, 0.5, "were turned away", lambda: now_s)
+    turned_away = LimitedLog(50, 0.5, lambda: now_s)
     with caplog.at_level(logging.INFO, "socket-pair"):
         for number in range(50 + 990):
             turned_away.write(f"192.0.2.{number}: no")
@@ -183,7 +183,7 @@ def test_turning_many_away_is_some_lines_and_a_number(caplog: pytest.LogCaptureF
         now_s += 1.0
         turned_away.write("192.0.2.1: no")
     assert caplog.messages[50:] == [
-        "and 990 more were turned away",
+        "and 990 more lines were left out",
         "198.51.100.1: no",
         "192.0.2.1: no",
     ]

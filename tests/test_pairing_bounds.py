@@ -54,7 +54,7 @@ def test_what_is_given_back_does_not_count() -> None:
     limiter.give_back("a", 2)
     assert [limiter.reserve("a", 9.0) for _ in range(3)] == [0.0, 1.0, 2.0]
     now_s = 100.0
-    limiter.give_back("a")
+    limiter.give_back("a", 1)
     assert [limiter.reserve("a") for _ in range(4)] == [0.0, 0.0, 0.0, None]
 
 

@@ -636,7 +636,10 @@ class Holder(Protocol):
         """Break the connection, which then releases what it holds. For any thread."""
 
     def aside(self) -> contextlib.AbstractContextManager[None]:
-        """Let others have its turn inside the ``with`` block, in which it waits."""
+        """Let others have its turn inside the ``with`` block, in which it waits.
+
+        For the thread that has the turn, as whoever looks for partial files has.
+        """
 
 
 FileName = tuple[tuple[int, int], str]  # the identity of its folder, and its name there
@@ -2047,7 +2050,6 @@ class Reception:
         self.host = host_of(connection.peer)
         self.tag = hashlib.sha256(self.host.encode()).hexdigest()[:8]
         self._share = store.share_of(self.host)
-        self._has_turn = False
         self._signs = SignsOfLife(lambda: connection.send(Hashing()))  # while a disk is slow
         self._heard = RateLimiter(SIGNS_AT_ONCE, SIGN_SPACING_S)  # signs of life of the client
         self._began_s = time.monotonic()
@@ -2069,14 +2071,9 @@ class Reception:
         """See `Holder`."""
         self._connection.wake()
 
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """See `Holder`. For the thread that has the turn, if it has."""
-        if not self._has_turn:
-            yield
-            return
-        with self._store.disk.looking_up.aside(self._share):
-            yield
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """See `Holder`."""
+        return self._store.disk.looking_up.aside(self._share)
 
     def describe(self) -> str:
         """Return what is arriving, a large file or many, and from where. For any thread."""
@@ -2113,11 +2110,9 @@ class Reception:
         """
         turns = self._store.disk.looking_up
         with turns.turn(self._share):
-            self._has_turn = True
             try:
                 yield
             finally:
-                self._has_turn = False
                 if self._store.has_large_arrival():
                     turns.rest(LOOKING_UP_SHARE)
 

@@ -1011,6 +1011,21 @@ class Batch:
         with self._lock:
             self._ends[index] = end
 
+    def offer_folders_again(self, path: str) -> list[Source]:
+        """Return those folders that what is offered as `path` is in, to be offered again, once.
+
+        They get their times, and their lines, when all is there that is in them.
+        """
+        with self._lock:
+            again = [
+                index
+                for index in sorted(self._undecided - self._ends.keys())
+                if self.sources[index].entry.is_folder
+                and path.startswith(f"{self.sources[index].name}/")
+            ]
+            self._ends.update(dict.fromkeys(again, OFFERED_AGAIN))
+        return [self.sources[index] for index in again]
+
     def decide(self, index: int) -> tuple[Source, Sent | NotSent | None]:
         """Return one that is decided now, and how its sending had ended. Raises ProtocolError."""
         with self._lock:
@@ -1132,6 +1147,7 @@ class Backlog:
 
     def take(self) -> list[Source]:
         """Return the next batch, none at the end; blocks while it is looked up."""
+        self._returned.sort(key=lambda each: each.entry.is_folder)  # after what is in them
         batch = next(in_batches(self._returned), [])
         del self._returned[: len(batch)]
         return batch or next(self._batches, [])
@@ -1577,7 +1593,7 @@ class Upload:
         except ConnectionLost:
             raise
         except OfferAgain as error:
-            self._backlog.give_back([error.source])
+            self._backlog.give_back([error.source, *batch.offer_folders_again(error.source.name)])
             end = OFFERED_AGAIN
         except (OSError, SocketPairError) as error:
             end = NotSent(describe_error(error))

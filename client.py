@@ -511,8 +511,7 @@ def describe_file(name: str, found: os.stat_result) -> Entry:
     """Return the entry of an offer that a file with these properties is."""
     mtime_ns = found.st_mtime_ns if found.st_mtime_ns in common.MTIMES_NS else None
     mode = None if sys.platform == "win32" else found.st_mode & 0o777
-    is_executable = bool((mode or 0) & stat.S_IXUSR)
-    return Entry(name, found.st_size, mtime_ns, is_executable, mode=mode)
+    return Entry(name, found.st_size, mtime_ns, mode)
 
 
 def look_up_file(path: str, name: str, found: os.stat_result) -> Source:
@@ -567,7 +566,7 @@ def look_up(path: str) -> Source:
 def folder_source(path: str, name: str, found: os.stat_result) -> Source:
     """Return the source that a folder with these properties is."""
     entry = describe_file(name, found)
-    return Source(path, entry._replace(size=None, executable=False, is_folder=True), found)
+    return Source(path, entry._replace(size=None, is_folder=True), found)
 
 
 def name_of(path: str, system: ModuleType = os.path) -> str:

@@ -607,7 +607,7 @@ LENGTH = struct.Struct("!I")
 MAX_FRAME_BYTES = 1024 * 1024
 MAX_HELLO_BYTES = 4 * 1024
 MAX_UNCHECKED_BYTES = 64 * 1024
-MAX_JSON_VALUES = 32_000  # of JSON in a longer frame; the longest offer has nine thousand
+MAX_JSON_VALUES = 32_000  # of JSON in a longer frame; the longest offer has six thousand
 JSON_STRING = rb'(?s)"[^"\\]*(?:\\.[^"\\]*)*"'  # compiled where it is used, as few need it
 
 Fields = dict[str, Any]
@@ -844,19 +844,13 @@ class Entry(NamedTuple):
     path: str
     size: int | None = None
     mtime_ns: int | None = None
-    executable: bool = False
-    is_folder: bool = False
     mode: int | None = None
+    is_folder: bool = False
 
     def encode(self) -> Fields:
         """Return it as an item of an Offer."""
         fields = self._asdict()
-        is_folder = fields.pop("is_folder")
-        if self.mode is None:
-            del fields["mode"]
-        if is_folder:
-            del fields["size"], fields["executable"]
-            fields["folder"] = True
+        fields["folder"] = fields.pop("is_folder")
         return fields
 
     @classmethod
@@ -868,9 +862,8 @@ class Entry(NamedTuple):
             require(item, "path", str),
             optional_number(item, "size", FILE_SIZES),
             optional_number(item, "mtime_ns", MTIMES_NS),
-            bool(item.get("executable")),
-            bool(item.get("folder")),
             optional_number(item, "mode", PERMISSIONS),
+            bool(item.get("folder")),
         )
 
 

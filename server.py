@@ -1641,8 +1641,8 @@ def is_large(entry: Entry) -> bool:
 def mode_of(entry: Entry) -> int:
     """Return which permissions an entry may have here: none that it does not have there."""
     if entry.mode is not None:
-        return entry.mode & 0o777
-    return 0o777 if entry.executable or entry.is_folder else 0o666
+        return entry.mode
+    return 0o777 if entry.is_folder else 0o666
 
 
 def making_mode(entry: Entry) -> int:

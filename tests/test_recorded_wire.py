@@ -28,7 +28,6 @@ from common import (
     Held,
     Hello,
     Message,
-    Offer,
     Outcome,
     Prefixes,
     Results,
@@ -46,7 +45,6 @@ RECORDED = json.loads(Path(__file__).with_name("wire_v1.json").read_text())
 UNCHANGED: list[type[Message]] = [
     Hello,
     Welcome,
-    Offer,
     Held,
     Hashing,
     Prefixes,

@@ -57,13 +57,9 @@ FILES = st.builds(
     TEXTS,
     st.none() | SIZES,
     st.none() | st.integers(-(2**68), 2**68),
-    st.booleans(),
-    st.just(False),
     st.none() | st.integers(0, 0o777),
 )
-FOLDERS = FILES.map(
-    lambda entry: Entry(entry.path, None, entry.mtime_ns, is_folder=True, mode=entry.mode)
-)
+FOLDERS = FILES.map(lambda entry: entry._replace(size=None, is_folder=True))
 OUTCOMES = st.builds(Outcome, st.sampled_from(["saved", "already", "failed"]), TEXTS)
 SYNC = st.none() | st.integers(10, 10_000)
 OPUS = st.integers(6, 510)
@@ -95,7 +91,7 @@ MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
 }
 KINDS = list(MESSAGES)
 MESSAGE_FIELDS = ["protocol", "mode", "error", "kind", "share", "rate", "channels", "stream"]
-ITEM_FIELDS = ["path", "size", "mtime_ns", "executable", "folder", "offset", "saved", "failed"]
+ITEM_FIELDS = ["path", "size", "mtime_ns", "mode", "folder", "offset", "saved", "failed"]
 ITEMS = st.fixed_dictionaries({}, optional=dict.fromkeys(ITEM_FIELDS, JSON_VALUES)) | st.tuples(
     st.integers() | JSON_VALUES, JSON_VALUES | st.lists(st.integers())
 )
@@ -219,7 +215,7 @@ def test_a_message_comes_in_utf_8_alone(encoding: str) -> None:
 
 def test_an_offer_of_the_longest_names_in_their_longest_form_is_parsed() -> None:
     names = ['{[,\\u\u0007"' * 40] * MAX_BATCH_ENTRIES
-    offer = Offer([Entry(name, 1, 2, True, False, 0o755) for name in names])
+    offer = Offer([Entry(name, 1, 2, 0o755) for name in names])
     content = encode_message(offer)[4:]
     assert len(content) > 256 * 1024
     assert decode_message(content, [Offer]) == offer

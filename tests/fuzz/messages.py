@@ -282,7 +282,7 @@ def frame(content: bytes) -> bytes:
 
 
 def entry(path: str, size: int | None, **more: Any) -> dict[str, Any]:
-    return {"path": path, "size": size, "mtime_ns": 10**18, "executable": False, **more}
+    return {"path": path, "size": size, "mtime_ns": 10**18, "mode": 0o644, **more}
 
 
 def segments(content: bytes) -> bytes:
@@ -309,7 +309,7 @@ CONVERSATIONS: dict[str, list[Conversation]] = {
                 "type": "offer",
                 "entries": [
                     entry("a.txt", SIZE),
-                    entry("folder/b.txt", SIZE, executable=True),
+                    entry("folder/b.txt", SIZE, mode=0o755),
                     entry("pipe", None),
                     {"path": "folder", "mtime_ns": 0, "folder": True},
                 ],

@@ -1219,22 +1219,20 @@ def remove_old_leftovers(root: str) -> None:
     server makes folders is left alone.
     """
     with contextlib.suppress(OSError):
-        if sys.platform == "win32":
-            for place, folders, names in os.walk(root):
-                prune(folders, root, place)
-                for name in names:
-                    remove_old_leftover(os.path.join(place, name), None)
-        else:
-            for place, folders, names, folder in os.fwalk(root):
-                prune(folders, root, place)
-                for name in names:
-                    remove_old_leftover(name, folder)
+        for place, folders, names, descriptor in walk(root):
+            if place[len(root) :].count(os.sep) >= MAX_FOLDER_DEPTH:
+                folders.clear()
+            for name in names:
+                remove_old_leftover(name, descriptor)
 
 
-def prune(folders: list[str], root: str, place: str) -> None:
-    """Forget the `folders` of a `place` that is as deep below `root` as a path may be."""
-    if place[len(root) :].count(os.sep) >= MAX_FOLDER_DEPTH:
-        folders.clear()
+def walk(root: str) -> Iterator[tuple[str, list[str], list[str], int | None]]:
+    """Yield what `os.fwalk` does; on Windows, which has no such thing, with whole paths."""
+    if sys.platform == "win32":
+        for place, folders, names in os.walk(root):
+            yield place, folders, [os.path.join(place, name) for name in names], None
+    else:
+        yield from os.fwalk(root)
 
 
 def remove_old_leftover(name: str, dir_fd: int | None) -> None:

@@ -1230,8 +1230,11 @@ PROGRESS_TIMEOUT_S = 60.0
 LINGER_TIMEOUT_S = 1.0
 FLUSH_INTERVAL_S = 1.0
 LINGER = struct.Struct("HH" if sys.platform == "win32" else "ii")
-# An idle connection is asked after so many seconds, so often, and then counts as broken.
-KEEPALIVE_OPTIONS = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+# An idle connection is asked after so many seconds (macOS has another word for that), so often, and
+# then counts as broken.
+KEEPALIVE_OPTIONS = (
+    ("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)
+)  # fmt: skip
 SO_NWRITE = 0x1024
 SIGN_INTERVAL_S = 1.0
 RECEIVE_BYTES = 256 * 1024

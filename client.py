@@ -1084,7 +1084,7 @@ SMALL_FILE_BYTES = 64 * 1024
 # Who may ask for the SHA-256 of any length learns a file byte by byte.
 MIN_PREFIX_BYTES = 4096
 # Signs of life, one a second, that a server may send for looking up a batch, and then before a
-# result while it takes nothing. More while it hashes what it holds.
+# result while it takes nothing. More where it has to hash what it holds, or has got meanwhile.
 MAX_SIGNS = 600
 MIN_HASHED_BYTES_PER_S = 1_000_000
 
@@ -1515,16 +1515,15 @@ class Upload:
         digests: dict[int, Digests] = {}
         if isinstance(answer, Held):
             digests = self._compare(batch, answer)
-            held = sum(batch.sources[index].entry.size or 0 for index, _ in answer.entries)
-            hashing_signs = held // MIN_HASHED_BYTES_PER_S
-            answer = self._receive_answer(MAX_SIGNS + hashing_signs)
+            held = [batch.sources[index] for index, _ in answer.entries]
+            answer = self._receive_answer(most_signs(held))
         if isinstance(answer, Held):
             raise ProtocolError("received a second held")
         return self._begin(batch, answer, digests)
 
-    def _receive_answer(self, most_signs: int) -> Start | Held:
-        """Return the next message but signs of life, of which fewer than `most_signs` may come."""
-        for _ in range(most_signs):
+    def _receive_answer(self, most: int) -> Start | Held:
+        """Return the next message but signs of life, of which fewer than `most` may come."""
+        for _ in range(most):
             answer = self._connection.receive(Start, Held, Hashing)
             if not isinstance(answer, Hashing):
                 return answer
@@ -1606,17 +1605,21 @@ class Upload:
 
     def _read_results(self, batch: Batch) -> None:
         """Report what becomes of each file of a batch, until all are decided; see `reading`."""
+        most = most_signs(batch.sources)
         while not batch.is_done():
-            entries = self._receive_results().entries
+            entries = self._receive_results(most).entries
             if not entries:
                 raise ProtocolError("received results without a result")
             for index, outcome in entries:
                 self._decide(batch, index, outcome)
 
-    def _receive_results(self) -> Results:
-        """Return the next results; signs of life before them may go on while anything is sent."""
+    def _receive_results(self, most: int) -> Results:
+        """Return the next results, before which fewer signs of life than `most` may come.
+
+        They do not count while anything is sent.
+        """
         signs, then_bytes = 0, -1
-        while signs < MAX_SIGNS:
+        while signs < most:
             message = self._connection.receive(Results, Hashing)
             if not isinstance(message, Hashing):
                 return message
@@ -1634,6 +1637,11 @@ class Upload:
             self._report.decided(source, outcome, end)
         elif end != OFFERED_AGAIN:
             self._report.problem(Problem(source.path, source.name, end.reason))
+
+
+def most_signs(hashed: Iterable[Source]) -> int:
+    """Return how many signs of life are too many of a server that may have to hash these files."""
+    return MAX_SIGNS + sum(each.entry.size or 0 for each in hashed) // MIN_HASHED_BYTES_PER_S
 
 
 def hash_prefixes(

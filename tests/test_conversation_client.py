@@ -293,6 +293,23 @@ def test_signs_of_life_count_only_while_a_server_takes_nothing(
         check_one_line(capsys, "signs of life without end")
 
 
+def test_a_server_may_hash_for_as_long_as_a_large_file_takes_before_it_tells_what_becomes_of_it(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another client has saved a file of that name meanwhile."""
+    monkeypatch.setattr(client, "MIN_HASHED_BYTES_PER_S", 10)
+
+    def serve(peer: RawPeer) -> None:
+        welcome(peer)
+        read_message(peer, Offer)
+        peer.send(say(Start([0])))
+        read_file(peer)
+        peer.send(say(*[Hashing()] * 1_000, Results([(0, SAVED)])))
+        peer.read_all()
+
+    assert send(serve, file) == 0
+
+
 @pytest.mark.parametrize("read", [0, 1000, 3 * MIB])
 def test_hanging_up_in_the_middle_is_one_line(
     tmp_path: Path, read: int, capsys: pytest.CaptureFixture[str]

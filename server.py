@@ -670,16 +670,19 @@ class Leases:
             return self._wait_and_take(file, holder, since)
 
     def _wait_and_take(self, file: FileName, holder: Holder, since: float) -> bool:
+        ended = None  # whose own end is the last that it hears
         with self._changed:
             while (other := self._holders.get(file)) is not None:
                 silent_s, waited_s = other.silent_s(), time.monotonic() - since
                 if silent_s >= SILENT_S:
                     other.end()
-                is_alive = silent_s < waited_s
+                    ended = other
+                is_alive = silent_s < waited_s and other is not ended
                 limit_s = RELEASE_TIMEOUT_S if is_alive else TAKEOVER_TIMEOUT_S
                 if other is holder or waited_s >= limit_s:
                     return False
-                self._changed.wait(max(0.01, min(SILENT_S - silent_s, limit_s - waited_s)))
+                until_silent_s = math.inf if other is ended else SILENT_S - silent_s
+                self._changed.wait(min(until_silent_s, limit_s - waited_s))
             self._holders[file] = holder
         return True
 

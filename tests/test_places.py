@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from common import PARTIAL_SUFFIX
-from server import Disk, Folder, Folders, PartialFile, Place, Refused
+from server import RELEASE_TIMEOUT_S, Disk, Folder, Folders, PartialFile, Place, Refused
 from support import as_root, linux, posix
 
 
@@ -277,6 +279,24 @@ def test_a_silent_client_is_ended_for_the_next_one(root: Path) -> None:
     assert isinstance(place.holder, Client)
     assert place.holder.has_ended
     partial.close()
+
+
+def test_a_client_that_is_ended_has_time_to_release_what_it_holds(root: Path) -> None:
+    """Its end is the last that it hears, and what has come is written before it releases it."""
+
+    class Ending(Client):
+        def end(self) -> None:
+            self.silent = 0.0
+            threading.Timer(0.1, partial.keep).start()
+
+    place = place_of(root, "x", Ending(silent=10.0))
+    partial = PartialFile.create(open_root(root), place)
+    partial.write(memoryview(b"what has come"))
+    again = Place(place.name, Client(), place.disk)
+    since = time.monotonic() - RELEASE_TIMEOUT_S
+    reopened = PartialFile.reopen(open_root(root), partial.name, again, since)
+    assert reopened is not None
+    reopened.discard()
 
 
 @linux

@@ -1419,7 +1419,7 @@ class Disk:
 
 # More partial files than this of one batch are not looked at, of the client's own address and of
 # others: each is an open file, and no client takes over ``MAX_HELD_LENGTHS`` of one name.
-MAX_OPEN_PARTIALS = 12
+MAX_OPEN_PARTIALS = 16
 # Entries of one batch with one path that are compared: each is a guess at what is here.
 MAX_ALIKE = 8
 # Finished files of one name that are read as they may be the same: those with the offered time, and
@@ -1428,7 +1428,8 @@ MAX_CANDIDATES = 8
 MAX_NUMBERED = 100  # that are looked at for that, of one name
 # Names with a number that one batch has looked up.
 MAX_NUMBERS_LOOKED_UP = 10_000
-# A file of which more is held is also compared at some shorter lengths.
+# A partial file that holds more is also compared at some shorter lengths, if it is of the client's
+# own address: another's, whose beginning alone is the same, is most likely of another file.
 CHECKPOINT_BYTES = 64 * 1024 * 1024
 
 
@@ -1461,20 +1462,20 @@ class LookedUp(NamedTuple):
     entry: Entry
     size: int
     folder: Folder
-    partials: Sequence[PartialFile]
+    partials: dict[PartialFile, Sequence[int]]  # and the lengths at which they are compared
     candidates: Sequence[str]  # names of finished files of its size
 
     def held(self) -> list[int]:
         """Return the lengths, in bytes, of which the client is to tell the SHA-256."""
-        lengths = {length for each in self.partials for length in checkpoints(each.size)}
+        lengths = {length for each in self.partials.values() for length in each}
         return sorted(lengths | {self.size} if self.candidates else lengths)
 
     def read(self, disk: Disk, on_progress: Callable[[int], object]) -> Here:
         """Return the SHA-256 of all that is here; blocks until it is read."""
         beginnings = []
-        for each in self.partials:
+        for each, lengths in self.partials.items():
             with contextlib.suppress(OSError, FileShrunk):  # as good as different
-                found = disk.digests.read(each.descriptor, checkpoints(each.size), on_progress)
+                found = disk.digests.read(each.descriptor, lengths, on_progress)
                 beginnings += [Beginning(each, *read) for read in found.items()]
         names = {
             name: disk.read_finished(self.folder, name, self.size, on_progress)
@@ -1521,8 +1522,10 @@ class LookUp:
         self._disk = batch.store.disk
         self._since = since  # the client has connected, a time.monotonic()
         self._began_s = time.monotonic()
-        # By path: partial files, and finished ones by their names.
-        self._found: dict[str, tuple[list[PartialFile], dict[str, os.stat_result]]] = {}
+        # By path: partial files as they are compared, and finished ones by their names.
+        self._found: dict[
+            str, tuple[dict[PartialFile, Sequence[int]], dict[str, os.stat_result]]
+        ] = {}
         self._alike: Counter[str] = Counter()
         self._open_left = {True: MAX_OPEN_PARTIALS, False: MAX_OPEN_PARTIALS}  # by whether own
         self._numbers_left = MAX_NUMBERS_LOOKED_UP
@@ -1539,7 +1542,7 @@ class LookUp:
         name = name_of(entry)
         if entry.path not in self._found:
             # Partial files first: one that gets its name meanwhile is a finished one then.
-            left = list(self._reopen_partials(folder, name))
+            left = dict(self._reopen_partials(folder, name))
             there = self._disk.with_fitting(folder, name, lambda name: self._finished(folder, name))
             self._found[entry.path] = left, there
         partials, finished = self._found[entry.path]
@@ -1549,8 +1552,10 @@ class LookUp:
             return LookedUp(entry, entry.size, folder, partials, alike[-MAX_CANDIDATES:])
         return Wanted(entry)
 
-    def _reopen_partials(self, folder: Folder, name: str) -> Iterator[PartialFile]:
-        """Open what earlier runs have left of a file."""
+    def _reopen_partials(
+        self, folder: Folder, name: str
+    ) -> Iterator[tuple[PartialFile, Sequence[int]]]:
+        """Open what earlier runs have left of a file, and find out how it is compared."""
         place = Place(name, self._batch.client, self._disk)
         for hidden in self._disk.find_leftovers(folder, place, self._since):
             is_own = has_tag(hidden, place.holder.tag)
@@ -1559,7 +1564,7 @@ class LookUp:
             if partial := PartialFile.reopen(folder, hidden, place, self._began_s):
                 self._open_left[is_own] -= 1
                 self._batch.partials.append(partial)
-                yield partial
+                yield partial, checkpoints(partial.size) if is_own else [partial.size]
 
     def _finished(self, folder: Folder, name: str) -> dict[str, os.stat_result]:
         """Return the finished files of a name, and of that with a number."""
@@ -1592,13 +1597,10 @@ def choose_beginnings(same: dict[int, Here]) -> dict[int, Beginning]:
     return chosen
 
 
-def end_others(
-    tag: str, compared: set[PartialFile], same: Iterable[Here], chosen: Iterable[Beginning]
-) -> None:
-    """Remove those that were not chosen, but what may be a client's of another address."""
-    matched = {each.partial for here in same for each in here.beginnings}
+def end_others(tag: str, compared: set[PartialFile], chosen: Iterable[Beginning]) -> None:
+    """Remove those that were not chosen, but what a client of another address may continue."""
     for partial in compared - {each.partial for each in chosen}:
-        if partial in matched or has_tag(partial.name, tag):
+        if has_tag(partial.name, tag):
             partial.discard()
         else:
             partial.close()
@@ -2161,7 +2163,7 @@ class Reception:
         same = self._ask(batch, held) if held else {}
         chosen = choose_beginnings(same)
         compared = {partial for each in held.values() for partial in each.partials}
-        end_others(self.tag, compared, same.values(), chosen.values())
+        end_others(self.tag, compared, chosen.values())
         return [
             decide(batch, each, same[index], chosen.get(index))
             if isinstance(each, LookedUp)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import server
 from common import (
     END_OF_FILE,
     GIVEN_UP,
     LENGTH,
+    PARTIAL_SUFFIX,
     SEGMENT_BYTES,
     STILL_HERE,
     Entry,
@@ -31,7 +33,7 @@ from common import (
 from conversation import read_message, real_server, say, segments
 from peers import RawPeer
 from server import FOLDER_GONE
-from support import contents, make_partial, partials, wait_for
+from support import MIB, contents, make_partial, partials, wait_for
 
 CONTENT = b"what is sent " * 40
 HELD = CONTENT[:200]
@@ -175,6 +177,28 @@ def test_a_prefix_that_was_confirmed_is_still_checked_against_the_whole(inbox: P
         peer.send(segments(rest, hashlib.sha256((other + rest)[: len(CONTENT)]).digest()))
         assert outcomes_of(peer)[0].kind == "failed"
     assert set(contents(inbox)) <= {path.name for path in partials(inbox)}
+
+
+@pytest.mark.parametrize("own_bytes", [0, 4 * MIB])
+def test_what_another_address_may_continue_is_kept_where_only_its_beginning_is_the_same(
+    inbox: Path, monkeypatch: pytest.MonkeyPatch, own_bytes: int
+) -> None:
+    """As of two machines' disk images."""
+    monkeypatch.setattr(server, "CHECKPOINT_BYTES", MIB)
+    content = bytes(12 * MIB)
+    other = make_partial(inbox, "image", content[: 2 * MIB] + b"other" * MIB)
+    other = other.rename(other.with_name(f".image.{'0' * 10}{PARTIAL_SUFFIX}"))
+    if own_bytes:
+        make_partial(inbox, "image", content[:own_bytes])
+    with real_server(inbox) as peer:
+        peer.send(say(Offer([Entry("image", len(content))])))
+        held = read_message(peer, Held)
+        assert isinstance(held, Held)
+        ((_, lengths),) = held.entries
+        told = [hashlib.sha256(content[:length]).hexdigest() for length in lengths]
+        peer.send(say(Prefixes([told])))
+        assert start_of(peer).entries == [own_bytes]
+    assert other.stat().st_size == 7 * MIB
 
 
 def test_a_file_counts_as_there_already_only_by_its_checksum(inbox: Path) -> None:

@@ -960,8 +960,8 @@ class Hashing(NamedTuple):
 class Prefixes(NamedTuple):
     """The answer to Held: for each of its entries the SHA-256 of each length, in hexadecimal.
 
-    There are fewer for a file that cannot be read so far, and an empty one for a length that is
-    not told: one too near to the one before, from which the bytes between could be guessed.
+    One is empty where it is not told: the file cannot be read so far, or the length is too near to
+    the one before, from which the bytes between could be guessed.
     """
 
     entries: Sequence[Sequence[str]]

@@ -2183,7 +2183,7 @@ class Reception:
         for (index, each), its, checksums in zip(
             held.items(), here, self._receive_prefixes(len(held)), strict=True
         ):
-            # Short where the client could not read so much of its file.
+            # Whatever a client leaves out is as good as different.
             same[index] = its.same_as(dict(zip(each.held(), checksums, strict=False)), each.size)
         return same
 

@@ -969,8 +969,8 @@ MAX_KNOWN_FOLDERS = 500  # with the leftovers in them
 MAX_LEFTOVERS = 1_000  # that count in one folder, those of the client's own address first
 LEFTOVER_LIFE_S = 7 * 24 * 3600.0
 SWEEP_INTERVAL_S = 3600.0
-# What was written so lately may be written again without a later time.
-CLOCK_TICK_NS = 100_000_000
+# What was written so lately may be written again without a later time: FAT's are of two seconds.
+CLOCK_TICK_NS = 2_100_000_000
 # Kept free for what else is on the disk, and of it the share that small disks keep.
 RESERVE_BYTES = 256 * 1024 * 1024
 RESERVE_SHARE = 50

@@ -281,6 +281,18 @@ def test_a_silent_client_is_ended_for_the_next_one(root: Path) -> None:
     partial.close()
 
 
+def test_what_came_within_the_tick_of_a_coarse_clock_is_found(root: Path) -> None:
+    """As of FAT, on which a folder keeps its time for up to two seconds, whatever comes into it."""
+    place, ago_ns = place_of(root, "x"), time.time_ns() - 10**9
+    os.utime(root, ns=(ago_ns, ago_ns))
+    assert place.disk.find_leftovers(open_root(root), place, time.monotonic()) == []
+    partial = PartialFile.create(open_root(root), place)
+    partial.close()
+    os.utime(root, ns=(ago_ns, ago_ns))
+    found = place.disk.find_leftovers(open_root(root), place, time.monotonic())
+    assert found == [partial.name]
+
+
 def test_a_client_that_is_ended_has_time_to_release_what_it_holds(root: Path) -> None:
     """Its end is the last that it hears, and what has come is written before it releases it."""
 

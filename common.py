@@ -3174,7 +3174,10 @@ class Console:
             shown = text + " " * (self._status_width - width)
             if not text:  # clear also what Ctrl+C has left behind the line
                 shown = " " * (self._status_width + len(CTRL_C_ECHO)) + "\r"
-            print(f"\r{shown}", end="", file=sys.stderr, flush=True)
+            try:
+                print(f"\r{shown}", end="", file=sys.stderr, flush=True)
+            except OSError:  # the terminal is gone
+                self.has_status, width = False, 0
             self._status_width = width
 
 

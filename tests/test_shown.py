@@ -16,6 +16,7 @@ from support import (
     ROOT,
     Process,
     Program,
+    Proxy,
     RawClient,
     Server,
     contents,
@@ -26,8 +27,12 @@ from support import (
     posix,
     send,
     sha256,
+    start_client,
     wait_for,
 )
+
+if sys.platform != "win32":
+    import pty
 
 
 def test_the_server_logs_a_line_for_each_file(server: Server, tmp_path: Path) -> None:
@@ -125,6 +130,29 @@ def is_there(port: int) -> bool:
         client.send(message("hello", protocol=PROTOCOL, mode=FINDING))
         return bool(client.receive()["type"] == "error")
     return False
+
+
+@posix
+def test_a_server_outlives_its_terminal(inbox: Path, tmp_path: Path) -> None:
+    """As one that a shell has disowned, on whose status line nobody looks any more."""
+    source = make_file(tmp_path / "file.bin", 30 * MIB)
+    near, far = pty.openpty()
+    port = free_port()
+    with Process(
+        *("server.py", "file", f"--port={port}", f"--folder={inbox}"), stderr=far
+    ) as server:
+        os.close(far)
+        server.wait_for("Receiving into")
+        with (
+            Proxy(port, hold_at=16 * MIB) as proxy,
+            start_client(proxy.port, "--retry=5", source) as client,
+        ):
+            assert b"file.bin" in os.read(near, 1000)
+            os.close(near)
+            proxy.release()
+            assert client.wait().status == 0
+        assert send(port, source).status == 0
+    assert contents(inbox) == {"file.bin": source.read_bytes()}
 
 
 def test_a_bar_is_shown_on_a_terminal_only(server: Server, tmp_path: Path) -> None:

@@ -1456,13 +1456,16 @@ class Wanted(NamedTuple):
         return self.beginning.size if self.beginning else 0
 
 
+Partials = dict[PartialFile, Sequence[int]]  # and the lengths at which they are compared
+
+
 class LookedUp(NamedTuple):
     """An offered file, and what is here that may be its beginning, or the whole of it."""
 
     entry: Entry
     size: int
     folder: Folder
-    partials: dict[PartialFile, Sequence[int]]  # and the lengths at which they are compared
+    partials: Partials
     candidates: Sequence[str]  # names of finished files of its size
 
     def held(self) -> list[int]:
@@ -1522,10 +1525,8 @@ class LookUp:
         self._disk = batch.store.disk
         self._since = since  # the client has connected, a time.monotonic()
         self._began_s = time.monotonic()
-        # By path: partial files as they are compared, and finished ones by their names.
-        self._found: dict[
-            str, tuple[dict[PartialFile, Sequence[int]], dict[str, os.stat_result]]
-        ] = {}
+        # By path: partial files, and finished ones by their names.
+        self._found: dict[str, tuple[Partials, dict[str, os.stat_result]]] = {}
         self._alike: Counter[str] = Counter()
         self._open_left = {True: MAX_OPEN_PARTIALS, False: MAX_OPEN_PARTIALS}  # by whether own
         self._numbers_left = MAX_NUMBERS_LOOKED_UP

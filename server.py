@@ -1449,6 +1449,7 @@ class Wanted(NamedTuple):
     entry: Entry
     beginning: PartialFile | None = None  # what is here of it
     device: int | None = None  # the file system on which there is space set aside for the rest
+    different: Sequence[str] = ()  # names of finished files that have been compared
 
     @property
     def offset(self) -> int:
@@ -1615,13 +1616,13 @@ def decide(
         return batch.settle("already", stage.folder, name)
     if beginning is None:
         batch.differed = True
-        return Wanted(stage.entry)
+        return Wanted(stage.entry, different=stage.candidates)
     partial, length, digest = beginning
     try:
         partial.cut(length, digest)
     except OSError as error:
         return batch.fail(stage.entry.path, error)
-    return Wanted(stage.entry, partial)
+    return Wanted(stage.entry, partial, different=stage.candidates)
 
 
 # --- one file -------------------------------------------------------------------------------
@@ -1667,6 +1668,7 @@ class UnderWay:
         self._batch = batch
         self._disk = batch.store.disk
         self._device = wanted.device
+        self._different = wanted.different
         self._offset = partial.size
         self._started_s = time.monotonic()
 
@@ -1711,9 +1713,7 @@ class UnderWay:
         folder = self.partial.folder
         if self.partial.move_to(name) or self._replace(name):
             return self._batch.settle("saved", folder, name)
-        # With --overwrite no look-up has read them.
-        back = MAX_CANDIDATES if self._batch.store.overwrite else 0
-        for number, each in self._disk.numbered(folder, name, back):
+        for number, each in self._disk.numbered(folder, name, MAX_CANDIDATES):
             if number and self.partial.move_to(each):
                 self._disk.numbers.note((folder.identity, name), number + 1)
                 break
@@ -1730,13 +1730,15 @@ class UnderWay:
         return self.partial.replace(name)
 
     def _is_same(self, name: str) -> bool:
-        """Return whether a finished file has the same content."""
-        if self._batch.reserve_guesses(1) is None:
+        """Return whether a finished file has the same content: if not, that was a guess at it."""
+        guesses, host = self._disk.mismatches, self._batch.client.host
+        if name in self._different or guesses.reserve(host) is None:
             return False
         folder, size = self.partial.folder, self.partial.size
         found = self._disk.read_finished(folder, name, size, lambda _: None)
         is_same = found == self.partial.digest.hexdigest()
-        self._batch.differed |= bool(found) and not is_same
+        if is_same or not found:
+            guesses.give_back(host, 1)
         return is_same
 
     def leave(self, error: BaseException) -> str:
@@ -2001,14 +2003,13 @@ class Batch:
         found = folder.stat(name)
         return self._run, found.st_dev, found.st_ino
 
-    def reserve_guesses(self, number: int, most_s: float = 0.0) -> float | None:
+    def reserve_guesses(self, number: int) -> float | None:
         """Return in how many seconds that `number` of entries with one path may be compared.
 
         They count as guesses at what is here until they are the same. None means never.
         """
-        if self._guesses:
-            return 0.0
-        wait_s = self.store.disk.mismatches.reserve(self.client.host, most_s, number)
+        guesses = self.store.disk.mismatches
+        wait_s = guesses.reserve(self.client.host, MAX_COMPARISON_WAIT_S, number)
         self._guesses = 0 if wait_s is None else number
         return wait_s
 
@@ -2190,7 +2191,7 @@ class Reception:
 
     def _wait_to_compare(self, batch: Batch, paths: Counter[str]) -> None:
         """Wait until the client's address may have so much compared; raises ProtocolError."""
-        wait_s = batch.reserve_guesses(max(paths.values()), MAX_COMPARISON_WAIT_S)
+        wait_s = batch.reserve_guesses(max(paths.values()))
         if wait_s is None:
             raise ProtocolError("too much that differs came from this address: try again later")
         deadline = Deadline(wait_s)

@@ -216,6 +216,23 @@ def test_a_file_counts_as_there_already_only_by_its_checksum(inbox: Path) -> Non
     assert contents(inbox) == {"file": CONTENT, "file (1)": CONTENT[::-1]}
 
 
+def test_contents_that_are_sent_under_a_name_count_as_guesses_at_what_is_there(
+    inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More entries of one path than are compared before they are sent."""
+    monkeypatch.setattr(server, "MISMATCH_SPACING_S", 1e9)
+    inbox.mkdir()
+    (inbox / "pin").write_bytes(b"0099")
+    with real_server(inbox) as peer:
+        peer.send(say(Offer([Entry("pin", 4)] * 100)))
+        held = read_message(peer, Held)
+        assert isinstance(held, Held)
+        peer.send(say(Prefixes([[""]] * len(held.entries))))
+        assert start_of(peer).entries == [0] * 100
+        peer.send(b"".join(segments(b"%04d" % guess) for guess in range(100)))
+        assert {each.kind for each in outcomes_of(peer, 100).values()} == {"saved"}
+
+
 # --- about the content --------------------------------------------------------------------------
 
 

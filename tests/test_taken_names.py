@@ -90,6 +90,17 @@ def test_files_of_one_name_in_one_go_are_all_kept(server: Server, tmp_path: Path
     assert sorted(found.values()) == sorted(source.read_bytes() for source in sources)
 
 
+def test_one_content_is_kept_once_also_beside_another_file_of_its_name(
+    server: Server, tmp_path: Path
+) -> None:
+    make_file(server.folder / "x", 1000, seed=9)
+    sources = [make_file(tmp_path / place / "x", 1000) for place in "ab"]
+    result = server.send(*sources)
+    assert result.status == 0, result
+    assert "Already there as x (1), " in result.stdout
+    assert sorted(contents(server.folder)) == ["x", "x (1)"]
+
+
 def test_files_of_one_name_are_all_known_again(server: Server, tmp_path: Path) -> None:
     sources = [make_file(tmp_path / str(seed) / "x.txt", 3 * MIB, seed) for seed in range(3)]
     server.send(*sources)

@@ -1602,10 +1602,11 @@ def choose_beginnings(same: dict[int, Here]) -> dict[int, Beginning]:
 def end_others(tag: str, compared: set[PartialFile], chosen: Iterable[Beginning]) -> None:
     """Remove those that were not chosen, but what a client of another address may continue."""
     for partial in compared - {each.partial for each in chosen}:
-        if has_tag(partial.name, tag):
-            partial.discard()
-        else:
-            partial.close()
+        with contextlib.suppress(OSError):  # of a network, at the end of any file
+            if has_tag(partial.name, tag):
+                partial.discard()
+            else:
+                partial.close()
 
 
 def decide(

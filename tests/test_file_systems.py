@@ -25,6 +25,7 @@ from support import (
     frame,
     linux,
     make_file,
+    make_partial,
     make_sparse,
     partials,
     visible,
@@ -172,6 +173,16 @@ def test_what_a_network_tells_only_at_the_end_of_a_file_keeps_it_from_its_name(
             result = server.send(source)
             assert result.error_lines == [f"{source}: at the server: no space left on device"]
             assert os.listdir(inbox) == []
+
+
+def test_what_a_network_tells_of_a_partial_file_that_is_of_no_use_costs_no_connection(
+    inbox: Path, tmp_path: Path, faulty_disk: Path
+) -> None:
+    source = make_file(tmp_path / "file", 1000)
+    make_partial(inbox, "file", b"other")
+    with serve(inbox, faulty_disk, f"close={errno.EIO}") as server:
+        result = server.send(source)
+    assert result.error_lines == [f"{source}: at the server: input/output error"]
 
 
 def test_what_failed_only_at_its_very_end_is_there_for_the_next_run(

@@ -2915,7 +2915,7 @@ class SpeakerOutput:
         sound card ask for several blocks at once, often just before the sound comes that was
         held up as well.
         """
-        now_s = time.monotonic()
+        now_s = common.clock_s()
         with self._exchanged:
             self._exchanged.wait_for(lambda: not self._playout.lacks(info.frames), PATIENCE_S)
             return self._playout.read(info.frames, now_s, info.away_s, info.is_after_gap)
@@ -2935,7 +2935,7 @@ class SpeakerOutput:
 
     def write(self, samples: bytes, gap_frames: int, captured_s: float) -> None:
         """Hand over to be played."""
-        now_s = time.monotonic()
+        now_s = common.clock_s()
         with self._exchanged:
             self._playout.write(samples, gap_frames, now_s, captured_s)
             self._exchanged.notify()

@@ -2366,7 +2366,7 @@ class CaptureQueue:
         try:
             first = self._held or self._blocks.get(timeout=timeout_s)
         except queue.Empty:
-            return AudioBlock(self._taken_frames, time.monotonic_ns(), b"")
+            return AudioBlock(self._taken_frames, common.clock_ns(), b"")
         self._held = None
         return self._join_gathered(first) if first else None
 
@@ -2476,11 +2476,11 @@ class PacedInput:
     def _run(self) -> None:
         audio = self.captured.audio
         block_bytes = audio.frames_in(CAPTURE_BLOCK_MS) * audio.frame_bytes
-        start_s = due_s = time.monotonic()
+        start_s = due_s = common.clock_s()
         try:
             while samples := self._read(block_bytes):
                 due_s += audio.frames_of(samples) / audio.rate
-                late_s = time.monotonic() - due_s
+                late_s = common.clock_s() - due_s
                 if late_s > PACING_SLACK_S:
                     due_s += late_s
                 elif late_s < 0:
@@ -3040,7 +3040,7 @@ class Listener:
         self.gone = threading.Event()
         self.loss: str | None = None
         self._sending = threading.Lock()
-        self._progress_s = time.monotonic()
+        self._progress_s = common.clock_s()
         self._requests: deque[tuple[int, int]] = deque(maxlen=REQUESTS_AT_ONCE)
         self._allowed = RateLimiter(REQUESTS_AT_ONCE, REQUEST_SPACING_S)
 
@@ -3073,7 +3073,7 @@ class Listener:
         """Return the answers to all requests for the time, as frames."""
         replies = b""
         while self._requests:
-            replies += common.TimeReply(*self._requests.popleft(), time.monotonic_ns()).encode()
+            replies += common.TimeReply(*self._requests.popleft(), common.clock_ns()).encode()
         return replies
 
     def lose(self, reason: str) -> None:
@@ -3105,7 +3105,7 @@ class Listener:
                 return
             if self._allowed.reserve() is None:
                 raise ProtocolError("it asks for the time too often")
-            self._requests.append((request.asked_ns, time.monotonic_ns()))
+            self._requests.append((request.asked_ns, common.clock_ns()))
 
     def finish(self, reason: str) -> None:
         """Send what is unsent, and why the sound ended; blocks a while. Raises ConnectionLost."""
@@ -3204,14 +3204,14 @@ class Broadcaster:
 
     def _send_all(self) -> None:
         while (block := self.captured.take(timeout_s=SIGN_INTERVAL_S)) is not None:
-            started_s = time.monotonic()
+            started_s = common.clock_s()
             self.meter.hear(block.samples)
             self.sent_s += self.captured.audio.frames_of(block.samples) / self.captured.audio.rate
             self._send_round(block, started_s)
             # Leave the processor to others after a long round, at the price of larger writes.
-            if (round_s := time.monotonic() - started_s) > CAPTURE_BLOCK_MS / 1000:
+            if (round_s := common.clock_s() - started_s) > CAPTURE_BLOCK_MS / 1000:
                 time.sleep(min(round_s, LONGEST_REST_S))
-        self._send_round(None, time.monotonic())
+        self._send_round(None, common.clock_s())
 
     def _send_round(self, block: AudioBlock | None, now_s: float) -> None:
         """Send `block` to every listener, encoded once for all that want it so; None at the end."""

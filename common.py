@@ -2158,6 +2158,9 @@ def calculate_checksum(
 # --- sound card: devices --------------------------------------------------------------------
 
 
+LONGEST_AWAY_S = 3.0
+
+
 class AudioUnavailable(SocketPairError):
     """No sound card, or none that does what is asked; its words say what would help."""
 
@@ -2183,11 +2186,13 @@ class Direction(NamedTuple):
         """Return in how many seconds a block's first frame is heard, or how long ago captured.
 
         `times` are PortAudio's of one callback. Their clock is not Python's, so that only a
-        difference tells anything.
+        difference tells anything. 0 where it does not, as some sound systems leave one of them out.
         """
         if self.kind == "input":
-            return times["current_time"] - times["input_buffer_adc_time"]
-        return times["output_buffer_dac_time"] - times["current_time"]
+            away_s = times["current_time"] - times["input_buffer_adc_time"]
+        else:
+            away_s = times["output_buffer_dac_time"] - times["current_time"]
+        return away_s if 0 < away_s < LONGEST_AWAY_S else 0.0
 
 
 MICROPHONE = Direction("input", "microphone")
@@ -2197,8 +2202,9 @@ SPEAKER = Direction("output", "loudspeaker")
 class BlockInfo(NamedTuple):
     """What a callback is told of a block.
 
-    The first of its `frames` is heard in `away_s` seconds, or was captured so long ago. With
-    `is_after_gap` the card had run dry before it (underrun), or had lost sound (overrun).
+    The first of its `frames` is heard in `away_s` seconds, or was captured so long ago: 0 where the
+    card does not tell. With `is_after_gap` the card had run dry before it (underrun), or had lost
+    sound (overrun).
     """
 
     frames: int

@@ -2321,6 +2321,9 @@ CAPTURE_BLOCK_MS = 3.0
 CAPTURE_LIMIT_MS = 2_000
 SILENCE_LIMIT_MS = 10_000
 PACING_SLACK_S = 0.2
+# A microphone that says so much of a block was captured before what came before it is wrong, unless
+# it says so for so long.
+IMPLAUSIBLE_S, BELIEVED_S = 0.02, 2.0
 
 
 class CaptureQueue:
@@ -2335,23 +2338,41 @@ class CaptureQueue:
         self.end_reason = "the server has stopped"
         self.failed = False
         self._blocks: queue.SimpleQueue[AudioBlock | None] = queue.SimpleQueue()
-        self._limit_blocks = CAPTURE_LIMIT_MS / CAPTURE_BLOCK_MS
+        self._limit_frames = audio.frames_in(CAPTURE_LIMIT_MS)
         self._next_frame = 0
+        self._believed_frame = 0  # the last one of which it was told plausibly when it passed
         self._taken_frames = 0
         self._held: AudioBlock | None = None
         self._line = common.TimeLine(audio.rate)
 
     def put(self, samples: bytes, ago_s: float = 0.0) -> None:
         """Hand over a block, whose last frame was captured `ago_s` before. Never blocks."""
-        next_frame = self._next_frame + self.audio.frames_of(samples)
-        captured_s = self._line.see(next_frame, time.monotonic() - ago_s)
-        if self._blocks.qsize() < self._limit_blocks:
+        frames = self.audio.frames_of(samples)
+        next_frame = self._next_frame + frames
+        seen_s = common.clock_s() - ago_s
+        if self._is_plausible(next_frame, seen_s):
+            captured_s = self._line.see(next_frame, seen_s)
+        else:
+            captured_s = self._line.at(next_frame)
+        if (self._blocks.qsize() + 1) * frames <= self._limit_frames:
             self._blocks.put(AudioBlock(self._next_frame, round(captured_s * 1e9), samples))
         self._next_frame = next_frame
+
+    def _is_plausible(self, frame: int, seen_s: float) -> bool:
+        """Return whether `frame` can have been captured at `seen_s`: not much before the line.
+
+        A step of the line forth is sound that was lost; back there is none, but where the line was
+        wrong: PulseAudio says so for a moment as it changes a microphone's latency.
+        """
+        if self._line.is_off or self._line.at(frame) - seen_s < IMPLAUSIBLE_S:
+            self._believed_frame = frame
+            return True
+        return frame - self._believed_frame > BELIEVED_S * self.audio.rate
 
     def skip(self, seconds: float) -> None:
         """Count frames that nobody captured for so long, so that the numbers keep time."""
         self._next_frame += self.audio.frames_in(seconds * 1000)
+        self._line.interrupt()
 
     def end(self, reason: str, failed: bool = False) -> None:
         """Let the taker know, once all is taken, that nothing more comes, and why."""
@@ -2424,7 +2445,7 @@ class Microphone:
     def _hand_over(self, samples: bytes | None, info: common.BlockInfo) -> None:
         """Take a block; PortAudio's thread calls this."""
         captured = samples or b""
-        self.captured.put(captured, info.away_s - info.frames / self.captured.audio.rate)
+        self.captured.put(captured, max(0.0, info.away_s - info.frames / self.captured.audio.rate))
         if self._silence.is_to_be_told(captured):
             log.warning(
                 "the microphone %s has given nothing but zeros for %d s: is it muted, or another "

@@ -6,6 +6,7 @@ import logging
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -182,16 +183,75 @@ def test_captured_sound_is_joined_up_to_a_gap() -> None:
     assert captured.take(0) is None
 
 
-def test_captured_sound_that_nobody_takes_is_bounded() -> None:
+@pytest.mark.parametrize("block_bytes", [240, 2_048])
+def test_captured_sound_that_nobody_takes_is_bounded(block_bytes: int) -> None:
     captured = server.CaptureQueue(MONO)
     for _ in range(10_000):
-        captured.put(bytes(240))
+        captured.put(bytes(block_bytes))
     frames = 0
     while block := captured.take(0):
         if not block.samples:
             break
         frames += MONO.frames_of(block.samples)
     assert frames <= MONO.frames_in(server.CAPTURE_LIMIT_MS)
+
+
+class Microphone:
+    """Blocks of 3 ms in made-up time, into a CaptureQueue."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 100.0
+        self.captured = server.CaptureQueue(MONO)
+        monkeypatch.setattr(common, "clock_s", lambda: self.now_s)
+
+    def run(self, seconds: float, ago_s: float) -> float:
+        """Capture so long what is said to be `ago_s` old; return how old it is by the line."""
+        for _ in range(round(seconds / 0.003)):
+            self.now_s += 0.003
+            self.captured.put(bytes(288), ago_s)
+            block = self.captured.take(0)
+        assert block is not None
+        return self.now_s - block.captured_ns / 1e9
+
+
+def test_a_microphone_that_says_something_impossible_for_a_moment_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    microphone = Microphone(monkeypatch)
+    assert microphone.run(1.0, 0.015) == pytest.approx(0.015)
+    for _ in range(5):
+        assert microphone.run(0.1, 0.42) == pytest.approx(0.015)
+    assert microphone.run(1.0, 0.015) == pytest.approx(0.015)
+
+
+@pytest.mark.parametrize("ago_s", [0.005, 0.1])
+def test_a_microphone_that_says_so_for_long_is_believed(
+    monkeypatch: pytest.MonkeyPatch, ago_s: float
+) -> None:
+    microphone = Microphone(monkeypatch)
+    microphone.run(1.0, 0.015)
+    assert microphone.run(server.BELIEVED_S - 1, ago_s)
+    assert microphone.run(2.5, ago_s) == pytest.approx(ago_s, abs=1e-4)
+
+
+def test_a_microphone_that_is_back_is_believed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    microphone = Microphone(monkeypatch)
+    microphone.run(1.0, 0.015)
+    microphone.captured.skip(5.0)
+    microphone.now_s += 5.0
+    assert microphone.run(0.5, 0.1) == pytest.approx(0.1, abs=1e-4)
+
+
+def test_sound_is_timed_by_a_clock_that_is_fine_on_any_system(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Windows' own before Python 3.13, which goes in steps: of a day, here.
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(time, "monotonic_ns", lambda: 0)
+    captured = server.CaptureQueue(MONO)
+    captured.put(bytes(240))
+    moments = [block.captured_ns for block in (captured.take(0), captured.take(0)) if block]
+    assert 0 < moments[0] < moments[1]
 
 
 def test_a_broadcaster_that_can_send_no_more_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

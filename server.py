@@ -2707,8 +2707,7 @@ class DecodedFile:
         except common.LOAD_ERRORS as error:
             raise ImportError(str(error)) from None
         self._av = av
-        # Named as a file: FFmpeg would read from the network as well.
-        self._url = b"file:" + os.fsencode(path)
+        self._url = f"file:{path}"  # FFmpeg would read from the network as well
         with self._translated(), self._open() as container:
             first = next(decode_frames(container), None)
             if first is None:
@@ -2721,11 +2720,8 @@ class DecodedFile:
             list(Converter(av, self.audio).convert(first))
 
     def _open(self) -> Any:
-        return self._av.open(
-            os.fsdecode(self._url),
-            metadata_errors="replace",
-            options={"protocol_whitelist": "file"},
-        )
+        options = {"protocol_whitelist": "file"}
+        return self._av.open(self._url, metadata_errors="replace", options=options)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -2953,7 +2949,7 @@ class OpusEncoding:
 
     def __init__(self, audio: AudioFormat, kbit: int) -> None:
         self._audio = audio
-        self._kbit = kbit
+        self.kbit = kbit
         self._run = OpusRun(audio, kbit, 0)
         self._next_frame = 0
 
@@ -2962,7 +2958,7 @@ class OpusEncoding:
         rest = b""
         if block.first_frame != self._next_frame:
             rest = self._run.finish()
-            self._run = OpusRun(self._audio, self._kbit, block.first_frame)
+            self._run = OpusRun(self._audio, self.kbit, block.first_frame)
         self._next_frame = block.first_frame + self._audio.frames_of(block.samples)
         return rest + self._run.encode(block)
 
@@ -3150,7 +3146,6 @@ class Broadcaster:
         self.served_count = 0
         self.listeners: tuple[Listener, ...] = ()  # now; for any thread to look at
         self._pcm = PcmEncoding()
-        self._opus: dict[int, OpusEncoding] = {}  # by kbit/s
         self._lock = threading.Lock()
         self.sent_s = 0.0
         self._ended = False
@@ -3170,7 +3165,7 @@ class Broadcaster:
         audio = self.captured.audio
         if audio.channels not in common.OPUS_CHANNELS:
             raise Refused(f"this server's {audio.describe()} cannot be had as Opus: without --opus")
-        others = self._opus.keys() - {common.DEFAULT_OPUS_KBIT}
+        others = self._opus().keys() - {common.DEFAULT_OPUS_KBIT}
         if len(others) >= MAX_OPUS_RATES and kbit not in {*others, common.DEFAULT_OPUS_KBIT}:
             rates = ", ".join(map(str, sorted({*others, common.DEFAULT_OPUS_KBIT})))
             raise Refused(f"this server can encode Opus at no more bit rates than {rates}")
@@ -3185,8 +3180,6 @@ class Broadcaster:
 
     def add(self, connection: Connection, opus_kbit: int | None = None) -> Listener:
         """Return a new listener, which gets every block from now on. Raises Refused."""
-        if opus_kbit is not None:
-            self.check_opus(opus_kbit)
         with self._lock:
             listener = Listener(connection, self._encoding(opus_kbit))
             # A new tuple, not a changed list: the broadcaster goes through the old one unlocked.
@@ -3199,9 +3192,13 @@ class Broadcaster:
     def _encoding(self, opus_kbit: int | None) -> Encoding:
         if opus_kbit is None:
             return self._pcm
-        if opus_kbit not in self._opus:
-            self._opus = {**self._opus, opus_kbit: OpusEncoding(self.captured.audio, opus_kbit)}
-        return self._opus[opus_kbit]
+        self.check_opus(opus_kbit)  # again: of those that come at once each would be the last one
+        return self._opus().get(opus_kbit) or OpusEncoding(self.captured.audio, opus_kbit)
+
+    def _opus(self) -> dict[int, OpusEncoding]:
+        """Return the encoders in use, by kbit/s."""
+        used = {listener.encoding for listener in self.listeners}
+        return {each.kbit: each for each in used if isinstance(each, OpusEncoding)}
 
     def remove(self, listener: Listener) -> None:
         """Send no more to `listener`, whose socket may be closed then. Idempotent."""
@@ -3210,8 +3207,6 @@ class Broadcaster:
             self.listeners = tuple(other for other in self.listeners if other is not listener)
             self.missed_blocks += listener.missed_blocks
             listener.missed_blocks = 0
-            used = {other.encoding for other in self.listeners}
-            self._opus = {kbit: opus for kbit, opus in self._opus.items() if opus in used}
 
     def _run(self) -> None:
         try:

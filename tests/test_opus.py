@@ -7,6 +7,7 @@ import contextlib
 import math
 import random
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ from sound import (
     write_wav,
 )
 from sound_card import VirtualSoundCard
+from waiting import LIMIT_S, wait_for
 
 STEREO = AudioFormat(48_000, 2)
 BLOCK_MS = 2.5
@@ -271,6 +273,31 @@ def test_more_bit_rates_than_a_server_will_encode_are_refused(connection: Connec
         broadcaster.add(connection, 99)
     broadcaster.add(connection, common.DEFAULT_OPUS_KBIT)
     broadcaster.check_opus(107)
+
+
+def test_bit_rates_that_are_wanted_at_once_are_no_more_than_a_server_will_encode(
+    connection: Connection,
+) -> None:
+    broadcaster = server.Broadcaster(server.CaptureQueue(MONO))
+    wanted = range(100, 100 + 3 * server.MAX_OPUS_RATES)
+
+    def listen(kbit: int) -> None:
+        with contextlib.suppress(server.Refused):
+            broadcaster.add(connection, kbit)
+
+    threads = [threading.Thread(target=listen, args=(kbit,)) for kbit in wanted]
+    with broadcaster._lock:
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: all(map(waits_in_add, threads)), "clients that wait for their place")
+    for thread in threads:
+        thread.join(LIMIT_S)
+    assert len(broadcaster.listeners) == server.MAX_OPUS_RATES
+
+
+def waits_in_add(thread: threading.Thread) -> bool:
+    frame = sys._current_frames().get(thread.ident or 0)
+    return frame is not None and frame.f_code is server.Broadcaster.add.__code__
 
 
 # --- what goes wrong ------------------------------------------------------------------------

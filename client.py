@@ -2496,25 +2496,8 @@ MOST_KEPT = 150  # however much a server answers: the line is looked for in all 
 # A clock that is being set right goes so much faster or slower (Linux, adjtime).
 MAX_CLOCK_DRIFT = 500e-6
 DRIFT_STEPS = 16  # of bisection: to a 60th of a millionth
-# Exchanges so near to each other tell nothing of a drift.
+# Answers so near to each other tell nothing of a drift.
 DRIFT_SPAN_S = 0.25
-
-
-class TimeExchange(NamedTuple):
-    """A request for the server's time and its answer, in seconds by the clock that was read."""
-
-    asked_s: float
-    received_s: float
-    answered_s: float
-    returned_s: float
-
-    def to_bounds(self) -> OffsetBounds:
-        """Return what it tells of the server's clock: both ways take some time."""
-        return OffsetBounds(
-            (self.asked_s + self.returned_s) / 2,
-            self.received_s - self.asked_s,
-            self.answered_s - self.returned_s,
-        )
 
 
 class OffsetBounds(NamedTuple):
@@ -2530,9 +2513,13 @@ class OffsetBounds(NamedTuple):
         return self.most_s - self.least_s
 
 
-def to_exchange(reply: common.TimeReply, returned_ns: int) -> TimeExchange:
-    """Return the exchange that a `reply` completes which was received at `returned_ns`."""
-    return TimeExchange(*(stamp_ns / 1e9 for stamp_ns in (*reply, returned_ns)))
+def bound_offset(reply: common.TimeReply, returned_ns: int) -> OffsetBounds:
+    """Return what a `reply` that came at `returned_ns` tells: both ways took some time."""
+    return OffsetBounds(
+        (reply.asked_ns + returned_ns) / 2e9,
+        (reply.received_ns - reply.asked_ns) / 1e9,
+        (reply.answered_ns - returned_ns) / 1e9,
+    )
 
 
 class ServerClock:
@@ -2560,7 +2547,7 @@ class ServerClock:
 
     @property
     def is_known(self) -> bool:
-        """Whether there has been any exchange."""
+        """Whether there has been any answer."""
         return bool(self._kept)
 
     def wants_request(self, now_s: float) -> bool:
@@ -2576,13 +2563,11 @@ class ServerClock:
         self._requests_left = BURST_REQUESTS
         return self.wants_request(now_s)
 
-    def take(self, exchange: TimeExchange) -> None:
-        """Take the answer to a request."""
-        bounds = exchange.to_bounds()
+    def take(self, bounds: OffsetBounds) -> None:
+        """Take what the answer to a request tells."""
         if bounds.width_s < 0:
             return  # a clock has jumped meanwhile
         self._burst.append(bounds)
-        self._burst_end_s = max(self._burst_end_s, exchange.returned_s)
         if len(self._burst) == BURST_REQUESTS:
             self._finish_burst()
 
@@ -3479,35 +3464,18 @@ def find_destinations(
 
 # --- sound: receiving -----------------------------------------------------------------------
 
-# Something comes every SIGN_INTERVAL_S: after so long without any sound the server is gone.
-AUDIO_TIMEOUT_S = 4.0
 OPUS_HEAD = struct.Struct("<8sBBHIhB")  # RFC 7845, 5.1
 # Of a decoder that begins in the middle, what is still wrong (RFC 7845, 4.6: pre-roll).
 OPUS_PREROLL_PACKETS = 8
 
 
-def receive_sound(connection: Connection, audio: AudioFormat) -> common.Heard:
-    """Return the next block of sound in the format `audio`, its end, or the server's time.
-
-    Blocks for up to ``AUDIO_TIMEOUT_S``. Raises ProtocolError, and what `read_frame` raises.
-    """
-    return common.decode_sound(read_sound(connection, audio), audio)
-
-
-def read_sound(connection: Connection, audio: AudioFormat) -> bytes:
-    """Return the content of the next frame that holds sound, as `receive_sound` does."""
-    with connection.limit(AUDIO_TIMEOUT_S):
-        return connection.read_frame(audio.max_block_bytes)
-
-
 class OpusDecoder:
-    """Receives Opus, and gives it as PCM. Needs package ``av``.
+    """Gives what comes as Opus as PCM. Needs package ``av``.
 
     What is lost on the way is a gap between blocks, as it is in PCM.
     """
 
-    def __init__(self, connection: Connection, audio: AudioFormat) -> None:
-        self._connection = connection
+    def __init__(self, audio: AudioFormat) -> None:
         self._audio = audio
         self._unsettled_packets = OPUS_PREROLL_PACKETS
         self._begin()
@@ -3522,22 +3490,21 @@ class OpusDecoder:
         self._decoder.layout = common.describe_channels(channels)
         self._decoder.extradata = OPUS_HEAD.pack(b"OpusHead", 1, channels, 0, rate, 0, 0)
 
-    def receive(self) -> common.Heard:
-        """Do what `receive_sound` does; raises ProtocolError where it is not Opus.
+    def decode(self, content: bytes) -> common.Heard | None:
+        """Do what `common.decode_sound` does; raises ProtocolError where it is not Opus.
 
-        The first packets of a decoder that begins in the middle are passed over.
+        None for the first packets of a decoder that begins in the middle.
         """
-        while True:
-            content = read_sound(self._connection, self._audio)
-            received = common.decode_opus(content, self._audio)
-            if not isinstance(received, common.OpusBlock):
-                return received
-            block = self.decode(received)
-            if not self._unsettled_packets:
-                return block
-            self._unsettled_packets -= 1
+        received = common.decode_opus(content, self._audio)
+        if not isinstance(received, common.OpusBlock):
+            return received
+        block = self.decode_block(received)
+        if not self._unsettled_packets:
+            return block
+        self._unsettled_packets -= 1
+        return None
 
-    def decode(self, block: common.OpusBlock) -> AudioBlock:
+    def decode_block(self, block: common.OpusBlock) -> AudioBlock:
         """Return the same part of the sound as PCM."""
         if block.skipped:
             self._begin()
@@ -3561,6 +3528,8 @@ class OpusDecoder:
 
 # --- sound: listening -----------------------------------------------------------------------
 
+# Something comes every SIGN_INTERVAL_S: after so long without anything the server is gone.
+AUDIO_TIMEOUT_S = 4.0
 FOREVER_S = 1e9
 NEGLIGIBLE_S = 0.05  # of --seconds
 RECONNECT_WAIT_S = 0.5
@@ -3605,9 +3574,11 @@ class Numbering:
     def advance(self, block: AudioBlock, audio: AudioFormat) -> int:
         """Return how many sample frames were missed before `block`, and go behind it.
 
-        Raises ProtocolError where the numbers go back. After more than ``MAX_GAP_MS`` the sound
-        begins anew.
+        A block without samples tells nothing of that: none were, so far. Raises ProtocolError where
+        the numbers go back. After more than ``MAX_GAP_MS`` the sound begins anew.
         """
+        if not block.samples:
+            return 0
         expected = block.first_frame if self._next_frame is None else self._next_frame
         gap_frames = block.first_frame - expected
         if gap_frames < 0:
@@ -3681,36 +3652,47 @@ class Listening:
 
     def _listen(self, connection: Connection, welcome: Welcome) -> None:
         """Pass on the sound of one connection; returns when it has ended, or is enough."""
-        if welcome.sound is None:
+        if (sound := welcome.sound) is None:
             raise ProtocolError(f"{connection.peer} has no sound")
-        audio, stream, sync_ms, opus_kbit = welcome.sound
-        if opus_kbit != self._hello.opus_kbit:
+        if sound.opus_kbit != self._hello.opus_kbit:
             raise ProtocolError(f"{connection.peer} does not send the sound as it was asked to")
-        receive: Callable[[], common.Heard] = functools.partial(receive_sound, connection, audio)
-        if opus_kbit is not None:
-            receive = OpusDecoder(connection, audio).receive
-        clock = ServerClock()
-        sync = None if sync_ms is None else Sync(clock, sync_ms / 1000)
-        self._numbering.begin(stream)
+        sync = self._find_sync(sound)
+        self._numbering.begin(sound.stream)
         if self._audio is None:
             self._deadline = Deadline(self._seconds)  # however long all that took
             self._last_deadline = Deadline(self._seconds + MAX_BEHIND_S)
-        self._open_outputs(audio, sync)
+        self._open_outputs(sound.audio, sync)
         self._problem_told = False
-        what = audio.describe() + (f", Opus at {opus_kbit} kbit/s" if opus_kbit else "")
-        what += "" if sync_ms is None else f", in step {sync_ms} ms after the microphone"
+        what = sound.audio.describe()
+        what += f", Opus at {sound.opus_kbit} kbit/s" if sound.opus_kbit else ""
+        what += f", in step {sound.sync_ms} ms after the microphone" if sync else ""
         self._console.say(f"Listening to {connection.peer}, {what} - Ctrl+C to stop")
+        self._receive(connection, sound, sync)
+
+    def _find_sync(self, sound: common.Sound) -> Sync | None:
+        """Return how to play in step, None where the server does not want it, or nothing plays."""
+        if sound.sync_ms is None or not any(isinstance(to, Speaker) for to in self._destinations):
+            return None
+        return Sync(ServerClock(), sound.sync_ms / 1000)
+
+    def _receive(self, connection: Connection, sound: common.Sound, sync: Sync | None) -> None:
+        audio = sound.audio
+        decode: Callable[[bytes], common.Heard | None]
+        decode = functools.partial(common.decode_sound, audio=audio)
+        if sound.opus_kbit is not None:
+            decode = OpusDecoder(audio).decode
         while not self._is_enough(audio):
-            if sync is not None and clock.wants_request(time.monotonic()):
-                connection.send(common.TimeRequest(time.monotonic_ns()))
-            received = receive()
-            if isinstance(received, common.TimeReply):
-                clock.take(to_exchange(received, time.monotonic_ns()))
+            if sync and sync.clock.wants_request(common.clock_s()):
+                connection.send(common.TimeRequest(common.clock_ns()))
+            with connection.limit(AUDIO_TIMEOUT_S):
+                received = decode(connection.read_frame(audio.max_block_bytes))
+            if isinstance(received, AudioBlock):
+                self._pass_on(received, audio)
+            elif isinstance(received, common.TimeReply) and sync:
+                sync.clock.take(bound_offset(received, common.clock_ns()))
             elif isinstance(received, common.StreamEnd):
                 self._console.say(f"The sound has ended: {received.reason}")
                 return
-            else:
-                self._pass_on(received, audio)
 
     def _open_outputs(self, audio: AudioFormat, sync: Sync | None) -> None:
         """Have outputs for this format; those for another are closed first."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import client
 import common
 from common import AudioFormat
 from peers import message
@@ -184,6 +185,14 @@ def numbered_frames(frames: int, channels: int = 1) -> bytes:
     """Return samples none of which is like one nearby, so that each is known again."""
     count = frames * channels
     return array("h", ((n * 7919) % 65_536 - 32_768 for n in range(count))).tobytes()
+
+
+def bound_offset(
+    asked_s: float, received_s: float, answered_s: float, returned_s: float
+) -> client.OffsetBounds:
+    """Return what a request for the time and its answer tell, each by the clock that was read."""
+    stamps = (round(stamp_s * 1e9) for stamp_s in (asked_s, received_s, answered_s))
+    return client.bound_offset(common.TimeReply(*stamps), round(returned_s * 1e9))
 
 
 def write_wav(path: Path, samples: bytes, audio: AudioFormat) -> None:

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client import BURST_REQUESTS, InStep, ServerClock, Sync, TimeExchange
+from client import BURST_REQUESTS, InStep, ServerClock, Sync, SyncedPlayout
 from common import AudioFormat, TimeLine
+from sound import bound_offset
 
 SERVER = AudioFormat(48_000, 1)
 AFTER_S = 0.08
@@ -65,7 +66,7 @@ class Player:
             back_s = there_s + 1e-3 + self._chance.expovariate(1 / 20e-6)
             stamps = (now_s, there_s, there_s + 0.9e-3, back_s)
             self._clock.take(
-                TimeExchange(
+                bound_offset(
                     self._own(stamps[0]),
                     self._server(stamps[1]),
                     self._server(stamps[2]),
@@ -98,7 +99,7 @@ def known_clock() -> ServerClock:
     """Return a server's clock that shows the same as the player's."""
     clock = ServerClock()
     for _ in range(BURST_REQUESTS):
-        clock.take(TimeExchange(0.0, 0.0, 0.0, 0.0))
+        clock.take(bound_offset(0.0, 0.0, 0.0, 0.0))
     return clock
 
 

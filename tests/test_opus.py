@@ -96,12 +96,6 @@ def connection() -> Iterator[Connection]:
         yield opened
 
 
-@pytest.fixture
-def decoder(connection: Connection) -> client.OpusDecoder:
-    """Return a decoder for mono whose connection says nothing."""
-    return client.OpusDecoder(connection, MONO)
-
-
 class Broadcast:
     """A server that sends what is written to its standard input, and listeners of it."""
 
@@ -170,31 +164,27 @@ def test_opus_is_heard_at_the_loudspeaker(card: VirtualSoundCard) -> None:
 
 def test_who_joins_in_the_middle_hears_no_fault_of_a_decoder_that_has_just_begun() -> None:
     sent = make_music(96_000)
+    decode = client.OpusDecoder(MONO).decode
     packets = encode(sent, MONO)[77:]
-    near, far = socket_pair()
-    with far, Connection(near, "near") as connection:
-        far.sendall(b"".join(packet.encode() for packet in packets))
-        decoder = client.OpusDecoder(connection, MONO)
-        heard_packets = packets[client.OPUS_PREROLL_PACKETS :]
-        blocks = [decoder.receive() for _ in heard_packets]
-    assert isinstance(blocks[0], AudioBlock)
-    assert blocks[0].first_frame == heard_packets[0].first_frame
+    received = [decode(packet.encode()[common.LENGTH.size :]) for packet in packets]
+    blocks = [block for block in received if isinstance(block, AudioBlock)]
+    assert len(blocks) == len(packets) - client.OPUS_PREROLL_PACKETS
+    assert blocks[0].first_frame == packets[client.OPUS_PREROLL_PACKETS].first_frame
     start = blocks[0].first_frame * 2
-    heard = b"".join(block.samples for block in blocks if isinstance(block, AudioBlock))
+    heard = b"".join(block.samples for block in blocks)
     assert signal_to_noise_db(sent[start : start + 9_600], heard[:9_600]) > 15
     assert start + len(heard) == len(sent)
 
 
-def test_packets_that_are_lost_are_a_gap_and_do_not_move_what_follows(
-    decoder: client.OpusDecoder,
-) -> None:
+def test_packets_that_are_lost_are_a_gap_and_do_not_move_what_follows() -> None:
+    decoder = client.OpusDecoder(MONO)
     sent = make_music(96_000)
     packets = encode(sent, MONO)
     numbering = client.Numbering()
     numbering.begin(STREAM)
     heard, gaps = b"", []
     for packet in packets[:50] + packets[53:]:
-        block = decoder.decode(packet)
+        block = decoder.decode_block(packet)
         gaps.append(numbering.advance(block, MONO))
         heard += bytes(gaps[-1] * MONO.frame_bytes) + block.samples
     assert [gap for gap in gaps if gap] == [3 * common.OPUS_FRAMES]
@@ -202,12 +192,13 @@ def test_packets_that_are_lost_are_a_gap_and_do_not_move_what_follows(
     assert signal_to_noise_db(sent[-48_000:], heard[-48_000:]) > 15
 
 
-def test_sound_that_was_not_captured_is_a_gap_of_its_length(decoder: client.OpusDecoder) -> None:
+def test_sound_that_was_not_captured_is_a_gap_of_its_length() -> None:
+    decoder = client.OpusDecoder(MONO)
     sent = make_music(10_001)
     encoding = server.OpusEncoding(MONO, 96)
     data = b"".join(map(encoding.encode, blocks_of(sent, MONO)))
     data += b"".join(map(encoding.encode, blocks_of(sent, MONO, 20_003)))
-    blocks = [decoder.decode(packet) for packet in parse(data + encoding.finish())]
+    blocks = [decoder.decode_block(packet) for packet in parse(data + encoding.finish())]
     ends = [block.first_frame + MONO.frames_of(block.samples) for block in blocks]
     starts = [block.first_frame for block in blocks]
     assert (starts[0], ends[-1]) == (0, 30_004)
@@ -388,19 +379,17 @@ def test_a_block_of_opus_is_decoded_as_it_was_encoded(
 @settings(max_examples=500)
 @given(data=st.binary(max_size=100), skipped=st.integers(0, 1), whole=st.booleans())
 def test_any_bytes_are_opus_or_a_protocol_error(data: bytes, skipped: int, whole: bool) -> None:
-    near, far = socket_pair()
-    with far, Connection(near, "near") as connection:
-        decoder = client.OpusDecoder(connection, MONO)
-        try:
-            if whole:
-                (block,) = parse(OpusBlock(0, 0, data, skipped, 100).encode())
-            else:
-                block = common.decode_opus(data, MONO)
-            if isinstance(block, OpusBlock):
-                heard = decoder.decode(block)
-                assert MONO.frames_of(heard.samples) in (0, block.frames)
-        except ProtocolError as error:
-            assert str(error).isprintable()
+    decoder = client.OpusDecoder(MONO)
+    try:
+        if whole:
+            (block,) = parse(OpusBlock(0, 0, data, skipped, 100).encode())
+        else:
+            block = common.decode_opus(data, MONO)
+        if isinstance(block, OpusBlock):
+            heard = decoder.decode_block(block)
+            assert MONO.frames_of(heard.samples) in (0, block.frames)
+    except ProtocolError as error:
+        assert str(error).isprintable()
 
 
 def test_the_sound_ends_for_listeners_of_opus_while_packets_are_encoded(

@@ -126,6 +126,7 @@ def test_a_recording_is_not_shifted(stereo: StereoCard, tmp_path: Path) -> None:
             stereo, "left", port_of(server), "--output", str(path), *port_arguments
         ) as recorder:
             assert recorder.end() == common.EXIT_OK
+            assert "in step" not in recorder.text()
     audio, samples = read_wav(path)
     assert audio.frames_of(samples) == 2 * RATE
     assert np.abs(to_signal(samples, 1)[: RATE // 10]).max() > 0.01

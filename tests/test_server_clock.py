@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import client
 import server
-from client import ServerClock, TimeExchange
+from client import OffsetBounds, ServerClock
+from sound import bound_offset
 
 BLOCK_S = 0.0025
 
@@ -48,7 +49,7 @@ class Exchange:
         self.server = server
         self._up, self._down = up, down
         self._chance = random.Random(seed)
-        self._on_the_way: list[tuple[float, TimeExchange]] = []
+        self._on_the_way: list[tuple[float, OffsetBounds]] = []
         self._block = 0
         self.asked_at_s: list[float] = []
 
@@ -61,10 +62,8 @@ class Exchange:
                 there_s = now_s + self._up(self._chance)
                 answered_s = there_s + self._chance.random() * BLOCK_S
                 back_s = answered_s + self._down(self._chance)
-                exchange = TimeExchange(
-                    now_s, self.server(there_s), self.server(answered_s), back_s
-                )
-                self._on_the_way.append((back_s, exchange))
+                bounds = bound_offset(now_s, self.server(there_s), self.server(answered_s), back_s)
+                self._on_the_way.append((back_s, bounds))
             for arrival in [each for each in self._on_the_way if each[0] <= now_s]:
                 self._on_the_way.remove(arrival)
                 self.clock.take(arrival[1])
@@ -122,7 +121,7 @@ def test_a_jump_of_the_clock_in_the_middle_of_a_burst_is_followed() -> None:
         asked_s = 30.0 + number / 100
         ahead_s = 8.0 if number > 3 else 3.0
         exchange.clock.take(
-            TimeExchange(asked_s, asked_s + ahead_s, asked_s + 8.0, asked_s + 0.0002)
+            bound_offset(asked_s, asked_s + ahead_s, asked_s + 8.0, asked_s + 0.0002)
         )
     exchange.clock.wants_request(30.1 + client.BURST_TIMEOUT_S)
     assert exchange.clock.offset_at(30.1) == pytest.approx(8.0, abs=200e-6)

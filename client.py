@@ -2005,14 +2005,15 @@ TEMPLATE_S = 0.01
 class Tape:
     """The latest sound by the numbers of its frames: from `first` to before `end`.
 
-    Sound is a float32 array, frames by channels, with 1.0 for full scale.
+    It keeps `kept_frames` of it. Sound is a float32 array, frames by channels, with 1.0 for full
+    scale.
     """
 
-    def __init__(self, rate: int, channels: int) -> None:
+    def __init__(self, kept_frames: int, channels: int) -> None:
         self.first = 0
         self.end = 0
-        self._kept_frames = int(KEPT_S * rate)
-        self._store: Floats = np.zeros((2 * self._kept_frames, channels), np.float32)
+        self._kept_frames = kept_frames
+        self._store: Floats = np.zeros((2 * kept_frames, channels), np.float32)
         self._used = 0
 
     def append(self, sound: Floats) -> None:
@@ -2199,7 +2200,11 @@ class Playout:
     """
 
     def __init__(
-        self, audio: AudioFormat, card: AudioFormat, fixed_target_s: float | None = None
+        self,
+        audio: AudioFormat,
+        card: AudioFormat,
+        fixed_target_s: float | None = None,
+        kept_s: float = KEPT_S,
     ) -> None:
         import samplerate  # noqa: PLC0415  (only playing on a card needs it)
 
@@ -2207,7 +2212,7 @@ class Playout:
         self.card = card
         self.dropouts = 0
         channels = min(audio.channels, card.channels)
-        self._tape = Tape(audio.rate, channels)
+        self._tape = Tape(int(kept_s * audio.rate), channels)
         # What the resampler holds is never collected.
         supply = functools.partial(Playout._supply, weakref.proxy(self))
         self._resampler = samplerate.CallbackResampler(
@@ -2228,7 +2233,7 @@ class Playout:
         self._read_s = 0.0
         self._steered_s = 0.0
         self._error_s = 0.0
-        self._concealment = Concealment(self._tape.between(0, 0), audio.rate)
+        self._concealment = self._concealment_at(0)
         self._overlay = Overlay(self._tape.between(0, 0))
         self._resampler.read(1)  # it takes some frames for itself
         self._next = 0
@@ -2241,7 +2246,8 @@ class Playout:
     @property
     def fill_frames(self) -> int:
         """The sound that waits to be played."""
-        return max(0, self._tape.end - (self._next if self.is_playing else self._unplayed))
+        begin = self._next if self.is_playing else self._unplayed
+        return max(0, self._tape.end - max(begin, self._tape.first))
 
     def describe(self) -> str:
         """Return how much sound waits, and of how much where that is fixed."""
@@ -2277,17 +2283,17 @@ class Playout:
 
     def _conceal_gap(self, gap_frames: int, sound: Floats) -> Floats:
         """Fill a gap before `sound`; return `sound`, faded in."""
-        concealment = Concealment(self._latest(), self.audio.rate)
+        concealment = self._concealment_at(self._tape.end)
         concealed_frames = min(gap_frames, int(CONCEALED_S * self.audio.rate))
         self._tape.append(concealment.take(concealed_frames))
         self._tape.skip(gap_frames - concealed_frames)
         fade_frames = min(len(sound), int(FADE_S * self.audio.rate))
         return Overlay(concealment.take(fade_frames)).laid_over(sound)
 
-    def _latest(self) -> Floats:
-        """Return the last of what was written, as much as a concealment looks at."""
+    def _concealment_at(self, place: int) -> Concealment:
+        """Return what goes on where the sound breaks off, before `place`."""
         frames = int((LONGEST_PERIOD_S + TEMPLATE_S) * self.audio.rate)
-        return self._tape.between(self._tape.end - frames, self._tape.end)
+        return Concealment(self._tape.between(place - frames, place), self.audio.rate)
 
     # reading
 
@@ -2363,8 +2369,7 @@ class Playout:
         if self.is_playing:
             self.is_playing = False
             self._unplayed = self._next
-            before = self._next - int((LONGEST_PERIOD_S + TEMPLATE_S) * self.audio.rate)
-            self._concealment = Concealment(self._tape.between(before, self._next), self.audio.rate)
+            self._concealment = self._concealment_at(self._next)
 
     def _start(self, frames: int, now_s: float) -> None:
         """Begin to play where it is time to, if the next `frames` from there have come."""
@@ -2755,7 +2760,7 @@ class SyncedPlayout(Playout):
     """
 
     def __init__(self, audio: AudioFormat, card: AudioFormat, step: InStep) -> None:
-        super().__init__(audio, card)
+        super().__init__(audio, card, kept_s=KEPT_S + max(0.0, step.after_s))
         self.step = step
 
     def write(self, samples: bytes, gap_frames: int, now_s: float, captured_s: float = 0.0) -> None:
@@ -2840,8 +2845,8 @@ class Speaker:
         self, wanted: str | None, latency_ms: float | None, delay_ms: float, console: Console
     ) -> None:
         load_converters()
-        self._latency_s = None if latency_ms is None else latency_ms / 1000
-        self._delay_s = delay_ms / 1000
+        self.latency_s = None if latency_ms is None else latency_ms / 1000
+        self.delay_s = delay_ms / 1000
         self.console = console
         self.card = common.SoundCard(common.SPEAKER, wanted, console.complain)
 
@@ -2850,6 +2855,8 @@ class Speaker:
 
         An output that there was is at its end.
         """
+        if self.delay_s and sync is None:
+            self.console.complain("--delay does nothing: the server is without --sync")
         own = self.card.device.own_format
         try:
             return SpeakerOutput(self, audio, AudioFormat(audio.rate, own.channels), sync)
@@ -2858,25 +2865,6 @@ class Speaker:
                 raise
             return SpeakerOutput(self, audio, own, sync)
 
-    def make_playout(
-        self, audio: AudioFormat, card_format: AudioFormat, sync: Sync | None
-    ) -> Playout:
-        """Return what plays `audio`, in step where the server has all play so."""
-        if sync is not None:
-            step = InStep(sync, audio, card_format.rate, self._delay_s)
-            return SyncedPlayout(audio, card_format, step)
-        if self._delay_s:
-            self.console.complain("--delay does nothing: the server is without --sync")
-        return Playout(audio, card_format, self._latency_s)
-
-    def find_wait_s(self, sync: Sync | None) -> float | None:
-        """Return for how long sound waits until it is played, None where that is to be short."""
-        return self._latency_s if sync is None else sync.after_s + self._delay_s
-
-    def close(self) -> None:
-        """Release the card. Idempotent."""
-        self.card.close()
-
 
 class SpeakerOutput:
     """Plays through a sound card; PortAudio asks for each block when it needs it."""
@@ -2884,14 +2872,25 @@ class SpeakerOutput:
     def __init__(
         self, speaker: Speaker, audio: AudioFormat, card_format: AudioFormat, sync: Sync | None
     ) -> None:
-        self._make_playout = functools.partial(speaker.make_playout, audio, card_format)
+        self._speaker = speaker
+        self._formats = audio, card_format
+        self._after_s = None if sync is None else sync.after_s
         self._playout = self._make_playout(sync)
         self._advice = StepAdvice(speaker.console)
         self._exchanged = threading.Condition()  # guards the playout, and tells of what was written
-        block_ms, longest_ms = find_blocks_ms(speaker.find_wait_s(sync))
+        wait_s = speaker.latency_s if sync is None else sync.after_s + speaker.delay_s
+        block_ms, longest_ms = find_blocks_ms(wait_s)
         speaker.card.open(
             common.StreamSettings(card_format, block_ms, self._exchange, self._return, longest_ms)
         )
+
+    def _make_playout(self, sync: Sync | None) -> Playout:
+        """Return what plays: in step where the server has all play so."""
+        if sync is None:
+            return Playout(*self._formats, self._speaker.latency_s)
+        audio, card_format = self._formats
+        step = InStep(sync, audio, card_format.rate, self._speaker.delay_s)
+        return SyncedPlayout(audio, card_format, step)
 
     def _exchange(self, _samples: bytes | None, info: common.BlockInfo) -> bytes:
         """Return the next frames; PortAudio's thread calls this.
@@ -2912,11 +2911,12 @@ class SpeakerOutput:
 
     def resume(self, sync: Sync | None) -> None:
         """Continue with another connection's sound, in step if its server says so."""
+        after_s = None if sync is None else sync.after_s
         with self._exchanged:
-            if sync is not None and isinstance(self._playout, SyncedPlayout):
+            if after_s != self._after_s:
+                self._after_s, self._playout = after_s, self._make_playout(sync)
+            elif sync is not None and isinstance(self._playout, SyncedPlayout):
                 self._playout.step.begin(sync)
-            elif sync is not None or isinstance(self._playout, SyncedPlayout):
-                self._playout = self._make_playout(sync)
 
     def write(self, samples: bytes, gap_frames: int, captured_s: float) -> None:
         """Hand over to be played."""
@@ -2930,7 +2930,8 @@ class SpeakerOutput:
     def drain(self) -> None:
         """Play what is left, down to the last sample in the sound card's own buffer."""
         self._playout.drain()
-        deadline = Deadline(DRAIN_LIMIT_S)
+        audio, _ = self._formats
+        deadline = Deadline(DRAIN_LIMIT_S + self._playout.fill_frames / audio.rate)
         while self._playout.fill_frames and deadline.remaining():
             time.sleep(BLOCK_MS / 1000)
         time.sleep(CARD_BUFFER_S)
@@ -2954,7 +2955,10 @@ class SpeakerOutput:
 
 
 def find_blocks_ms(wait_s: float | None) -> tuple[float, float]:
-    """Return how much sound a card gets at once, at first and at most: see `find_wait_s`."""
+    """Return how much sound a card gets at once, at first and at most.
+
+    `wait_s` is for how long sound waits until it is played, None where that is to be short.
+    """
     if wait_s is None:
         return BLOCK_MS, LONGEST_BLOCK_MS
     block_ms = min(max(wait_s * 1000 / BLOCKS_OF_WAIT, BLOCK_MS), LONGEST_BLOCK_MS)
@@ -3452,7 +3456,7 @@ def find_destinations(
     else:
         try:
             speaker = Speaker(args.output, args.latency, args.delay, console)
-            closing.callback(speaker.close)
+            closing.callback(speaker.card.close)
             yield speaker
         except AudioUnavailable as error:
             if args.record is None:

@@ -50,13 +50,14 @@ def test_jack_plays_mono_on_both_sides_at_its_own_rate(
     write_wav(tmp_path / "tone.wav", make_tone(10), MONO)
     with (
         start_server(card, "--input", str(tmp_path / "tone.wav")) as sender,
-        start_client(jack, port_of(sender), "--output", "system") as player,
+        start_client(jack, port_of(sender), "--output", "system", "--delay", "5") as player,
     ):
         player.wait_for("Listening")
         wait_for(lambda: len(playing_ports(jack)) == 2, "the client's ports")
         # Of the right pitch and whole, but where a busy machine holds it up.
         wait_for(lambda: min(record_sides_db(jack, tmp_path / "heard.wav")) > 30, "a pure tone")
         assert player.interrupt() == common.EXIT_OK
+        assert player.text().count("--delay does nothing") == 1
 
 
 def record_sides_db(environment: dict[str, str], path: Path) -> list[float]:

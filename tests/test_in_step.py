@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -121,3 +122,17 @@ def test_a_card_that_does_not_tell_when_it_plays_is_taken_as_constant(ahead_s: f
         step.note_read(240, number * 0.005, ahead_s)
     assert step.is_card_silent
     assert step.late_s(1_000 * 240) == pytest.approx(-AFTER_S, abs=0.006)
+
+
+@pytest.mark.parametrize("after_s", [0.08, 3.0])
+def test_sound_is_kept_until_it_is_due(after_s: float) -> None:
+    audio = AudioFormat(8_000, 1)
+    playout = SyncedPlayout(audio, audio, InStep(Sync(known_clock(), after_s), audio, audio.rate))
+    noise = np.random.default_rng(1).normal(0, 4_000, int(5 * audio.rate)).astype("<i2").tobytes()
+    heard = b""
+    for start in range(0, len(noise), 160):
+        now_s = (start + 160) / 2 / audio.rate
+        playout.write(noise[start:][:160], 0, now_s, now_s)
+        heard += playout.read(80, now_s - 0.005, 0.01)
+    assert (playout.is_playing, playout.dropouts) == (True, 0)
+    assert heard.count(0, -2 * audio.rate) < audio.rate / 10

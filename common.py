@@ -2267,7 +2267,7 @@ def meant_devices(wanted: str, devices: Sequence[Device]) -> list[Device]:
 
 def describe_choice(devices: Sequence[Device]) -> str:
     """Return the numbers and names of `devices` in a line."""
-    return ", ".join(f"{device.number} {device.shown}" for device in devices)
+    return ", ".join(f"{device.number} {device.shown}" for device in sorted(devices))
 
 
 class StreamSettings(NamedTuple):
@@ -2327,25 +2327,6 @@ def how_to_install_pyaudio() -> str:
     return advice
 
 
-class PortAudioStream:
-    """A stream of PyAudio's."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def is_active(self) -> bool:
-        """Return whether PortAudio still takes it for flowing."""
-        try:
-            return bool(self._stream.is_active())
-        except OSError:  # so it is with a stream that has died
-            return False
-
-    def close(self) -> None:
-        """Release the device; blocks while the sound system takes its time."""
-        with contextlib.suppress(OSError):
-            self._stream.close()
-
-
 class SoundSystem:
     """PortAudio, from its start to its end; it knows the devices there were at its start.
 
@@ -2360,8 +2341,8 @@ class SoundSystem:
         self._continue: int = pyaudio.paContinue
         self._sample_format: int = pyaudio.paInt16
         self._start: Callable[[], Any] = pyaudio.PyAudio
-        with portaudio_errors():
-            self._portaudio = self._start()
+        self._portaudio: Any = None
+        self.restart()
 
     def restart(self) -> None:
         """Start PortAudio anew: only then does it see what was plugged in."""
@@ -2376,11 +2357,16 @@ class SoundSystem:
             portaudio.terminate()
 
     def devices(self, direction: Direction) -> list[Device]:
-        """Return the devices that sound can go through in `direction`."""
+        """Return the devices that sound can go through in `direction`, the default one first."""
         with portaudio_errors():
             count = self._portaudio.get_device_count()
             described = [self._describe(direction, number) for number in range(count)]
-        return [device for device in described if device.channels > 0]
+        default = None
+        with contextlib.suppress(OSError):
+            default_api = self._portaudio.get_default_host_api_info()
+            default = default_api[f"default{direction.kind.title()}Device"]
+        usable = [device for device in described if device.channels > 0]
+        return sorted(usable, key=lambda device: device.number != default)
 
     def _describe(self, direction: Direction, number: int) -> Device:
         fields = self._portaudio.get_device_info_by_index(number)
@@ -2391,17 +2377,7 @@ class SoundSystem:
         rate = round(fields["defaultSampleRate"])
         return Device(number, name, str(api), fields[f"max{direction.kind.title()}Channels"], rate)
 
-    def default(self, direction: Direction, devices: Sequence[Device]) -> Sequence[Device]:
-        """Return those of `devices` that are used when none is named, the first one first."""
-        with contextlib.suppress(OSError):
-            default = self._portaudio.get_default_host_api_info()
-            number = default[f"default{direction.kind.title()}Device"]
-            return [d for d in devices if d.number == number] or devices
-        return devices
-
-    def open(
-        self, direction: Direction, device: Device, settings: StreamSettings
-    ) -> PortAudioStream:
+    def open(self, direction: Direction, device: Device, settings: StreamSettings) -> Stream:
         """Have PortAudio's own thread call `settings.exchange` for every block.
 
         Raises AudioUnavailable where there is no device of that name and sound system now, or it
@@ -2420,7 +2396,7 @@ class SoundSystem:
 
         audio = settings.audio
         try:
-            stream = self._portaudio.open(
+            return self._portaudio.open(
                 rate=audio.rate,
                 channels=audio.channels,
                 format=self._sample_format,
@@ -2431,7 +2407,6 @@ class SoundSystem:
         except (OSError, ValueError) as error:
             reason = self._describe_refusal(direction, now, audio, error)
             raise AudioUnavailable(reason) from error
-        return PortAudioStream(stream)
 
     def _describe_refusal(
         self, direction: Direction, device: Device, audio: AudioFormat, error: Exception
@@ -2488,22 +2463,23 @@ class JackProcess:
     """A process of its own in which PortAudio uses JACK: what ends it does not end this one.
 
     It runs `serve_jack`, and ends with `close`, or with this process. Once it has answered to a
-    request to open a device, sound flows through it as through a PortAudioStream.
+    request to open a device, sound flows through it as through a stream of PyAudio's.
     """
 
     def __init__(self, request: Mapping[str, Any]) -> None:
         import multiprocessing.connection  # noqa: PLC0415  (only JACK needs them)
         import subprocess  # noqa: PLC0415
 
-        self._link, far = multiprocessing.Pipe()
-        with far:
-            self._process = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), json.dumps(request)],
-                stdin=far.fileno(),
-                stdout=2,
-                env=hide_jack(),
-                start_new_session=True,  # Ctrl+C is for this process
-            )
+        with portaudio_errors():
+            self._link, far = multiprocessing.Pipe()
+            with far:
+                self._process = subprocess.Popen(
+                    [sys.executable, os.path.abspath(__file__), json.dumps(request)],
+                    stdin=far.fileno(),
+                    stdout=2,
+                    env=hide_jack(),
+                    start_new_session=True,  # Ctrl+C is for this process
+                )
 
     def receive_answer(self) -> Any:
         """Return what it answers to the request; raises AudioUnavailable with its words."""
@@ -2552,13 +2528,11 @@ class JackSystem:
         """Return those devices, numbered after the known ones; blocks while PortAudio starts."""
         if sys.platform in ("win32", "darwin"):
             return []
-        process = JackProcess({"direction": direction})
         try:
-            found = [Device(*fields) for fields in process.receive_answer()]
+            with contextlib.closing(JackProcess({"direction": direction})) as process:
+                found = [Device(*fields) for fields in process.receive_answer()]
         except AudioUnavailable:
             return []
-        finally:
-            process.close()
         first = max((device.number for device in self._known), default=-1) + 1
         new = [d for d in found if not any(d.is_same(other) for other in self._known)]
         new.sort(key=lambda device: device.host_api == "ALSA")  # whose JACK part is a bridge
@@ -2568,13 +2542,13 @@ class JackSystem:
         """Open the device in a process of its own; raises AudioUnavailable with its words."""
         how = {"audio": settings.audio, "block_ms": settings.block_ms}
         process = JackProcess({"direction": direction, "device": device, **how})
+        exchanging = functools.partial(process.exchange_blocks, settings.exchange)
         try:
             process.receive_answer()
+            threading.Thread(target=exchanging, name="JACK", daemon=True).start()
         except BaseException:
             process.close()
             raise
-        exchanging = functools.partial(process.exchange_blocks, settings.exchange)
-        threading.Thread(target=exchanging, name="JACK", daemon=True).start()
         return process
 
     def close(self) -> None:
@@ -2626,8 +2600,9 @@ def exchange_until_lost(
     stream = system.open(direction, device, StreamSettings(audio, request["block_ms"], exchange))
     answer(link, {"devices": [device]})
     answered.set()
-    while stream.is_active():
-        time.sleep(CARD_CHECK_S)
+    with contextlib.suppress(OSError):
+        while stream.is_active():
+            time.sleep(CARD_CHECK_S)
     return EXIT_FAILED
 
 
@@ -2650,7 +2625,7 @@ CARD_CLOSE_S = 1.0
 GAPS, GAPS_S = 4, 30.0
 
 System = SoundSystem | JackSystem
-Stream = PortAudioStream | JackProcess
+Stream = Any  # PyAudio's, whose methods raise OSError once it has died; or a JackProcess
 
 
 class Closing:
@@ -2663,26 +2638,26 @@ Request = StreamSettings | Closing
 class Flow:
     """One stream's sound, and when it last flowed.
 
-    PortAudio's thread calls `exchange`; all else is for the thread that watches. `begin` is called
-    with the time of the first block, before that is exchanged.
+    PortAudio's thread calls `exchange`; all else is for the thread that watches. Where the device
+    was away since `lost_s`, `settings` say who is told.
     """
 
-    def __init__(self, exchange: Exchange, begin: Callable[[float], object]) -> None:
-        self._exchange = exchange
-        self._begin = begin
+    def __init__(self, settings: StreamSettings, lost_s: float | None) -> None:
+        self._settings = settings
+        self._lost_s = lost_s
         self._gaps_s: deque[float] = deque(maxlen=GAPS)
         self.has_begun = False
         self.last_s = self._checked_s = self._stood_s = clock_s()
 
     def exchange(self, samples: bytes | None, info: BlockInfo) -> bytes | None:
         """Pass a block on."""
-        self.last_s = time.monotonic()
-        if not self.has_begun:
-            self._begin(self.last_s)
-            self.has_begun = True
+        self.last_s = clock_s()
+        if not self.has_begun and self._lost_s is not None:
+            self._settings.on_return(self.last_s - self._lost_s)
+        self.has_begun = True
         if info.is_after_gap:
             self._gaps_s.append(self.last_s)
-        return self._exchange(samples, info)
+        return self._settings.exchange(samples, info)
 
     def has_many_gaps(self) -> bool:
         """Return whether the card has just run dry again and again."""
@@ -2707,7 +2682,15 @@ class OpenCard(NamedTuple):
 
     def is_lost(self) -> bool:
         """Return whether the device has gone, or gives no sound."""
-        return self.flow.has_stopped() or not self.stream.is_active()
+        try:
+            return self.flow.has_stopped() or not self.stream.is_active()
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        """Release the device; blocks while the sound system takes its time."""
+        with contextlib.suppress(OSError):
+            self.stream.close()
 
     def wants_longer_blocks(self) -> bool:
         """Return whether it runs dry again and again, and its blocks may be longer."""
@@ -2743,7 +2726,7 @@ class CardKeeper(NamedTuple):
     def _keep_open(self, settings: StreamSettings) -> Request:
         """Keep the device open, and answer; return the next request."""
         try:
-            card = self._open(settings, lambda now_s: None)
+            card = self._open(settings)
         except Exception as error:  # noqa: BLE001 - raised again by take_answer
             self.answers.put(error)
             return self.requests.get()
@@ -2751,10 +2734,10 @@ class CardKeeper(NamedTuple):
         while (request := self._wait(functools.partial(self._is_to_be_opened_anew, card))) is None:
             is_short = self._is_too_short(card)
             following = self._lengthen(card) if is_short else self._bring_back(card)
-            if not isinstance(following, OpenCard):
+            if isinstance(following, Closing):
                 return following
             card = following
-        card.stream.close()
+        card.close()
         return request
 
     def _is_to_be_opened_anew(self, card: OpenCard) -> bool:
@@ -2764,12 +2747,12 @@ class CardKeeper(NamedTuple):
         """Return whether the buffer of a card that is there is, and can be larger."""
         return self.system.sizes_buffers and card.wants_longer_blocks() and not card.is_lost()
 
-    def _lengthen(self, card: OpenCard) -> OpenCard | Request:
+    def _lengthen(self, card: OpenCard) -> OpenCard | Closing:
         """Open a card with longer blocks; where that fails, do as `_bring_back`."""
-        card.stream.close()
+        card.close()
         settings = card.settings._replace(block_ms=card.settings.longest_block_ms)
         try:
-            longer = self._open_again(settings, card.flow.last_s)
+            longer = self._open(settings, card.flow.last_s)
         except AudioUnavailable:
             return self._bring_back(card)
         self.complain(
@@ -2778,26 +2761,30 @@ class CardKeeper(NamedTuple):
         )
         return longer
 
-    def _bring_back(self, card: OpenCard) -> OpenCard | Request:
-        """Wait for a card that has gone; return it, or the next request."""
+    def _bring_back(self, card: OpenCard) -> OpenCard | Closing:
+        """Wait for a card that has gone; return it, unless it is to be closed."""
         # Told first: a sound system that hangs does not let the stream be closed.
         option = self.direction.option
         self.complain(f"{self._what} is gone: waiting for it ({option} would take another)")
-        card.stream.close()
-        returned = self._wait_for_return(card.settings, card.flow.last_s)
-        if isinstance(returned, OpenCard):
-            self.complain(f"{self._what} is back")
-        return returned
+        card.close()
+        settings = card.settings
+        while not isinstance(found := self._look_for(settings, card.flow.last_s), Closing):
+            if isinstance(found, OpenCard):
+                self.complain(f"{self._what} is back")
+                return found
+            if found is not None and found.audio == self.device.own_format:
+                settings = found  # which it does once it is back
+                self.answers.put(self.device)
+            elif found is not None:
+                self.answers.put(AudioUnavailable(f"{self._what} is gone"))
+        return found
 
     @property
     def _what(self) -> str:
         return f"the {self.direction.noun} {self.device.shown}"
 
-    def _open_again(self, settings: StreamSettings, lost_s: float) -> OpenCard:
-        return self._open(settings, lambda now_s: settings.on_return(now_s - lost_s))
-
-    def _open(self, settings: StreamSettings, begin: Callable[[float], object]) -> OpenCard:
-        flow = Flow(settings.exchange, begin)
+    def _open(self, settings: StreamSettings, lost_s: float | None = None) -> OpenCard:
+        flow = Flow(settings, lost_s)
         watched = settings._replace(exchange=flow.exchange)
         stream = self.system.open(self.direction, self.device, watched)
         return OpenCard(settings, stream, flow)
@@ -2812,20 +2799,20 @@ class CardKeeper(NamedTuple):
                 return self.requests.get(timeout=CARD_CHECK_S)
         return None
 
-    def _wait_for_return(self, settings: StreamSettings, lost_s: float) -> OpenCard | Request:
-        """Try to open the device until sound flows again; return that, or the next request."""
-        while True:
-            with contextlib.suppress(AudioUnavailable):
-                self.system.restart()
-                card = self._open_again(settings, lost_s)
-                request = self._wait(card.is_decided)
-                if request is None and card.flow.has_begun:
-                    return card
-                card.stream.close()
-                if request is not None:
-                    return request
-            with contextlib.suppress(queue.Empty):
-                return self.requests.get(timeout=CARD_RETRY_S)
+    def _look_for(self, settings: StreamSettings, lost_s: float) -> OpenCard | Request | None:
+        """Try to open the device; return it if sound flows again, or a request, or in a while."""
+        with contextlib.suppress(Exception):  # whatever it was, it is tried again
+            self.system.restart()
+            card = self._open(settings, lost_s)
+            request = self._wait(card.is_decided)
+            if request is None and card.flow.has_begun:
+                return card
+            card.close()
+            if request is not None:
+                return request
+        with contextlib.suppress(queue.Empty):
+            return self.requests.get(timeout=CARD_RETRY_S)
+        return None
 
 
 class SoundCard:
@@ -2889,13 +2876,12 @@ def find_device(direction: Direction, wanted: str | None) -> tuple[System, Devic
     with contextlib.ExitStack() as closing:
         system = closing.enter_context(contextlib.closing(SoundSystem()))
         devices = system.devices(direction)
-        default = system.default(direction, devices)
-        if found := choose_device(direction, wanted, devices, default):
+        if found := choose_device(direction, wanted, devices):
             closing.pop_all()
             return system, found
     jack = JackSystem(devices)
     with_jack = jack.devices(direction)
-    if found := choose_device(direction, wanted, with_jack, with_jack):
+    if found := choose_device(direction, wanted, with_jack):
         return jack, found
     if wanted is None or not (devices or with_jack):
         raise AudioUnavailable(direction.none_found)
@@ -2906,14 +2892,13 @@ def find_device(direction: Direction, wanted: str | None) -> tuple[System, Devic
 
 
 def choose_device(
-    direction: Direction, wanted: str | None, devices: Sequence[Device], default: Sequence[Device]
+    direction: Direction, wanted: str | None, devices: Sequence[Device]
 ) -> Device | None:
     """Return that of `devices` which `wanted` means, None if none.
 
-    Where nothing is wanted, that is the first of `default`. Raises AudioUnavailable where several
-    are meant.
+    Where nothing is wanted, that is the first. Raises AudioUnavailable where several are meant.
     """
-    meant = list(default[:1]) if wanted is None else meant_devices(wanted, devices)
+    meant = devices[:1] if wanted is None else meant_devices(wanted, devices)
     if len(meant) > 1:
         raise AudioUnavailable(
             f"several {direction.noun}s match {escape(wanted or '')!r}, give one's number or whole "
@@ -2922,18 +2907,16 @@ def choose_device(
     return meant[0] if meant else None
 
 
-def describe_devices(
-    direction: Direction, devices: Sequence[Device], default: Sequence[Device]
-) -> str:
-    """Return a table of `devices`, with a star at the first of `default`."""
+def describe_devices(direction: Direction, devices: Sequence[Device]) -> str:
+    """Return a table of `devices`, by their numbers, with a star at the first of them."""
     if not devices:
         return direction.none_found
     width = max(len(device.host_api) for device in devices)
     lines = [
         f"{'':2}{'no.':>4}  {'channels':>8}  {'rate':>7}  {'system':<{width}}  {direction.noun}"
     ]
-    for device in devices:
-        mark = "*" if device in default[:1] else ""
+    for device in sorted(devices):
+        mark = "*" if device is devices[0] else ""
         lines.append(
             f"{mark:2}{device.number:>4}  {device.channels:>8}  {device.rate:>7}  "
             f"{device.host_api:<{width}}  {device.shown}"
@@ -2952,10 +2935,9 @@ def list_devices(direction: Direction) -> int:
             hide_jack()
             with contextlib.closing(SoundSystem()) as system:
                 devices = system.devices(direction)
-                default = system.default(direction, devices)
             with_jack = [*devices, *JackSystem(devices).devices(direction)]
-            tables.put(describe_devices(direction, with_jack, default or with_jack))
-        except AudioUnavailable as error:
+            tables.put(describe_devices(direction, with_jack))
+        except Exception as error:  # noqa: BLE001 - raised again by take_answer
             tables.put(error)
 
     threading.Thread(target=make_table, name="devices", daemon=True).start()

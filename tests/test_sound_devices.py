@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +15,17 @@ import pytest
 import common
 import server
 from common import Device
-from sound import Script, ends_with_one_line, start_server
+from sound import (
+    MONO,
+    Script,
+    ends_with_one_line,
+    is_tone,
+    make_tone,
+    port_of,
+    start_client,
+    start_server,
+    write_wav,
+)
 from sound_card import ALSA_CONFIGURATION, VirtualSoundCard
 from waiting import wait_for
 
@@ -133,6 +147,29 @@ def test_pulse_source_chooses_the_microphone_behind_the_default(card: VirtualSou
         )
 
 
+@pytest.mark.parametrize("away_s", [-0.01, 1e5])
+@pytest.mark.parametrize("direction", [common.MICROPHONE, common.SPEAKER])
+def test_what_cannot_be_the_delay_of_a_card_is_not_told_as_one(
+    direction: common.Direction, away_s: float
+) -> None:
+    def times(away_s: float) -> dict[str, float]:
+        names = {"input_buffer_adc_time": -away_s, "output_buffer_dac_time": away_s}
+        return {"current_time": 1e5, **{name: 1e5 + ahead_s for name, ahead_s in names.items()}}
+
+    assert direction.seconds_away(times(0.02)) == pytest.approx(0.02)
+    assert direction.seconds_away(times(away_s)) == 0.0
+
+
+def test_without_room_for_another_process_there_is_no_jack(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    assert common.JackSystem([]).devices(common.SPEAKER) == []
+
+
 # --- while it is used -----------------------------------------------------------------------
 
 
@@ -177,6 +214,28 @@ def last_use_of_microphone(card: VirtualSoundCard) -> int:
     """Return a number that grows with each time that one is opened, 0 while none is open."""
     uses = card.pactl("list", "short", "source-outputs").splitlines()
     return max((int(line.split()[0]) for line in uses), default=0)
+
+
+def test_a_lost_loudspeaker_plays_what_comes_in_another_format_once_it_is_back(
+    card: VirtualSoundCard, tmp_path: Path
+) -> None:
+    mono, stereo = tmp_path / "mono.wav", tmp_path / "stereo.wav"
+    write_wav(mono, make_tone(1), MONO)
+    write_wav(stereo, server.double_channel(make_tone(1)), common.AudioFormat(48_000, 2))
+    with contextlib.ExitStack() as scripts:
+        sender = scripts.enter_context(start_server(card, "--input", str(mono)))
+        port = port_of(sender)
+        player = scripts.enter_context(start_client(card, port))
+        player.wait_for("Listening")
+        card.unplug()
+        player.wait_for("is gone")
+        sender.kill()
+        scripts.enter_context(start_server(card, "--port", port, "--input", str(stereo)))
+        player.wait_for("48000 Hz stereo")
+        card.plug_in()
+        player.wait_for("is back")
+        with card.record() as said:
+            wait_for(lambda: is_tone(said.tail(0.1)), "the tone at the loudspeaker")
 
 
 def test_ctrl_c_ends_also_where_the_sound_system_hangs(card: VirtualSoundCard) -> None:

@@ -109,7 +109,6 @@ from common import (
 )
 
 if TYPE_CHECKING:
-    import wave
     from io import FileIO
     from ipaddress import IPv4Interface, IPv6Interface
     from types import ModuleType
@@ -3024,10 +3023,10 @@ BLOCK_BYTES = 256
 RECORDING_CLOSE_S = 10.0
 MAX_RECORDINGS = 1_000  # of one name: the parts of a server's sound that changes its format
 WAV_LIMIT_BYTES = 2**32 - 1
-WAV_HEADER_BYTES = 44
+WAV_HEADER = struct.Struct("<4sI8sIHHIIHH4sI")
 OPUS_BITS_PER_S = 64_000  # and half of it more for each channel
-# What FFmpeg calls so many channels, in the order of a WAV file's.
-LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")
+# What FFmpeg calls so many channels, as FLAC and Opus have them.
+LAYOUTS = ("mono", "stereo", "3.0", "quad", "5.0", "5.1", "6.1", "7.1")
 # Names that end so are meant as files, of a kind that is not written.
 OTHER_ENDINGS = (
     *(".mp3", ".ogg", ".oga", ".m4a", ".aac", ".mp4", ".aif", ".aiff", ".wave", ".w64", ".wma"),
@@ -3038,17 +3037,6 @@ OTHER_ENDINGS = (
 Written = TypeVar("Written")
 
 
-class Missed:
-    """How much sound a destination has not got, over all its outputs."""
-
-    def __init__(self) -> None:
-        self.milliseconds = 0.0
-
-    def describe(self) -> str:
-        """Return it in words, nothing where there was none."""
-        return f"missed {self.milliseconds:.0f} ms" if self.milliseconds else ""
-
-
 class RecordingOutput:
     """Writes every frame as it was captured, from a thread of its own; gaps become silence.
 
@@ -3057,10 +3045,9 @@ class RecordingOutput:
     SimpleQueue, but it can a Queue.
     """
 
-    def __init__(self, writer: Writer, audio: AudioFormat, missed: Missed) -> None:
+    def __init__(self, writer: Writer, audio: AudioFormat) -> None:
         self._writer = writer
         self._audio = audio
-        self._missed = missed
         self._blocks: queue.SimpleQueue[tuple[bytes, int] | None] = queue.SimpleQueue()
         self._written: queue.SimpleQueue[int] = queue.SimpleQueue()  # bytes of each block that was
         self._waiting_bytes = 0
@@ -3077,9 +3064,6 @@ class RecordingOutput:
         self._blocks.put((samples, gap_frames))
         self._waiting_bytes += BLOCK_BYTES + len(samples)
 
-    def resume(self, _sync: Sync | None, /) -> None:
-        """Nothing to do: what was missed meanwhile comes as a gap."""
-
     def _run(self) -> None:
         while (block := self._blocks.get()) is not None:
             try:
@@ -3091,15 +3075,11 @@ class RecordingOutput:
                 self._written.put(BLOCK_BYTES + len(block[0]))
 
     def _write(self, samples: bytes, gap_frames: int) -> None:
-        self._missed.milliseconds += self._audio.milliseconds(gap_frames)
         while gap_frames > 0:
             frames = min(gap_frames, self._audio.rate)
             self._writer.write(bytes(frames * self._audio.frame_bytes))
             gap_frames -= frames
         self._writer.write(samples)
-
-    def drain(self) -> None:
-        """Nothing to do: `close` writes what is queued."""
 
     def close(self) -> None:
         """Write what is queued, and finish the file. Raises SocketPairError."""
@@ -3113,12 +3093,6 @@ class RecordingOutput:
             if self._error:
                 raise self._error
 
-    def status(self) -> str:
-        """Return how much was missed so far."""
-        return self._missed.describe()
-
-    summary = status
-
 
 class RecordingFiles:
     """Files that sound is recorded into, as a `Destination`: the first as it was named.
@@ -3131,7 +3105,6 @@ class RecordingFiles:
     def __init__(self, path: str, console: Console) -> None:
         self._path = os.path.expanduser(path)
         self._console = console
-        self._missed = Missed()
         if os.path.isdir(self._path):
             raise SocketPairError(f"cannot record into {escape(path)}: it is a folder")
         if not os.path.isdir(os.path.dirname(self._path) or "."):
@@ -3142,7 +3115,7 @@ class RecordingFiles:
 
     def open(self, audio: AudioFormat, _sync: Sync | None = None, /) -> RecordingOutput:
         """Return an output into the next file."""
-        return RecordingOutput(self._writer(self, audio), audio, self._missed)
+        return RecordingOutput(self._writer(self, audio), audio)
 
     def create(self, begin: Callable[[BinaryIO], Written]) -> Written:
         """Make the next file, of which `begin` writes the beginning; return what `begin` does.
@@ -3187,6 +3160,7 @@ def begin_in(path: str, begin: Callable[[BinaryIO], Written]) -> Written:
         return begin(file)
     except BaseException:
         file.close()
+        os.unlink(path)
         raise
 
 
@@ -3240,45 +3214,46 @@ class WavWriter:
     def __init__(self, files: RecordingFiles, audio: AudioFormat) -> None:
         self._files = files
         self._audio = audio
+        # The sizes in a WAV file have 32 bits.
+        self._most_frames = (WAV_LIMIT_BYTES - WAV_HEADER.size) // audio.frame_bytes
         self._open_next()
 
     def _open_next(self) -> None:
-        self._file, self._wav = self._files.create(self._begin)
-        # The sizes in a WAV file have 32 bits.
-        self._room_frames = (WAV_LIMIT_BYTES - WAV_HEADER_BYTES) // self._audio.frame_bytes
+        self._frames = 0
+        self._file = self._files.create(self._begin)
 
-    def _begin(self, file: BinaryIO) -> tuple[BinaryIO, wave.Wave_write]:
-        import wave  # noqa: PLC0415  (only recordings need it)
+    def _begin(self, file: BinaryIO) -> BinaryIO:
+        file.write(self._header())
+        file.flush()
+        return file
 
-        wav = wave.open(file, "wb")  # noqa: SIM115 - open as long as the recording
-        try:
-            wav.setparams(
-                (self._audio.channels, common.SAMPLE_BYTES, self._audio.rate, 0, "NONE", "")
-            )
-            wav.writeframes(b"")
-            file.flush()
-        except BaseException:
-            with contextlib.suppress(OSError):
-                wav.close()  # which it would do later, with a traceback
-            raise
-        return file, wav
+    def _header(self) -> bytes:
+        rate, channels = self._audio
+        frame_bytes = self._audio.frame_bytes
+        size = self._frames * frame_bytes
+        sound = (1, channels, rate, rate * frame_bytes, frame_bytes, 8 * common.SAMPLE_BYTES)
+        riff_size = size + WAV_HEADER.size - 8
+        return WAV_HEADER.pack(b"RIFF", riff_size, b"WAVEfmt ", 16, *sound, b"data", size)
 
     def write(self, samples: bytes) -> None:
         """Write all of `samples`, and only then count them in the header."""
         while samples:
-            if not self._room_frames:
+            if self._frames == self._most_frames:
                 self.close()
                 self._open_next()
-            part = samples[: self._room_frames * self._audio.frame_bytes]
-            with told_as_recording():
-                self._wav.writeframes(part)
-            self._room_frames -= self._audio.frames_of(part)
+            part = samples[: (self._most_frames - self._frames) * self._audio.frame_bytes]
             samples = samples[len(part) :]
+            with told_as_recording():
+                self._file.write(part)
+                self._frames += self._audio.frames_of(part)
+                self._file.seek(0)
+                self._file.write(self._header())
+                self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
         """Close the file; it is complete."""
-        with told_as_recording(), self._file:
-            self._wav.close()
+        with told_as_recording():
+            self._file.close()
 
 
 class EncodedWriter:
@@ -3289,17 +3264,18 @@ class EncodedWriter:
     options: Mapping[str, str] = {"flush_packets": "1"}
 
     def __init__(self, files: RecordingFiles, audio: AudioFormat) -> None:
-        if audio.channels > len(LAYOUTS):
-            raise SocketPairError(f"{self.container} cannot hold {audio.describe()}: record .wav")
-        self._audio = audio
-        self._layout = LAYOUTS[audio.channels - 1]
-        self._file, self._container, self._stream = files.create(self._begin)
-
-    def _begin(self, file: BinaryIO) -> tuple[BinaryIO, Any, Any]:
         import av  # noqa: PLC0415  (only such recordings need it)
 
+        if audio.channels > len(LAYOUTS):
+            raise SocketPairError(f"{self.container} cannot hold {audio.describe()}: record .wav")
         self._av = av
-        container = av.open(file, "w", format=self.container, options=dict(self.options))
+        self._audio = audio
+        self._layout = LAYOUTS[audio.channels - 1]
+        with self._told():
+            self._file, self._container, self._stream = files.create(self._begin)
+
+    def _begin(self, file: BinaryIO) -> tuple[BinaryIO, Any, Any]:
+        container = self._av.open(file, "w", format=self.container, options=dict(self.options))
         stream = self.add_stream(container)
         container.start_encoding()
         file.flush()
@@ -3384,13 +3360,12 @@ class Pipe:
     """Standard output, as a `Destination`. Raises SocketPairError where it takes no sound."""
 
     def __init__(self) -> None:
-        if sys.stdout is None:
+        if sys.__stdout__ is None:
             raise SocketPairError("cannot write to standard output: it is closed")
         if sys.stdout.isatty():
             raise SocketPairError(
                 "--output - is for another program or a file, not for a terminal: add | or >"
             )
-        self._missed = Missed()
         self._has_sound = False
 
     def open(self, audio: AudioFormat, _sync: Sync | None = None, /) -> RecordingOutput:
@@ -3400,7 +3375,7 @@ class Pipe:
                 f"the server's sound is now {audio.describe()}, which ends it here"
             )
         self._has_sound = True
-        return RecordingOutput(PipeWriter(), audio, self._missed)
+        return RecordingOutput(PipeWriter(), audio)
 
 
 class PipeWriter:
@@ -3609,6 +3584,7 @@ class Listening:
         self._destinations = destinations
         self.outputs: list[Output] = []
         self.heard_s = 0.0  # received, with its gaps
+        self._missed_s = 0.0  # those
         self._seconds = FOREVER_S if seconds is None else seconds
         self._deadline = self._last_deadline = Deadline(self._seconds)
         self._console = console
@@ -3701,12 +3677,12 @@ class Listening:
     def _open_outputs(self, audio: AudioFormat, sync: Sync | None) -> None:
         """Have outputs for this format; those for another are closed first."""
         if audio == self._audio:
-            for output in self.outputs:
-                output.resume(sync)
+            for speaker in self.speakers():
+                speaker.resume(sync)
             return
-        self.close()
-        self.outputs = []
+        before, self.outputs = self.outputs, []
         self._audio = audio
+        close_all(before)
         for destination in self._destinations:
             self._open_output(destination, audio, sync)
 
@@ -3718,12 +3694,6 @@ class Listening:
             if len(self._destinations) == 1:
                 raise
             self._console.complain(f"{error}; recording without playing")
-
-    def close(self) -> None:
-        """Close all outputs, also where one fails. Raises SocketPairError."""
-        with contextlib.ExitStack() as closing:
-            for output in self.outputs:
-                closing.callback(output.close)
 
     def _is_enough(self, audio: AudioFormat) -> bool:
         """Return whether ``--seconds`` have been heard, or have gone by, in silence at first."""
@@ -3747,6 +3717,7 @@ class Listening:
         # Some is left for what comes behind a gap.
         gap_frames = min(gap_frames, max(0, round((left_s - MAX_AHEAD_S / 2) * audio.rate)))
         samples = block.samples[: (wanted_frames - gap_frames) * audio.frame_bytes]
+        self._missed_s += gap_frames / audio.rate
         self.heard_s += (gap_frames + audio.frames_of(samples)) / audio.rate
         for output in self.outputs:
             output.write(samples, gap_frames, block.captured_ns / 1e9)
@@ -3756,9 +3727,9 @@ class Listening:
     def show_status(self) -> None:
         """Keep the status line up to date; never returns."""
         while True:
-            parts = [output.status() for output in self.outputs]
-            beside = "  ".join([*parts, common.format_duration(self.heard_s)])
-            self._console.show_loudness(self._meter, beside)
+            parts = [speaker.status() for speaker in self.speakers()]
+            parts += [*self._tell_missed(), common.format_duration(self.heard_s)]
+            self._console.show_loudness(self._meter, "  ".join(parts))
             time.sleep(common.STATUS_INTERVAL_S)
 
     def summarize(self) -> str:
@@ -3766,7 +3737,22 @@ class Listening:
         heard = f"heard {common.format_tenths(self.heard_s)}"
         if self._seconds != FOREVER_S and self._seconds - self.heard_s > NEGLIGIBLE_S:
             heard += f" of {common.format_tenths(self._seconds)}"
-        return ", ".join([heard, *filter(None, (output.summary() for output in self.outputs))])
+        played = [speaker.summary() for speaker in self.speakers()]
+        return ", ".join([heard, *played, *self._tell_missed()])
+
+    def speakers(self) -> list[SpeakerOutput]:
+        """Return those of the outputs that play: one, or none."""
+        return [output for output in self.outputs if isinstance(output, SpeakerOutput)]
+
+    def _tell_missed(self) -> list[str]:
+        return [f"missed {self._missed_s * 1000:.0f} ms"] if self._missed_s else []
+
+
+def close_all(outputs: Sequence[Output]) -> None:
+    """Close all of `outputs`, also where one fails. Raises SocketPairError."""
+    with contextlib.ExitStack() as closing:
+        for output in outputs:
+            closing.callback(output.close)
 
 
 def start_audio_client(address: Address, args: argparse.Namespace) -> int:
@@ -3783,7 +3769,7 @@ def start_audio_client(address: Address, args: argparse.Namespace) -> int:
                 check_av("--opus")
             destinations = list(find_destinations(args, console, closing))
             listening = Listening(address, destinations, args.seconds, console, args.opus)
-            closing.callback(listening.close)
+            closing.callback(lambda: close_all(listening.outputs))
             if console.has_status:
                 threading.Thread(target=listening.show_status, name="status", daemon=True).start()
             listen_until_stopped(listening)
@@ -3798,8 +3784,8 @@ def listen_until_stopped(listening: Listening) -> None:
     """Listen, and let all come out; Ctrl+C is the usual way to stop once something was heard."""
     try:
         listening.run()
-        for output in listening.outputs:
-            output.drain()
+        for speaker in listening.speakers():
+            speaker.drain()
     except KeyboardInterrupt:
         if not listening.heard_s:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -63,7 +64,16 @@ def record(machine: dict[str, str], port: str, path: Path) -> Script:
 # --- what is written ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("audio", [MONO, STEREO, AudioFormat(96_000, 6)])
+@pytest.mark.parametrize("channels", range(1, 9))
+def test_opus_can_have_so_many_channels(tmp_path: Path, channels: int) -> None:
+    audio = AudioFormat(48_000, channels)
+    output = client.RecordingFiles(str(tmp_path / "talk.opus"), QUIET).open(audio)
+    output.write(bytes(48_000 * audio.frame_bytes), 0)
+    output.close()
+    assert len(decode(tmp_path / "talk.opus", audio)) == 48_000 * audio.frame_bytes
+
+
+@pytest.mark.parametrize("audio", [MONO, STEREO, AudioFormat(96_000, 6), AudioFormat(8_000, 4)])
 def test_flac_has_every_sample(tmp_path: Path, audio: AudioFormat) -> None:
     sent = numbered_frames(30_001, audio.channels)
     output = client.RecordingFiles(str(tmp_path / "talk.flac"), QUIET).open(audio)
@@ -178,6 +188,19 @@ def test_recordings_of_one_name_are_bounded(
     with pytest.raises(common.SocketPairError, match="another name"):
         files.open(MONO)
     assert sorted(os.listdir(tmp_path)) == ["talk (1).wav", "talk (2).wav", "talk.wav"]
+
+
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_a_recording_that_cannot_be_begun_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    def fail(_file: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "platform", platform)
+    with pytest.raises(common.SocketPairError, match="cannot record: no space left"):
+        client.RecordingFiles(str(tmp_path / "talk.wav"), QUIET).create(fail)
+    assert os.listdir(tmp_path) == []
 
 
 def test_where_there_are_no_hard_links_a_recording_is_made_all_the_same(

@@ -77,6 +77,7 @@ def test_seconds_count_over_formats_and_cut_gaps() -> None:
     assert listening.heard_s == 1.5
     listening._pass_on(AudioBlock(600 * 8_000, 0, bytes(400)), stereo)
     assert listening.heard_s == 2.0
+    assert listening.summarize() == "heard 0:02.0, missed 500 ms"
 
 
 def test_no_more_sound_is_taken_than_there_can_have_been() -> None:
@@ -127,6 +128,28 @@ def test_a_server_that_is_lost_before_the_seconds_have_been_heard_is_a_failure(
     assert capsys.readouterr().out.endswith("heard 0:00.0 of 0:00.2\n")
 
 
+class Unfinishable(client.PipeWriter):
+    """A writer whose last bytes find no room; it fails once."""
+
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def close(self) -> None:
+        """Fail."""
+        self.closed += 1
+        raise common.SocketPairError("no room")
+
+
+def test_an_output_that_cannot_be_finished_for_another_format_is_closed_once() -> None:
+    listening = client.Listening(client.Address("", 0), [], None, common.Console(quiet=True))
+    writer = Unfinishable()
+    listening.outputs = [client.RecordingOutput(writer, MONO)]
+    with pytest.raises(common.SocketPairError, match="no room"):
+        listening._open_outputs(AudioFormat(44_100, 2), None)
+    client.close_all(listening.outputs)
+    assert writer.closed == 1
+
+
 class Stuck(client.PipeWriter):
     """A writer that writes nothing until it may."""
 
@@ -143,7 +166,7 @@ def test_blocks_without_samples_fill_the_queue_of_a_recording_as_well(
 ) -> None:
     monkeypatch.setattr(client, "RECORDING_QUEUE_BYTES", 100_000)
     writer = Stuck()
-    output = client.RecordingOutput(writer, MONO, client.Missed())
+    output = client.RecordingOutput(writer, MONO)
 
     def write() -> None:
         for _ in range(1_000):
@@ -164,7 +187,7 @@ class Broken(client.PipeWriter):
 
 
 def test_a_recording_that_fails_in_any_way_ends_whoever_records() -> None:
-    output = client.RecordingOutput(Broken(), MONO, client.Missed())
+    output = client.RecordingOutput(Broken(), MONO)
     output.write(bytes(2), 0)
     with pytest.raises(MemoryError):
         output.close()

@@ -2416,18 +2416,17 @@ class Silence:
     """Notices a microphone that gives nothing but zeros: no real one is that quiet."""
 
     def __init__(self, audio: AudioFormat) -> None:
-        self._limit_frames = audio.frames_in(SILENCE_LIMIT_MS)
+        self._limit_frames: float = audio.frames_in(SILENCE_LIMIT_MS)
         self._audio = audio
         self._frames = 0
-        self._is_told = False
 
     def is_to_be_told(self, samples: bytes) -> bool:
         """Count `samples`; return whether it is time to tell of the silence, once for all."""
         is_silent = samples.count(0) == len(samples)
         self._frames = self._frames + self._audio.frames_of(samples) if is_silent else 0
-        if self._is_told or self._frames < self._limit_frames:
+        if self._frames < self._limit_frames:
             return False
-        self._is_told = True
+        self._limit_frames = math.inf
         return True
 
 
@@ -2945,61 +2944,48 @@ class PcmEncoding:
 
 
 class OpusEncoding:
-    """Sends packets of 10 ms by ``av``, whatever comes; a gap has the encoder begin anew."""
-
-    def __init__(self, audio: AudioFormat, kbit: int) -> None:
-        self._audio = audio
-        self.kbit = kbit
-        self._run = OpusRun(audio, kbit, 0)
-        self._next_frame = 0
-
-    def encode(self, block: AudioBlock) -> bytes:
-        """Do as `PcmEncoding` does."""
-        rest = b""
-        if block.first_frame != self._next_frame:
-            rest = self._run.finish()
-            self._run = OpusRun(self._audio, self.kbit, block.first_frame)
-        self._next_frame = block.first_frame + self._audio.frames_of(block.samples)
-        return rest + self._run.encode(block)
-
-    def finish(self) -> bytes:
-        """Do as `PcmEncoding` does."""
-        return self._run.finish()
-
-
-Encoding = PcmEncoding | OpusEncoding
-
-
-class OpusRun:
-    """Encodes sound without a gap, from sample frame `first_frame` on, and numbers the packets.
+    """Sends packets of 10 ms by ``av``, whatever comes; a gap has the encoder begin anew.
 
     What a packet is decoded to begins ``OPUS_LOOKAHEAD_FRAMES`` earlier than what it was made of.
     """
 
-    def __init__(self, audio: AudioFormat, kbit: int, first_frame: int) -> None:
+    def __init__(self, audio: AudioFormat, kbit: int) -> None:
         import av  # noqa: PLC0415  (only a listener with --opus needs it)
 
         self._av = av
         self._audio = audio
+        self.kbit = kbit
         self._layout = common.describe_channels(audio.channels)
-        self._encoder = av.CodecContext.create("libopus", "w")
+        self._begin(0)
+
+    def _begin(self, first_frame: int) -> None:
+        """Encode what begins with that sample frame of the sound."""
+        self._encoder = self._av.CodecContext.create("libopus", "w")
         self._encoder.sample_rate = common.OPUS_RATE
         self._encoder.layout, self._encoder.format = self._layout, "s16"
-        self._encoder.bit_rate = 1000 * min(kbit, OPUS_KBIT_PER_CHANNEL * audio.channels)
+        self._encoder.bit_rate = 1000 * min(self.kbit, OPUS_KBIT_PER_CHANNEL * self._audio.channels)
         self._encoder.options = OPUS_OPTIONS
-        self._start = self._at_opus_rate(first_frame)
-        self._taken = 0  # sample frames of `audio` since the start
-        self._packets = 0
+        self._first_frame = first_frame
+        self._taken = 0  # sample frames of the sound since
         self._captured_ns = 0  # the last of those taken
-        self.next_frame = self._start
+        self._packets = 0
+        self._sent = 0  # sample frames of Opus in them
 
     def _at_opus_rate(self, frames: int) -> int:
         return round(frames * common.OPUS_RATE / self._audio.rate)
 
     def encode(self, block: AudioBlock) -> bytes:
-        """Return the packets that are complete with `block`, as frames, or a sign of life."""
+        """Do as `PcmEncoding` does."""
+        rest = b""
+        if block.first_frame != self._first_frame + self._taken:
+            rest = self.finish()
+            self._begin(block.first_frame)
+        return rest + self._encode(block)
+
+    def _encode(self, block: AudioBlock) -> bytes:
         if not block.samples:
-            return AudioBlock(self.next_frame, block.captured_ns, b"").encode()
+            next_frame = self._at_opus_rate(self._first_frame) + self._sent
+            return AudioBlock(next_frame, block.captured_ns, b"").encode()
         frames = self._audio.frames_of(block.samples)
         frame = self._av.AudioFrame("s16", self._layout, frames)
         frame.planes[0].update(block.samples)
@@ -3009,7 +2995,7 @@ class OpusRun:
         return b"".join(map(self._pack, self._encoder.encode(frame)))
 
     def finish(self) -> bytes:
-        """Return what is left inside, as frames; there is no `encode` after it."""
+        """Do as `PcmEncoding` does."""
         if not self._taken:  # an encoder that has had nothing takes no end either
             return b""
         return b"".join(map(self._pack, self._encoder.encode(None)))
@@ -3019,15 +3005,18 @@ class OpusRun:
         begin = self._packets * common.OPUS_FRAMES - OPUS_LOOKAHEAD_FRAMES
         self._packets += 1
         taken = self._at_opus_rate(self._taken)
-        end = min(begin + common.OPUS_FRAMES, taken)
+        self._sent = min(begin + common.OPUS_FRAMES, taken)
         skipped = max(0, -begin)
-        frames = end - begin - skipped
+        frames = self._sent - begin - skipped
         if frames <= 0:
             return b""
-        self.next_frame = self._start + end
-        captured_ns = max(0, self._captured_ns - (taken - end) * 10**9 // common.OPUS_RATE)
-        first_frame = self.next_frame - frames
-        return common.OpusBlock(first_frame, captured_ns, bytes(packet), skipped, frames).encode()
+        captured_ns = self._captured_ns - (taken - self._sent) * 10**9 // common.OPUS_RATE
+        first_frame = self._at_opus_rate(self._first_frame) + self._sent - frames
+        packed = bytes(packet), skipped, frames
+        return common.OpusBlock(first_frame, max(0, captured_ns), *packed).encode()
+
+
+Encoding = PcmEncoding | OpusEncoding
 
 
 # --- sound: broadcaster ---------------------------------------------------------------------

@@ -1749,8 +1749,7 @@ class EarliestLine:
         self.offset_s = 0.0
         self._part_s = window_s / LINE_PARTS
         self.slope = 0.0  # how fast it moves, as far as that is known, in seconds a second
-        self._parts: list[float] = []
-        self._older_s = math.inf
+        self._parts = [math.inf] * LINE_PARTS
         self._newest_s = math.inf
         self._part_end_s = -math.inf
         self._noted_s = 0.0
@@ -1768,8 +1767,8 @@ class EarliestLine:
         if now_s >= self._part_end_s:
             self._begin_part(now_s)
         self._newest_s = min(self._newest_s, offset_s)
-        edge_s = min(self._older_s, self._newest_s)
-        if math.inf in self._parts or len(self._parts) < LINE_PARTS:
+        edge_s = min(*self._parts, self._newest_s)
+        if math.inf in self._parts:
             # Too little has come lately to tell a late burst from a new edge.
             edge_s = min(edge_s, self.offset_s + (now_s - self._noted_s) * MAX_CLOCK_OFFSET)
         self.offset_s, self._noted_s = edge_s, now_s
@@ -1780,7 +1779,6 @@ class EarliestLine:
         self._parts.append(self._newest_s)
         self._parts += [math.inf] * int(min(passed, LINE_PARTS))
         self._parts = self._parts[-LINE_PARTS:]
-        self._older_s = min(self._parts)
         self._newest_s = math.inf
         self._part_end_s = now_s + self._part_s
 
@@ -1789,7 +1787,6 @@ class EarliestLine:
         self.offset_s += offset_s
         if offset_s:
             self._parts = [part_s + offset_s for part_s in self._parts]
-        self._older_s += offset_s
         self._newest_s += offset_s
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import client
 import common
 from common import AudioFormat
+from processes import ROOT
 from sound import (
     MONO,
     OTHER_HZ,
@@ -126,6 +128,16 @@ def test_what_comes_last_is_played_before_the_client_ends(card: VirtualSoundCard
         assert player.end() == common.EXIT_OK
         assert sender.end() == common.EXIT_OK
         wait_for(lambda: is_heard(OTHER_HZ, said.samples()), "the end of the sound")
+
+
+def test_a_standard_output_that_is_closed_takes_no_sound() -> None:
+    client_py = ["client.py", "audio", "--output", "-", "--port", "1", "--seconds", "1"]
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, *client_py]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == common.EXIT_FAILED
+    assert ended.stderr == "cannot write to standard output: it is closed\n"
 
 
 def test_a_wav_that_is_full_is_followed_by_another(

@@ -2239,9 +2239,13 @@ class Device(NamedTuple):
         """The device's default rate, and the most channels it has up to two."""
         return AudioFormat(self.rate, min(2, self.channels))
 
-    def is_same(self, other: Device) -> bool:
-        """Return whether this is the device that `other` was before PortAudio started anew."""
-        return (self.name, self.host_api) == (other.name, other.host_api)
+    def among(self, devices: Sequence[Device]) -> Device | None:
+        """Return which of `devices` this one is, by its name and sound system; None if none.
+
+        Of several that share these, that of the same number if there is one.
+        """
+        same = [d for d in devices if (d.name, d.host_api) == (self.name, self.host_api)]
+        return min(same, key=lambda device: device.number != self.number, default=None)
 
 
 def meant_devices(wanted: str, devices: Sequence[Device]) -> list[Device]:
@@ -2383,7 +2387,7 @@ class SoundSystem:
         Raises AudioUnavailable where there is no device of that name and sound system now, or it
         does not do it, saying what it can.
         """
-        now = next((d for d in self.devices(direction) if d.is_same(device)), None)
+        now = device.among(self.devices(direction))
         if now is None:
             raise AudioUnavailable(f"there is no {direction.noun} {device.shown!r} now")
 
@@ -2534,7 +2538,7 @@ class JackSystem:
         except AudioUnavailable:
             return []
         first = max((device.number for device in self._known), default=-1) + 1
-        new = [d for d in found if not any(d.is_same(other) for other in self._known)]
+        new = [device for device in found if not device.among(self._known)]
         new.sort(key=lambda device: device.host_api == "ALSA")  # whose JACK part is a bridge
         return [device._replace(number=first + place) for place, device in enumerate(new)]
 

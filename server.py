@@ -2350,7 +2350,7 @@ class CaptureQueue:
         frames = self.audio.frames_of(samples)
         next_frame = self._next_frame + frames
         seen_s = common.clock_s() - ago_s
-        if self._is_plausible(next_frame, seen_s):
+        if not ago_s or self._is_plausible(next_frame, seen_s):
             captured_s = self._line.see(next_frame, seen_s)
         else:
             captured_s = self._line.at(next_frame)

@@ -123,9 +123,10 @@ def test_a_wanted_name_means_the_exact_one_else_a_number_else_a_part(
 
 
 def test_a_device_is_known_again_by_its_name_and_its_sound_system() -> None:
-    assert device(1, "Mic").is_same(device(5, "Mic"))
-    assert not device(1, "Mic").is_same(device(1, "Mic", "JACK"))
-    assert not device(1, "Mic").is_same(device(1, "Mic 2"))
+    others = [device(1, "Mic", "JACK"), device(1, "Mic 2"), device(5, "Mic"), device(6, "Mic")]
+    assert device(1, "Mic").among(others) == others[2]
+    assert device(6, "Mic").among(others) == others[3]
+    assert device(1, "Microphone").among(others) is None
 
 
 def test_pulse_source_chooses_the_microphone_behind_the_default(card: VirtualSoundCard) -> None:

@@ -2157,8 +2157,7 @@ def calculate_checksum(
 
 # --- sound card: devices --------------------------------------------------------------------
 
-
-LONGEST_AWAY_S = 3.0
+LONGEST_AWAY_S = 3.0  # what PortAudio tells of a block is no time if it is more
 
 
 class AudioUnavailable(SocketPairError):

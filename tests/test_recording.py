@@ -115,9 +115,12 @@ def test_raw_samples_are_not_written_to_a_terminal(card: VirtualSoundCard) -> No
         assert "terminal" in player.text()
 
 
-def test_what_comes_last_is_played_before_the_client_ends(card: VirtualSoundCard) -> None:
+@pytest.mark.parametrize("sync", [(), ("--sync", "3000")])
+def test_what_comes_last_is_played_before_the_client_ends(
+    card: VirtualSoundCard, sync: tuple[str, ...]
+) -> None:
     with (
-        start_server(card, "--input", "-", stdin=subprocess.PIPE) as sender,
+        start_server(card, "--input", "-", *sync, stdin=subprocess.PIPE) as sender,
         start_client(card, port_of(sender)) as player,
         card.record() as said,
     ):

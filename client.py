@@ -22,7 +22,7 @@ sound: in step          ``InStep``, ``SyncedPlayout``: each sample frame when it
 sound: outputs          ``Speaker``: a sound card, as a destination; ``SpeakerOutput``
 sound: recordings       ``RecordingFiles``, ``Pipe``: WAV, FLAC and Opus, standard output;
                         ``find_destinations``: which of all these the user wants
-sound: receiving        ``receive_sound``; ``OpusDecoder``: what comes as Opus, as PCM
+sound: Opus             ``OpusDecoder``: what comes as Opus, as PCM
 sound: listening        ``start_audio_client``, ``Listening``: receives, comes back; ``Numbering``
 command line            ``main`` asks for what the arguments leave open
 ======================  ===========================================================
@@ -3438,7 +3438,7 @@ def find_destinations(
         yield RecordingFiles(args.record, console)
 
 
-# --- sound: receiving -----------------------------------------------------------------------
+# --- sound: Opus ----------------------------------------------------------------------------
 
 OPUS_HEAD = struct.Struct("<8sBBHIhB")  # RFC 7845, 5.1
 # Of a decoder that begins in the middle, what is still wrong (RFC 7845, 4.6: pre-roll).

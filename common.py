@@ -2337,8 +2337,6 @@ class SoundSystem:
     streams end with it. Every call may block for as long as a sound system hangs.
     """
 
-    sizes_buffers = True  # longer blocks make a card's buffer larger
-
     def __init__(self) -> None:
         pyaudio = import_pyaudio()
         self._continue: int = pyaudio.paContinue
@@ -2518,8 +2516,6 @@ class JackProcess:
 
 class JackSystem:
     """The devices that PortAudio has only where it uses JACK, in addition to those `known`."""
-
-    sizes_buffers = False  # see SoundSystem
 
     def __init__(self, known: Sequence[Device]) -> None:
         self._known = known
@@ -2747,8 +2743,9 @@ class CardKeeper(NamedTuple):
         return card.is_lost() or self._is_too_short(card)
 
     def _is_too_short(self, card: OpenCard) -> bool:
-        """Return whether the buffer of a card that is there is, and can be larger."""
-        return self.system.sizes_buffers and card.wants_longer_blocks() and not card.is_lost()
+        """Return whether the buffer of a card that is there is, and can be larger: not JACK's."""
+        can_be_larger = isinstance(self.system, SoundSystem)
+        return can_be_larger and card.wants_longer_blocks() and not card.is_lost()
 
     def _lengthen(self, card: OpenCard) -> OpenCard | Closing:
         """Open a card with longer blocks; where that fails, do as `_bring_back`."""

@@ -2321,9 +2321,9 @@ CAPTURE_BLOCK_MS = 3.0
 CAPTURE_LIMIT_MS = 2_000
 SILENCE_LIMIT_MS = 10_000
 PACING_SLACK_S = 0.2
-# A microphone that says so much of a block was captured before what came before it is wrong, unless
-# it says so for so long.
-IMPLAUSIBLE_S, BELIEVED_S = 0.02, 2.0
+# A microphone is not believed that says of a block that it was captured by so much before what came
+# before it, unless it says so for so long.
+IMPLAUSIBLE_S, BELIEVED_S = 0.03, 5.0
 
 
 class CaptureQueue:
@@ -2349,30 +2349,31 @@ class CaptureQueue:
         """Hand over a block, whose last frame was captured `ago_s` before. Never blocks."""
         frames = self.audio.frames_of(samples)
         next_frame = self._next_frame + frames
-        seen_s = common.clock_s() - ago_s
-        if not ago_s or self._is_plausible(next_frame, seen_s):
-            captured_s = self._line.see(next_frame, seen_s)
-        else:
-            captured_s = self._line.at(next_frame)
+        captured_s = self._find_captured_s(next_frame, common.clock_s(), ago_s)
         if (self._blocks.qsize() + 1) * frames <= self._limit_frames:
             self._blocks.put(AudioBlock(self._next_frame, round(captured_s * 1e9), samples))
         self._next_frame = next_frame
 
-    def _is_plausible(self, frame: int, seen_s: float) -> bool:
-        """Return whether `frame` can have been captured at `seen_s`: not much before the line.
+    def _find_captured_s(self, frame: int, now_s: float, ago_s: float) -> float:
+        """Return when `frame` was captured, by the line, which sees it `ago_s` before `now_s`.
 
-        A step of the line forth is sound that was lost; back there is none, but where the line was
-        wrong: PulseAudio says so for a moment as it changes a microphone's latency.
+        PulseAudio says for seconds after it has opened a microphone, and for a moment as its
+        latency changes, that sound is older than what came before it. So the line begins with what
+        comes first, as if that were new, and goes back only where it is told so for long.
         """
-        if self._line.is_off or self._line.at(frame) - seen_s < IMPLAUSIBLE_S:
+        expected_s = self._line.at(frame)
+        if expected_s == -math.inf:
+            ago_s = 0.0
+        if not ago_s or self._line.is_off or expected_s - (now_s - ago_s) < IMPLAUSIBLE_S:
             self._believed_frame = frame
-            return True
-        return frame - self._believed_frame > BELIEVED_S * self.audio.rate
+        elif frame - self._believed_frame < BELIEVED_S * self.audio.rate:
+            return expected_s
+        return self._line.see(frame, now_s - ago_s)
 
     def skip(self, seconds: float) -> None:
         """Count frames that nobody captured for so long, so that the numbers keep time."""
         self._next_frame += self.audio.frames_in(seconds * 1000)
-        self._line.interrupt()
+        self._line = common.TimeLine(self.audio.rate)
 
     def end(self, reason: str, failed: bool = False) -> None:
         """Let the taker know, once all is taken, that nothing more comes, and why."""

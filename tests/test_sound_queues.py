@@ -239,14 +239,18 @@ class Microphone:
         return self.now_s - block.captured_ns / 1e9
 
 
-def test_a_microphone_that_says_something_impossible_for_a_moment_is_not_believed(
+def test_a_microphone_that_says_something_impossible_for_a_while_is_not_believed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     microphone = Microphone(monkeypatch)
-    assert microphone.run(1.0, 0.015) == pytest.approx(0.015)
-    for _ in range(5):
-        assert microphone.run(0.1, 0.42) == pytest.approx(0.015)
-    assert microphone.run(1.0, 0.015) == pytest.approx(0.015)
+    for _ in range(2):  # as PulseAudio does when it opens one
+        assert microphone.run(3.0, 0.65) == pytest.approx(0.0, abs=1e-4)
+        assert microphone.run(1.0, 0.015) == pytest.approx(0.015, abs=1e-4)
+        for _ in range(5):  # as it changes its latency
+            assert microphone.run(0.1, 0.42) == pytest.approx(0.015, abs=1e-4)
+        assert microphone.run(1.0, 0.015) == pytest.approx(0.015, abs=1e-4)
+        microphone.captured.skip(5.0)
+        microphone.now_s += 5.0
 
 
 @pytest.mark.parametrize("ago_s", [0.005, 0.1])
@@ -255,16 +259,7 @@ def test_a_microphone_that_says_so_for_long_is_believed(
 ) -> None:
     microphone = Microphone(monkeypatch)
     microphone.run(1.0, 0.015)
-    assert microphone.run(server.BELIEVED_S - 1, ago_s)
-    assert microphone.run(2.5, ago_s) == pytest.approx(ago_s, abs=1e-4)
-
-
-def test_a_microphone_that_is_back_is_believed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    microphone = Microphone(monkeypatch)
-    microphone.run(1.0, 0.015)
-    microphone.captured.skip(5.0)
-    microphone.now_s += 5.0
-    assert microphone.run(0.5, 0.1) == pytest.approx(0.1, abs=1e-4)
+    assert microphone.run(server.BELIEVED_S + 1, ago_s) == pytest.approx(ago_s, abs=1e-4)
 
 
 def test_sound_is_timed_by_a_clock_that_is_fine_on_any_system(

@@ -2364,10 +2364,12 @@ class CaptureQueue:
         expected_s = self._line.at(frame)
         if expected_s == -math.inf:
             ago_s = 0.0
-        if not ago_s or self._line.is_off or expected_s - (now_s - ago_s) < IMPLAUSIBLE_S:
+        if not ago_s or expected_s - (now_s - ago_s) < IMPLAUSIBLE_S:
             self._believed_frame = frame
         elif frame - self._believed_frame < BELIEVED_S * self.audio.rate:
-            return expected_s
+            if expected_s <= now_s:
+                return expected_s
+            ago_s = 0.0  # what came first was late
         return self._line.see(frame, now_s - ago_s)
 
     def skip(self, seconds: float) -> None:

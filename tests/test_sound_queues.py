@@ -244,6 +244,9 @@ def test_a_microphone_that_says_something_impossible_for_a_while_is_not_believed
 ) -> None:
     microphone = Microphone(monkeypatch)
     for _ in range(2):  # as PulseAudio does when it opens one
+        microphone.now_s += 0.03
+        for _ in range(10):  # late all at once
+            microphone.captured.put(bytes(288), 0.65)
         assert microphone.run(3.0, 0.65) == pytest.approx(0.0, abs=1e-4)
         assert microphone.run(1.0, 0.015) == pytest.approx(0.015, abs=1e-4)
         for _ in range(5):  # as it changes its latency

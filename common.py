@@ -2338,10 +2338,7 @@ class SoundSystem:
     """
 
     def __init__(self) -> None:
-        pyaudio = import_pyaudio()
-        self._continue: int = pyaudio.paContinue
-        self._sample_format: int = pyaudio.paInt16
-        self._start: Callable[[], Any] = pyaudio.PyAudio
+        self._pyaudio = import_pyaudio()
         self._portaudio: Any = None
         self.restart()
 
@@ -2349,7 +2346,7 @@ class SoundSystem:
         """Start PortAudio anew: only then does it see what was plugged in."""
         self.close()
         with portaudio_errors():
-            self._portaudio = self._start()
+            self._portaudio = self._pyaudio.PyAudio()
 
     def close(self) -> None:
         """Release the sound cards; ends the streams that are open. Idempotent."""
@@ -2393,14 +2390,14 @@ class SoundSystem:
         ) -> tuple[bytes | None, int]:
             is_after_gap = bool(status & GAP_FLAGS)
             info = BlockInfo(frames, direction.seconds_away(times), is_after_gap)
-            return settings.exchange(samples, info), self._continue
+            return settings.exchange(samples, info), self._pyaudio.paContinue
 
         audio = settings.audio
         try:
             return self._portaudio.open(
                 rate=audio.rate,
                 channels=audio.channels,
-                format=self._sample_format,
+                format=self._pyaudio.paInt16,
                 frames_per_buffer=audio.frames_in(settings.block_ms),
                 stream_callback=callback,
                 **{direction.kind: True, f"{direction.kind}_device_index": now.number},
@@ -2432,7 +2429,7 @@ class SoundSystem:
         asked = {
             f"{direction.kind}_device": device.number,
             f"{direction.kind}_channels": audio.channels,
-            f"{direction.kind}_format": self._sample_format,
+            f"{direction.kind}_format": self._pyaudio.paInt16,
         }
         try:
             return bool(self._portaudio.is_format_supported(rate, **asked))

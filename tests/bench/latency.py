@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -164,7 +166,12 @@ def running(way: Way, card: VirtualSoundCard, log: Path) -> Iterator[None]:
             for command in way.commands(card):
                 processes.append(
                     subprocess.Popen(
-                        command, stdout=output, stderr=output, env=card.environment, cwd=card.folder
+                        command,
+                        stdout=output,
+                        stderr=output,
+                        env=card.environment,
+                        cwd=card.folder,
+                        start_new_session=True,
                     )
                 )
                 time.sleep(1.0)
@@ -172,6 +179,8 @@ def running(way: Way, card: VirtualSoundCard, log: Path) -> Iterator[None]:
         finally:
             for process in reversed(processes):
                 stop_process(process)
+                with contextlib.suppress(ProcessLookupError):  # of a shell, what it has started
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def measure(way: Way, card: VirtualSoundCard, chirps: bytes) -> Result:

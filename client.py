@@ -2624,9 +2624,16 @@ class ServerClock:
 
 MAX_DELAY_MS = 2_000
 NEED_WINDOWS = 10  # of a second each, over which the network's need is looked at
-# What PortAudio tells of a sound card is no time if it is beyond this.
-LONGEST_AHEAD_S = 3.0
 UNTOLD_S = 2.0  # it may be silent for a moment after it has started, or run dry
+# Reads are regular that are off by no more in the mean; what a card tells is something else than
+# before where that is off by more.
+REGULAR_S, ELSE_S = 0.0005, 0.0015
+SCATTER_READS = 50  # of which it is the mean, about
+WINDOW_READS = 20  # over which a change of both is looked for
+NOTICED_S = 0.00025
+AHEAD_READS = 20  # over which what is told is averaged while reads are not regular
+AHEAD_DRIFT = 30e-6  # how fast what is told is believed while they are
+DOUBTED_S = 10.0  # after which it is believed at once
 # What is off by more is put right by silence; by less, by one jump.
 FAR_OFF_S = 0.1
 OUT_OF_STEP_S = 0.001
@@ -2642,6 +2649,102 @@ class Sync(NamedTuple):
 
     clock: ServerClock
     after_s: float
+
+
+class Leaving:
+    """When sample frames of a sound card leave the loudspeaker.
+
+    With each read the card tells how long before that it takes them. PulseAudio smooths what it
+    tells over five seconds, so that it is wrong by milliseconds for ten after each stumble. Reads
+    show at once by how much later all has become: while they come regularly, what was told before
+    them holds, and what is told now is believed slowly.
+    """
+
+    def __init__(self, rate: int) -> None:
+        self._rate = rate
+        self._line = common.TimeLine(rate)
+        self._frames = 0  # taken so far
+        self.block_s = 0.0
+        self.ahead_s = 0.0  # as far as it is believed
+        self._told_s = 0.0
+        self._untold_s = 0.0  # for how long the card has not told it
+        self._averaged = 0  # reads of which `ahead_s` is the mean
+        self._doubted_s = 0.0  # for how long it has been something else than what is told
+        self._scatter_s = ELSE_S  # of the reads
+        # Of this window: by how much each read was late, and what was told then.
+        self._window: list[tuple[float, float]] = []
+        self._told_before_s = 0.0
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether the sound card does not tell when it plays."""
+        return self._untold_s > UNTOLD_S
+
+    @property
+    def is_off(self) -> bool:
+        """Whether this is about to step."""
+        return self._line.is_off
+
+    @property
+    def next_s(self) -> float:
+        """When the next sample frame that the card takes leaves."""
+        return self._line.at(self._frames)
+
+    @property
+    def speed(self) -> float:
+        """How fast sample frames leave, in parts of the usual rate."""
+        return self._line.speed
+
+    def note_underrun(self) -> None:
+        """Note that the card plays later than before, as it ran dry."""
+        self._line.interrupt()
+
+    def note_read(self, frames: int, now_s: float, told_s: float) -> None:
+        """Note that the card took so many sample frames at `now_s`.
+
+        The first of them leaves `told_s` later as the card tells; 0 where it does not.
+        """
+        self.block_s = frames / self._rate
+        if told_s:
+            self._told_s, self._untold_s = told_s, 0.0
+        self._untold_s += self.block_s
+        if self.is_off or self._scatter_s > REGULAR_S or self._doubted_s > DOUBTED_S:
+            self._average()
+            self._line.see(self._frames, now_s + self._told_s)
+            self._window, self._told_before_s = [], self._told_s
+        else:
+            self._drift()
+            self._line.see(self._frames, now_s + self.ahead_s)
+            self._window.append((now_s + self.ahead_s - self._line.at(self._frames), self._told_s))
+        if len(self._window) == WINDOW_READS:
+            self._end_window()
+        off_s = abs(now_s + self.ahead_s - self._line.at(self._frames))
+        self._scatter_s += (min(off_s, ELSE_S) - self._scatter_s) / SCATTER_READS
+        self._frames += frames
+
+    def _average(self) -> None:
+        """Believe what the card tells, in the mean of the last reads that tell about the same."""
+        change_s = self._told_s - self.ahead_s
+        self._doubted_s = 0.0
+        self._averaged = 1 if abs(change_s) > ELSE_S else min(self._averaged + 1, AHEAD_READS)
+        self.ahead_s += change_s / self._averaged
+
+    def _drift(self) -> None:
+        """Believe what the card tells slowly."""
+        change_s = self._told_s - self.ahead_s
+        self._averaged = 0
+        self._doubted_s = self._doubted_s + self.block_s if abs(change_s) > ELSE_S else 0.0
+        self.ahead_s += clamp(change_s, AHEAD_DRIFT * self.block_s)
+
+    def _end_window(self) -> None:
+        """Believe at once that reads come earlier as sound is kept for longer, or the reverse."""
+        off_s, told_s = (
+            sorted(each)[WINDOW_READS // 2] for each in zip(*self._window, strict=True)
+        )
+        change_s = told_s - self._told_before_s
+        self._window, self._told_before_s = [], told_s
+        if abs(off_s) > NOTICED_S and abs(off_s + change_s) < abs(off_s) / 2:
+            self.ahead_s -= off_s
 
 
 class InStep:
@@ -2661,10 +2764,7 @@ class InStep:
         self.delay_s = delay_s
         self._rate = audio.rate
         self._card_rate = card_rate
-        self._leaving = common.TimeLine(card_rate)
-        self._card_frames = 0
-        self._ahead_s = self._block_s = 0.0
-        self._untold_s = 0.0  # for how long the card has not told when it plays
+        self._leaving = Leaving(card_rate)
         self.begin(sync)
 
     def begin(self, sync: Sync) -> None:
@@ -2684,7 +2784,7 @@ class InStep:
     @property
     def is_card_silent(self) -> bool:
         """Whether the sound card does not tell when it plays."""
-        return self._untold_s > UNTOLD_S
+        return self._leaving.is_untold
 
     @property
     def is_sure(self) -> bool:
@@ -2693,11 +2793,11 @@ class InStep:
 
     def note_underrun(self) -> None:
         """Note that the sound card plays later than before, as it ran dry."""
-        self._leaving.interrupt()
+        self._leaving.note_underrun()
 
     def forget_card(self) -> None:
-        """Begin a new line of what leaves the loudspeaker."""
-        self._leaving = common.TimeLine(self._card_rate)
+        """Begin anew with what leaves the loudspeaker."""
+        self._leaving = Leaving(self._card_rate)
 
     def note_block(self, frames: int, end_frame: int, captured_s: float, now_s: float) -> None:
         """Note that `frames` of sound came at `now_s`, of which the last is before `end_frame`.
@@ -2721,19 +2821,14 @@ class InStep:
 
         The first of them leaves the loudspeaker `ahead_s` later.
         """
-        if 0 < ahead_s < LONGEST_AHEAD_S:
-            self._ahead_s, self._untold_s = ahead_s, 0.0
-        self._untold_s += card_frames / self._card_rate
-        self._leaving.see(self._card_frames, now_s + self._ahead_s)
-        self._card_frames += card_frames
-        self._block_s = card_frames / self._card_rate
+        self._leaving.note_read(card_frames, now_s, ahead_s)
 
     def late_s(self, frame: float) -> float:
         """Return how late `frame` leaves if the sound card's next sample frame plays it.
 
         What the server says of the capture is taken as it is: where that is off, it is so for all.
         """
-        leaving_s = self._leaving.at(self._card_frames)
+        leaving_s = self._leaving.next_s
         due_s = self._captured_s + (frame - self._captured_frame) / self._rate + self.after_s
         return leaving_s + self._clock.offset_at(leaving_s) - due_s
 
@@ -2745,7 +2840,8 @@ class InStep:
     @property
     def needed_s(self) -> float:
         """How long after its capture a sample frame can be played on this network and card."""
-        return max(self._worst_ages_s, default=0.0) + self._ahead_s + self._block_s
+        leaving = self._leaving
+        return max(self._worst_ages_s, default=0.0) + leaving.ahead_s + leaving.block_s
 
 
 class SyncedPlayout(Playout):

@@ -1870,12 +1870,12 @@ class SignsOfLife:
 clock_s, clock_ns = time.perf_counter, time.perf_counter_ns
 # The median of the sightings of so long: a thread that is held up now and then does not move it.
 LINE_WINDOW_S = 0.2
-LINE_GAP_WINDOW_S = 0.1  # after a gap, while sound is heard at a wrong time
-# How fast a time line follows these: fast at first, then slowly enough to stay still.
-LINE_START_BANDWIDTH_HZ = 0.5
-LINE_SETTLING = 0.4  # of the time since the start: bandwidth x time
-LINE_BANDWIDTH_HZ = 0.1
-LINE_SPEED_BANDWIDTH_HZ = 0.06
+LINE_GAP_WINDOW_S = 0.1  # at the start, and after a gap, while sound is heard at a wrong time
+# Standard deviations: of such a median; of a speed that is not known yet; of how a speed wanders
+# within a second.
+LINE_MEDIAN_SD_S = 60e-6
+LINE_SPEED_SD = 150e-6
+LINE_SPEED_WALK = 3e-6
 # No card is further from the rate that it names: a line that runs faster or slower has been told
 # wrong times, as by a sound system that a stall has confused.
 LINE_MAX_SPEED_ERROR = 500e-6
@@ -1888,9 +1888,9 @@ LINE_STEP_WINDOWS = 5
 class TimeLine:
     """When each sample frame passes a sound card: a straight line through jittery sightings.
 
-    A delay-locked loop of second order, after F. Adriaensen, "Using a DLL to filter time" (Linux
-    Audio Conference 2005), over medians of the sightings. Not for two threads at once. Reads no
-    clock: the caller gives the time.
+    A Kalman filter over medians of the sightings, of the time and of the speed: it settles as fast
+    as they allow, and then stays still. Not for two threads at once. Reads no clock: the caller
+    gives the time.
     """
 
     def __init__(self, rate: float) -> None:
@@ -1898,12 +1898,13 @@ class TimeLine:
         self._stretch = 0.0  # how much longer a sample frame takes than by the rate's name
         self._frame = 0
         self._time_s = -math.inf
-        self._age_s = 0.0  # without the time in which it was off
+        # Variances, of the time and the stretch, and their covariance.
+        self._time_var, self._stretch_var, self._covariance = 0.0, LINE_SPEED_SD**2, 0.0
         self._window_s = 0.0
         self._errors_s: list[float] = []  # in this window
         self._off_windows = 0
         self._off_s = 0.0  # by how much the last of them
-        self._is_interrupted = False
+        self._is_interrupted = True
 
     @property
     def is_off(self) -> bool:
@@ -1939,7 +1940,6 @@ class TimeLine:
             self._step(error_s)
         elif abs(error_s) <= LINE_STEP_S:
             self._off_windows = 0
-            self._age_s += span_s
             self._correct(error_s, span_s)
         else:
             agrees = self._off_windows > 0 and abs(error_s - self._off_s) < LINE_STEP_S / 2
@@ -1948,17 +1948,29 @@ class TimeLine:
                 self._step(error_s)
 
     def _step(self, error_s: float) -> None:
-        """Leave out an error that the card's speed has not made."""
+        """Leave out an error that the card's speed has not made.
+
+        What has changed the time may have changed the speed as well: a sound system that takes
+        other blocks from then on rounds other numbers.
+        """
         self._time_s += error_s
-        self._age_s, self._off_windows, self._is_interrupted = 0.0, 0, False
+        self._time_var, self._covariance = LINE_MEDIAN_SD_S**2, 0.0
+        self._stretch_var = max(self._stretch_var, LINE_SPEED_SD**2)
+        self._off_windows, self._is_interrupted = 0, False
 
     def _correct(self, error_s: float, span_s: float) -> None:
-        bandwidth_hz = min(LINE_START_BANDWIDTH_HZ, LINE_SETTLING / self._age_s)
-        omega = 2 * math.pi * max(LINE_BANDWIDTH_HZ, bandwidth_hz)
-        self._time_s += min(1.0, math.sqrt(2) * omega * span_s) * error_s
-        slow_omega = min(omega, 2 * math.pi * LINE_SPEED_BANDWIDTH_HZ)
-        self._stretch += slow_omega**2 * span_s * error_s
-        self._stretch = max(-LINE_MAX_SPEED_ERROR, min(LINE_MAX_SPEED_ERROR, self._stretch))
+        """Take in that the line was off by `error_s` after `span_s` more."""
+        self._time_var += span_s * (2 * self._covariance + span_s * self._stretch_var)
+        self._covariance += span_s * self._stretch_var
+        self._stretch_var += LINE_SPEED_WALK**2 * span_s
+        total_var = self._time_var + LINE_MEDIAN_SD_S**2
+        time_gain, stretch_gain = self._time_var / total_var, self._covariance / total_var
+        self._time_s += time_gain * error_s
+        stretch = self._stretch + stretch_gain * error_s
+        self._stretch = max(-LINE_MAX_SPEED_ERROR, min(LINE_MAX_SPEED_ERROR, stretch))
+        self._stretch_var -= stretch_gain * self._covariance
+        self._covariance *= 1 - time_gain
+        self._time_var *= 1 - time_gain
 
     @property
     def _period_s(self) -> float:

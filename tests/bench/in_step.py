@@ -11,8 +11,9 @@ what the microphone heard for the delay.
 Rows: ours in step, as PCM and as Opus, ours without --sync, ours with one player behind a poor
 Wi-Fi (each read held up by 3 ms in the mean, and every 3 to 12 s all for 40 to 150 ms), snapcast
 with several buffers. `joined` tells how long after its first sound the last player was within
-0.5 ms of the first for good. With --players, more of them play beside into a third sink. --wav
-writes both players, with a clap each second in place of the noise.
+0.5 ms of the first for good. With --players, more of them play beside into a third sink. --stumble
+stops the last player for 0.1 s again and again, which is a dropout of its card. --wav writes both
+players, with a clap each second in place of the noise.
 
 Needs PulseAudio (see tests/sound_card.py) and numpy; snapserver and snapclient for their rows.
 """
@@ -23,6 +24,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -58,6 +60,7 @@ DELAY_SEARCH_S = 1.5
 IN_STEP_S = 0.0005
 SECOND_PLAYER_S = 8.0  # after the first
 SETTLE_S = 12.0  # after the second: left out of the figures
+STUMBLE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -174,19 +177,32 @@ def joined_after_s(sides: Signal) -> float:
 
 
 @contextlib.contextmanager
-def running(commands: Sequence[tuple[list[str], dict[str, str]]], log: Path) -> Iterator[None]:
+def running(
+    commands: Sequence[tuple[list[str], dict[str, str]]], log: Path
+) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Keep processes running for the ``with`` block."""
-    processes = []
+    processes: list[subprocess.Popen[bytes]] = []
     with log.open("ab") as output:
         try:
             for command, environment in commands:
                 processes.append(
                     subprocess.Popen(command, stdout=output, stderr=output, env=environment)
                 )
-            yield
+            yield processes
         finally:
             for process in reversed(processes):
                 stop_process(process)
+
+
+def stumble(player: subprocess.Popen[bytes], interval_s: float | None, seconds: float) -> None:
+    """Let so many seconds go by; stop `player` for ``STUMBLE_S`` in each interval, if any."""
+    end_s = time.monotonic() + seconds
+    while interval_s and time.monotonic() + interval_s < end_s:
+        time.sleep(interval_s)
+        player.send_signal(signal.SIGSTOP)
+        time.sleep(STUMBLE_S)
+        player.send_signal(signal.SIGCONT)
+    time.sleep(max(0.0, end_s - time.monotonic()))
 
 
 def measure(way: Way, arguments: argparse.Namespace) -> Result:
@@ -211,8 +227,10 @@ def measure(way: Way, arguments: argparse.Namespace) -> Result:
         right_port = port
         if way.poor:
             right_port = stack.enter_context(relayed(port, seed=1))
-        stack.enter_context(running([(way.player(right_port, 1), card.on("right"))], log))
-        time.sleep(SETTLE_S + arguments.seconds)
+        last = (way.player(right_port, 1), card.on("right"))
+        (right,) = stack.enter_context(running([last], log))
+        time.sleep(SETTLE_S)
+        stumble(right, arguments.stumble, arguments.seconds)
         if arguments.wav:
             write_wav(Path(arguments.wav), said.samples(), AudioFormat(RATE, 2))
         if arguments.verbose:
@@ -237,6 +255,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=60, help="measured a row (default 60)")
     parser.add_argument("--players", type=int, default=2, help="in all (default 2)")
+    parser.add_argument("--stumble", type=float, metavar="S", help="stop one for 0.1 s every S s")
     parser.add_argument("--wav", help="write both players to a file, with a clap each second")
     parser.add_argument("--verbose", action="store_true", help="show what the programs print")
     parser.add_argument("--plot", help="write each window's distance to a file, a line each")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from sound import (
     write_wav,
 )
 from sound_card import ALSA_CONFIGURATION, VirtualSoundCard
+from support import ROOT
 from waiting import wait_for
 
 # "gone" is a device that PulseAudio does not have: opening it fails, though it is in the list.
@@ -161,14 +161,15 @@ def test_what_cannot_be_the_delay_of_a_card_is_not_told_as_one(
     assert direction.seconds_away(times(away_s)) == 0.0
 
 
-def test_without_room_for_another_process_there_is_no_jack(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-
-    monkeypatch.setattr(subprocess, "Popen", fail)
-    assert common.JackSystem([]).devices(common.SPEAKER) == []
+def test_where_no_other_process_can_be_started_there_is_no_jack() -> None:
+    # In a process of its own, as JACK is then hidden from all of it.
+    program = (
+        "import sys, common; sys.executable = '/nowhere/python';"
+        "print(common.JackSystem([]).devices(common.SPEAKER))"
+    )
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
 
 
 # --- while it is used -----------------------------------------------------------------------

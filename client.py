@@ -18,7 +18,7 @@ sound: the clocks       ``EarliestLine`` and ``SpeedLoop``: playing at the serve
 sound: the reserve      ``Arrivals``: how late sound comes, and how much to keep for it
 sound: playout          ``Playout``: plays evenly what arrives unevenly, and soon
 sound: server's clock   ``ServerClock``: what it shows, from requests and replies
-sound: in step          ``InStep``, ``SyncedPlayout``: each sample frame when it is due
+sound: in step          ``Leaving``, ``InStep``, ``SyncedPlayout``: each sample frame when it is due
 sound: outputs          ``Speaker``: a sound card, as a destination; ``SpeakerOutput``
 sound: recordings       ``RecordingFiles``, ``Pipe``: WAV, FLAC and Opus, standard output;
                         ``find_destinations``: which of all these the user wants

@@ -2708,24 +2708,23 @@ class Leaving:
         if told_s:
             self._told_s, self._untold_s = told_s, 0.0
         self._untold_s += self.block_s
-        if self.is_off or self._scatter_s > REGULAR_S or self._doubted_s > DOUBTED_S:
+        is_told = self.is_off or self._scatter_s > REGULAR_S or self._doubted_s > DOUBTED_S
+        if is_told:
             self._average()
-            self._line.see(self._frames, now_s + self._told_s)
-            self._window, self._told_before_s = [], self._told_s
         else:
             self._drift()
-            self._line.see(self._frames, now_s + self.ahead_s)
-            self._window.append((now_s + self.ahead_s - self._line.at(self._frames), self._told_s))
-        if len(self._window) == WINDOW_READS:
-            self._end_window()
-        off_s = abs(now_s + self.ahead_s - self._line.at(self._frames))
-        self._scatter_s += (min(off_s, ELSE_S) - self._scatter_s) / SCATTER_READS
+        self._line.see(self._frames, now_s + (self._told_s if is_told else self.ahead_s))
+        off_s = now_s + self.ahead_s - self._line.at(self._frames)
+        if not is_told:
+            off_s = self._note_off(off_s)
+        self._scatter_s += (min(abs(off_s), ELSE_S) - self._scatter_s) / SCATTER_READS
         self._frames += frames
 
     def _average(self) -> None:
         """Believe what the card tells, in the mean of the last reads that tell about the same."""
         change_s = self._told_s - self.ahead_s
         self._doubted_s = 0.0
+        self._window, self._told_before_s = [], self._told_s
         self._averaged = 1 if abs(change_s) > ELSE_S else min(self._averaged + 1, AHEAD_READS)
         self.ahead_s += change_s / self._averaged
 
@@ -2736,15 +2735,23 @@ class Leaving:
         self._doubted_s = self._doubted_s + self.block_s if abs(change_s) > ELSE_S else 0.0
         self.ahead_s += clamp(change_s, AHEAD_DRIFT * self.block_s)
 
-    def _end_window(self) -> None:
-        """Believe at once that reads come earlier as sound is kept for longer, or the reverse."""
-        off_s, told_s = (
-            sorted(each)[WINDOW_READS // 2] for each in zip(*self._window, strict=True)
-        )
+    def _note_off(self, late_s: float) -> float:
+        """Note that a read was late by so much; return by how much it is after that.
+
+        Where reads come earlier as sound is kept for longer, or the reverse, believes that at once.
+        """
+        self._window.append((late_s, self._told_s))
+        if len(self._window) < WINDOW_READS:
+            return late_s
+        middle = WINDOW_READS // 2
+        off_s = sorted(off_s for off_s, _ in self._window)[middle]
+        told_s = sorted(told_s for _, told_s in self._window)[middle]
         change_s = told_s - self._told_before_s
         self._window, self._told_before_s = [], told_s
-        if abs(off_s) > NOTICED_S and abs(off_s + change_s) < abs(off_s) / 2:
-            self.ahead_s -= off_s
+        if abs(off_s) <= NOTICED_S or abs(off_s + change_s) >= abs(off_s) / 2:
+            return late_s
+        self.ahead_s -= off_s
+        return late_s - off_s
 
 
 class InStep:

@@ -9,7 +9,7 @@ import subprocess
 import time
 import wave
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,21 @@ def are_lost_and_found(card: VirtualSoundCard, player: Script, sender: Script) -
     player.wait_for("is back")
     sender.wait_for("is back")
     assert hears_tone(card)
+
+
+def is_not_missed(
+    card: VirtualSoundCard, environment: Mapping[str, str], end_other: Callable[[], object]
+) -> None:
+    """Check that who uses `card` does not notice the end of another sound system there."""
+    with (
+        start_server(environment) as sender,
+        start_client(environment, port_of(sender)) as player,
+    ):
+        player.wait_for("Listening")
+        end_other()
+        are_lost_and_found(card, player, sender)  # PortAudio is started anew
+        assert player.interrupt() == common.EXIT_OK
+        assert sender.interrupt() == common.EXIT_INTERRUPTED
 
 
 def let_pass(

@@ -9,7 +9,7 @@ import pytest
 
 import common
 from jack import JackServer
-from sound import Script, are_lost_and_found, port_of, read_wav, start_client, start_server
+from sound import Script, is_not_missed, port_of, read_wav, start_client, start_server
 from sound_card import VirtualSoundCard
 
 
@@ -22,16 +22,7 @@ def jack() -> Iterator[JackServer]:
 def test_a_jack_server_that_dies_is_nothing_to_who_does_not_use_it(
     card: VirtualSoundCard, jack: JackServer
 ) -> None:
-    environment = jack.environment(card.environment)
-    with (
-        start_server(environment) as sender,
-        start_client(environment, port_of(sender)) as player,
-    ):
-        player.wait_for("Listening")
-        jack.kill()
-        are_lost_and_found(card, player, sender)  # PortAudio is started anew
-        assert player.interrupt() == common.EXIT_OK
-        assert sender.interrupt() == common.EXIT_INTERRUPTED
+    is_not_missed(card, jack.environment(card.environment), jack.kill)
 
 
 def test_jack_devices_that_die_are_waited_for(card: VirtualSoundCard, jack: JackServer) -> None:

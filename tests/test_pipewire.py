@@ -8,7 +8,7 @@ import pytest
 
 import common
 from pipewire import PipeWire
-from sound import are_lost_and_found, port_of, start_client, start_server
+from sound import is_not_missed, port_of, start_client, start_server
 from sound_card import VirtualSoundCard
 
 
@@ -21,16 +21,7 @@ def pipewire() -> Iterator[PipeWire]:
 def test_who_uses_another_sound_system_does_not_notice(
     card: VirtualSoundCard, pipewire: PipeWire
 ) -> None:
-    environment = pipewire.environment(card.environment)
-    with (
-        start_server(environment) as sender,
-        start_client(environment, port_of(sender)) as player,
-    ):
-        player.wait_for("Listening")
-        pipewire.kill()
-        are_lost_and_found(card, player, sender)  # PortAudio is started anew
-        assert player.interrupt() == common.EXIT_OK
-        assert sender.interrupt() == common.EXIT_INTERRUPTED
+    is_not_missed(card, pipewire.environment(card.environment), pipewire.kill)
 
 
 def test_its_devices_are_waited_for(card: VirtualSoundCard, pipewire: PipeWire) -> None:

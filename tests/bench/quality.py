@@ -8,11 +8,11 @@
 
 ``tone`` plays 997 Hz to the microphone, by a player with its own, large, buffer and by one with
 20 ms, and fits a sine to each quarter of a second of what the loudspeaker says from 15 s on: signal
-to noise and distortion (SINAD). ``hour`` counts the silences in what the loudspeaker says of the
-tone, and shows what the client says in the end. ``wifi`` sends the tone, with chirps, through a
-relay that delays what it reads as DESIGN.md's poor Wi-Fi does, and counts the silences. All three
-need an idle machine: compare the rows of one run. ``simulation`` does not, as nothing in it is a
-clock: it runs the client's own ``Playout``.
+to noise and distortion (SINAD). ``hour`` finds the silences in what the loudspeaker says of the
+tone, and those that were in the microphone's already, and shows what both sides say. ``wifi`` sends
+the tone, with chirps, through a relay that delays what it reads as DESIGN.md's poor Wi-Fi does, and
+counts the silences. All three need an idle machine: compare the rows of one run. ``simulation``
+does not, as nothing in it is a clock: it runs the client's own ``Playout``.
 
 Needs PulseAudio (see tests/sound_card.py), numpy and samplerate; snapcast and trx for their rows;
 matplotlib for ``--plot``.
@@ -59,7 +59,6 @@ WIFI_S = 180.0
 # What is quieter than the tone by so much, for so long, is a silence.
 SILENT_SHARE = 0.1
 SILENCE_WINDOW_S = 0.0025
-HOUR_S = 3600
 STEREO = AudioFormat(48_000, 2)
 
 Signal = NDArray[np.float64]
@@ -119,21 +118,31 @@ def run_tone(arguments: argparse.Namespace) -> None:
 # --- an hour --------------------------------------------------------------------------------
 
 
-def run_hour(_arguments: argparse.Namespace) -> None:
-    """Print how many silences the loudspeaker's sound had, and the client's own words."""
+def run_hour(arguments: argparse.Namespace) -> None:
+    """Print the silences of the microphone's sound and of the loudspeaker's, and both logs."""
+    seconds = arguments.minutes * 60
     way = next(way for way in latency.WAYS if way.name == "ours")
     with VirtualSoundCard() as card:
         log = card.folder / "way.log"
         with latency.running(way, card, log), ExitStack() as stack:
-            player = play_tone(card, HOUR_S + 60, "--latency-msec=200")
+            player = play_tone(card, seconds + 60, "--latency-msec=200")
             stack.callback(stop_process, player)
             time.sleep(SKIPPED_S)
+            heard = stack.enter_context(card.record(MICROPHONE_MONITOR))
             said = stack.enter_context(card.record(SPEAKER_MONITOR))
-            time.sleep(HOUR_S)
-        silences, silent_ms = find_silences(said.samples())
-        seconds = len(said.samples()) / 2 / RATE
-        print(f"{seconds:.0f} s: {silences} silences, {silent_ms:.0f} ms; what was said:")
-        print(log.read_text(errors="replace").strip())
+            time.sleep(seconds)
+        with without_priority():
+            print(describe_hour("microphone", heard.samples()))
+            print(describe_hour("loudspeaker", said.samples()))
+        print(f"what was said:\n{log.read_text(errors='replace').strip()}")
+
+
+def describe_hour(what: str, samples: bytes) -> str:
+    """Return how many silences there are in what was recorded, and when they begin."""
+    silences_s, silent_ms = find_silences(samples)
+    moments = "".join(f"{moment_s:9.2f}" for moment_s in silences_s)
+    seconds = len(samples) / 2 / RATE
+    return f"{what}, {seconds:.0f} s: {len(silences_s)} silences, {silent_ms:.0f} ms{moments}"
 
 
 # --- a poor Wi-Fi ---------------------------------------------------------------------------
@@ -162,14 +171,14 @@ def make_signal(seconds: float, seed: int) -> bytes:
     return mixed
 
 
-def find_silences(samples: bytes) -> tuple[int, float]:
-    """Return how many silences there are in what has the tone all the time, and their sum in ms."""
+def find_silences(samples: bytes) -> tuple[list[float], float]:
+    """Return when silences begin in what has the tone all the time, in s, and their sum in ms."""
     values = np.frombuffer(samples, "<i2").astype(float)
     frames = int(SILENCE_WINDOW_S * RATE)
     loudness = np.sqrt((values[: len(values) // frames * frames].reshape(-1, frames) ** 2).mean(1))
     silent = loudness < SILENT_SHARE * np.median(loudness)
-    begins = np.count_nonzero(silent[1:] & ~silent[:-1])
-    return int(begins), float(silent.sum() * SILENCE_WINDOW_S * 1000)
+    begins = np.flatnonzero(silent[1:] & ~silent[:-1]) + 1
+    return list(begins * SILENCE_WINDOW_S), float(silent.sum() * SILENCE_WINDOW_S * 1000)
 
 
 @contextmanager
@@ -229,8 +238,8 @@ def measure_wifi(commands: Commands, seed: int) -> Heard:
         said = stack.enter_context(card.record(SPEAKER_MONITOR))
         time.sleep(WIFI_S - 10)
     with without_priority():
-        dropouts, silent_ms = find_silences(said.samples()[2 * RATE * 2 :])
-        return Heard(dropouts, silent_ms, latency.match(heard, said).delays_ms)
+        dropouts_s, silent_ms = find_silences(said.samples()[2 * RATE * 2 :])
+        return Heard(len(dropouts_s), silent_ms, latency.match(heard, said).delays_ms)
 
 
 def run_wifi(arguments: argparse.Namespace) -> None:
@@ -323,6 +332,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("what", choices=["tone", "hour", "wifi", "simulation"])
     parser.add_argument("--seconds", type=float, default=60, help="of each tone (default 60)")
+    parser.add_argument("--minutes", type=float, default=60, help="of the hour (default 60)")
     parser.add_argument("--seeds", type=int, default=4, help="of the Wi-Fi (default 4)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows of the tone's table")
     parser.add_argument(

@@ -1996,6 +1996,8 @@ CONCEALED_S = 0.03
 CONCEALED_FULLY_S = 0.005
 SHORTEST_PERIOD_S, LONGEST_PERIOD_S = 0.0025, 0.016
 TEMPLATE_S = 0.01
+# On which side, or in the middle, each of so many channels is, as FFmpeg and WAV order them.
+SIDES = {3: "LRM", 4: "LRMM", 5: "LRMLR", 6: "LRMMLR", 7: "LRMMMLR", 8: "LRMMLRLR"}
 
 
 class Tape:
@@ -2123,17 +2125,19 @@ def most_alike(searched: Any, template: Any) -> int:
 
 
 def to_sound(samples: bytes, audio: AudioFormat, channels: int) -> Floats:
-    """Return 16-bit samples as floats, mixed down where `channels` are fewer than there are.
+    """Return 16-bit samples as floats, mixed down where there are more than `channels`, one or two.
 
-    The mean of all to one, else each to the channel of its number, beginning again with the
-    first.
+    The mean of all to one, of those on its side or in the middle to each of two.
     """
     sound = np.frombuffer(samples, "<i2").reshape(-1, audio.channels).astype(np.float32)
     sound *= np.float32(1 / 32768)
     if audio.channels == channels:
         return sound
-    groups = [sound[:, first::channels].mean(axis=1) for first in range(channels)]
-    return np.stack(groups, axis=1)
+    sides = SIDES.get(audio.channels, "LR" * audio.channels)
+    places = [[n for n in range(audio.channels) if sides[n] != other] for other in "RL"]
+    if channels == 1:
+        places = [list(range(audio.channels))]
+    return np.stack([sound[:, place].mean(axis=1) for place in places], axis=1)
 
 
 def to_samples(sound: Floats, channels: int) -> bytes:

@@ -209,6 +209,16 @@ def test_stereo_is_mixed_into_mono() -> None:
     assert client.to_samples(client.to_sound(left, STEREO, 1), 1) == b"\xf4\x01" * 4
 
 
+@pytest.mark.parametrize("channels", [3, 4, 5, 6, 7, 8])
+def test_a_film_is_heard_on_both_sides_of_two(channels: int) -> None:
+    # Left, right and centre come first, in this order.
+    alone = (16_384 * np.eye(3, channels)).astype("<i2").tobytes()
+    left, right, centre = client.to_sound(alone, AudioFormat(48_000, channels), 2)
+    assert left[0] == right[1] > 0
+    assert left[1] == right[0] == 0
+    assert centre[0] == centre[1] > 0
+
+
 def test_what_is_too_loud_is_clipped() -> None:
     assert client.to_samples(np.array([[2.0], [-2.0]]), 1) == b"\xff\x7f\x00\x80"
 

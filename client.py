@@ -2960,6 +2960,8 @@ class Speaker:
         """
         if self.delay_s and sync is None:
             self.console.complain("--delay does nothing: the server is without --sync")
+        if self.latency_s is not None and sync is not None:
+            self.console.complain("--latency does nothing: the server's --sync says when to play")
         own = self.card.device.own_format
         try:
             return SpeakerOutput(self, audio, AudioFormat(audio.rate, own.channels), sync)

@@ -60,10 +60,11 @@ def are_apart_by(heard: Recording, expected_ms: float) -> bool:
 def test_two_players_are_together_but_for_their_delay(stereo: StereoCard, delay_ms: int) -> None:
     with (
         start_server(stereo, "--sync", "150") as server,
-        start_player(stereo, "left", port_of(server)) as left,
+        start_player(stereo, "left", port_of(server), "--latency", "60") as left,
         start_player(stereo, "right", port_of(server), f"--delay={delay_ms}") as right,
         Recording(SPEAKER_MONITOR, stereo.environment, channels=2) as heard,
     ):
+        left.wait_for("--latency does nothing")
         left.wait_for("in step 150 ms after the microphone")
         right.wait_for("in step 150 ms after the microphone")
         wait_for(lambda: are_apart_by(heard, delay_ms), "two players in step", 120)

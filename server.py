@@ -2709,6 +2709,7 @@ class DecodedFile:
         except common.LOAD_ERRORS as error:
             raise ImportError(str(error)) from None
         self._av = av
+        self._path = path
         self._url = f"file:{path}"  # FFmpeg would read from the network as well
         with self._translated(), self._open() as container:
             first = next(decode_frames(container), None)
@@ -2744,6 +2745,7 @@ class DecodedFile:
                 yield from converter.convert(frame)
             yield from converter.finish()
             check_length(container.streams.audio[0], decoded)
+        check_riff_length(self._path)
 
 
 SoundFile = PlainWav | DecodedFile
@@ -2781,6 +2783,18 @@ def check_length(stream: Any, decoded: int) -> None:
     missing_s = float(stream.duration * stream.time_base) - decoded / stream.codec_context.rate
     if missing_s * stream.codec_context.rate >= 1:
         raise Unplayable(f"the last {missing_s:.3g} s of it are missing")
+
+
+def check_riff_length(path: str) -> None:
+    """Raise Unplayable where a WAV file is shorter than it says: FFmpeg tells of some kinds alone.
+
+    Not for a last byte, which some programs leave off where they should fill up an odd length.
+    """
+    with open(path, "rb") as file:
+        kind, size = WAV_CHUNK.unpack(file.read(WAV_CHUNK.size).ljust(WAV_CHUNK.size))
+        there = os.fstat(file.fileno()).st_size - WAV_CHUNK.size
+    if kind == b"RIFF" and there + 1 < size < WAV_UNKNOWN_BYTES:
+        raise Unplayable("its end is missing")
 
 
 class Converter:

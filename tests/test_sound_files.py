@@ -202,14 +202,22 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4 + 1])
 
 
-@pytest.mark.parametrize("name", ["cut.wav", "cut.flac", "cut.aiff", "24.wav"])
+CUT = {
+    "cut.wav": "pcm_s16le",
+    "cut.flac": "flac",
+    "cut.aiff": "pcm_s16be",
+    "24.wav": "pcm_s24le",
+    "float.wav": "pcm_f32le",
+}
+
+
+@pytest.mark.parametrize("name", CUT)
 def test_a_file_that_stops_half_way_plays_to_there_and_ends_with_status_1(
     source: Path, name: str, silent_machine: dict[str, str]
 ) -> None:
     sound = numbered_frames(4 * STEREO.rate, 2)  # of which a busy machine misses a good deal
     write_wav(source, sound, STEREO)
-    options = ["-c:a", "pcm_f32le"] if name == "24.wav" else []
-    song = encode(source, source.with_name(name), *options)
+    song = encode(source, source.with_name(name), "-c:a", CUT[name])
     cut(song)
     heard = source.with_name("heard.wav")
     with (

@@ -4135,10 +4135,11 @@ def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
     gc.enable()
     common.INTERRUPTS.take()
+    data_on_stdout = args.output == STDOUT
     if args.find:
-        found = pick_server(args.mode, data_on_stdout=args.output == STDOUT)
+        found = pick_server(args.mode, data_on_stdout)
         args.mode, args.host, args.port = found.announced.mode, found.host, found.port
-    mode = "audio" if args.list_devices else args.mode or common.ask_mode()
+    mode = "audio" if args.list_devices else args.mode or common.ask_mode(data_on_stdout)
     address = Address(args.host, args.port, args.code, args.open)
     if mode == "audio":
         common.quiet_libraries(args.verbose)

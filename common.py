@@ -3231,14 +3231,15 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     return parser
 
 
-def ask_mode() -> str:
+def ask_mode(data_on_stdout: bool = False) -> str:
     """Ask for the mode until the answer is one."""
+    tell = complain if data_on_stdout else say
     while True:
-        answer = ask("Mode (file/audio): ").strip().lower()
+        answer = ask("Mode (file/audio): ", data_on_stdout).strip().lower()
         for mode in MODES:
             if answer and mode.startswith(answer):
                 return mode
-        say("please type file or audio")
+        tell("please type file or audio")
 
 
 def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> None:

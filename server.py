@@ -4367,7 +4367,8 @@ def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
     common.INTERRUPTS.take()
     raise_open_file_limit()
-    mode = "audio" if args.list_devices else args.mode or common.ask_mode()
+    is_audio = args.list_devices or args.input == STDIN  # where no answer comes from
+    mode = "audio" if is_audio else args.mode or common.ask_mode()
     if mode == "audio":
         common.quiet_libraries(args.verbose)
     with logging_to_streams(args) as console:

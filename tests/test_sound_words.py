@@ -10,6 +10,7 @@ import pytest
 
 import common
 from common import LevelMeter
+from processes import Process
 from sound import (
     MONO,
     Script,
@@ -108,6 +109,37 @@ def test_time_spans_are_told_in_tenths() -> None:
     spans = [0, 0.04, sum([0.005] * 10), 59.94, 59.96, 3_661.25]
     told = [common.format_tenths(span) for span in spans]
     assert told == ["0:00.0", "0:00.0", "0:00.1", "0:59.9", "1:00.0", "1:01:01.3"]
+
+
+# --- asked -----------------------------------------------------------------------------------
+
+
+def test_the_question_for_the_mode_is_no_part_of_the_sound(
+    silent_machine: dict[str, str], tmp_path: Path
+) -> None:
+    write_wav(tmp_path / "tone.wav", make_tone(1), MONO)
+    heard = tmp_path / "heard.raw"
+    with (
+        start_server(silent_machine, "--input", str(tmp_path / "tone.wav")) as sender,
+        heard.open("wb") as output,
+        Process(
+            *("client.py", "--port", port_of(sender), "--output", "-", "--seconds", "0.1"),
+            stdin=b"sound\naudio\n",
+            stdout=output,
+            env=silent_machine,
+        ) as reader,
+    ):
+        assert reader.wait().status == common.EXIT_OK
+        assert "Mode (file/audio): audio" in reader.stderr()
+    assert heard.stat().st_size == 2 * RATE // 10
+
+
+def test_sound_on_standard_input_is_no_answer(silent_machine: dict[str, str]) -> None:
+    arguments = ("server.py", "--port", "0", "--input", "-")
+    with Process(*arguments, stdin=make_tone(0.2), env=silent_machine) as sender:
+        result = sender.wait()
+    assert result.status == common.EXIT_OK
+    assert "0:00.2 of sound" in result.stdout
 
 
 # --- refused --------------------------------------------------------------------------------

@@ -2373,15 +2373,22 @@ class Playout:
 
     def _start(self, frames: int, now_s: float) -> None:
         """Begin to play where it is time to, if the next `frames` from there have come."""
-        if self._draining:
-            if self._unplayed < self._tape.end:
-                self._play_from(max(self._unplayed, self._tape.first), now_s)
-            return
         first, last = max(self._unplayed, self._tape.first), self._tape.end - frames
-        if first <= last and self._is_time_to_start(now_s):
-            place = self._next + round(self._find_error_s() * self.audio.rate)
+        if self._draining:
+            if first < self._tape.end:
+                self._start_on_rest(first, now_s)
+        elif first <= last and self._is_time_to_start(now_s):
+            place = self._due_place()
             if first <= place <= last:
                 self._play_from(place, now_s)
+
+    def _start_on_rest(self, first: int, now_s: float) -> None:
+        """Begin to play what is left, from `first` on, as no more comes."""
+        self._play_from(first, now_s)
+
+    def _due_place(self) -> int:
+        """Return which frame it is time to play."""
+        return self._next + round(self._find_error_s() * self.audio.rate)
 
     def _is_time_to_start(self, now_s: float) -> bool:
         """Return whether it is known how much to keep; that is the target then."""
@@ -2894,6 +2901,11 @@ class SyncedPlayout(Playout):
         super()._note_read(frames, now_s, ahead_s)
         self.step.note_read(frames, now_s, ahead_s)
 
+    def _start_on_rest(self, first: int, now_s: float) -> None:
+        """Begin to play what is left once it is due."""
+        if self._is_time_to_start(now_s) and (place := self._due_place()) >= first:
+            self._play_from(min(place, self._tape.end), now_s)
+
     def _is_time_to_start(self, now_s: float) -> bool:
         return self.step.is_ready
 
@@ -3036,7 +3048,8 @@ class SpeakerOutput:
         """Play what is left, down to the last sample in the sound card's own buffer."""
         self._playout.drain()
         audio, _ = self._formats
-        deadline = Deadline(DRAIN_LIMIT_S + self._playout.fill_frames / audio.rate)
+        due_s = (self._after_s or 0.0) + self._speaker.delay_s  # the latest of it, if in step
+        deadline = Deadline(DRAIN_LIMIT_S + max(self._playout.fill_frames / audio.rate, due_s))
         while self._playout.fill_frames and deadline.remaining():
             time.sleep(BLOCK_MS / 1000)
         time.sleep(CARD_BUFFER_S)

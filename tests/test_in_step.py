@@ -137,6 +137,24 @@ def test_sound_is_kept_until_it_is_due(after_s: float) -> None:
     assert heard.count(0, -2 * audio.rate) < audio.rate / 10
 
 
+def test_what_comes_last_is_played_when_it_is_due_though_the_sound_ends_before() -> None:
+    audio = AudioFormat(8_000, 1)
+    playout = SyncedPlayout(audio, audio, InStep(Sync(known_clock(), 1.0), audio, audio.rate))
+    heard = b""
+    for number in range(200):
+        now_s = (number + 1) / 100
+        if number < 50:
+            playout.write(b"\0\x40" * 80, 0, now_s, now_s)
+        elif number == 50:
+            playout.drain()
+        heard += playout.read(80, now_s, 0.01)
+    loud = np.flatnonzero(np.frombuffer(heard, "<i2") > 8_000)
+    # What is read first leaves 20 ms after the first sample frame was captured.
+    assert loud[0] / audio.rate == pytest.approx(1.0 - 0.02, abs=0.01)
+    assert loud[-1] / audio.rate == pytest.approx(1.5 - 0.02, abs=0.03)  # with its fading out
+    assert (playout.fill_frames, playout.dropouts) == (0, 0)
+
+
 class Card:
     """A sound card in made-up time, which takes 10 ms at once, `ahead_s` before they leave."""
 

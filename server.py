@@ -2945,11 +2945,18 @@ MAX_OPUS_RATES = 8
 OPUS_KBIT_PER_CHANNEL = 256  # Opus has no more
 # With "lowdelay" Opus looks so far ahead: RFC 6716 has 2.5 ms for CELT alone.
 OPUS_LOOKAHEAD_FRAMES = 120
+OPUS_BLOCK_BYTES = 21  # what a block has beside its packet
 OPUS_OPTIONS = {"application": "lowdelay", "frame_duration": "10", "vbr": "off"}
 
 
 class PcmEncoding:
-    """Sends every block as it was captured. For the broadcaster's thread alone."""
+    """Sends every block as it was captured. For the broadcaster's thread alone.
+
+    `bytes_per_s` is about how much that takes.
+    """
+
+    def __init__(self, audio: AudioFormat) -> None:
+        self.bytes_per_s = audio.rate * audio.frame_bytes
 
     def encode(self, block: AudioBlock) -> bytes:
         """Return what there is to send with `block`, as frames; nothing perhaps."""
@@ -2972,6 +2979,9 @@ class OpusEncoding:
         self._av = av
         self._audio = audio
         self.kbit = kbit
+        self._bits_per_s = 1000 * min(kbit, OPUS_KBIT_PER_CHANNEL * audio.channels)
+        packets_per_s = common.OPUS_RATE // common.OPUS_FRAMES
+        self.bytes_per_s = self._bits_per_s // 8 + packets_per_s * OPUS_BLOCK_BYTES
         self._layout = common.describe_channels(audio.channels)
         self._begin(0)
 
@@ -2980,7 +2990,7 @@ class OpusEncoding:
         self._encoder = self._av.CodecContext.create("libopus", "w")
         self._encoder.sample_rate = common.OPUS_RATE
         self._encoder.layout, self._encoder.format = self._layout, "s16"
-        self._encoder.bit_rate = 1000 * min(self.kbit, OPUS_KBIT_PER_CHANNEL * self._audio.channels)
+        self._encoder.bit_rate = self._bits_per_s
         self._encoder.options = OPUS_OPTIONS
         self._first_frame = first_frame
         self._taken = 0  # sample frames of the sound since
@@ -3046,6 +3056,8 @@ REQUEST_SPACING_S = 0.05
 SEND_BUFFER_MS = 200
 MIN_SEND_BUFFER_BYTES = 16 * 1024
 LONGEST_REST_S = 0.02
+# What has waited for longer until it went out is late; it is looked at so often.
+LONGEST_WAIT_S, LOOK_INTERVAL_S = 0.5, 0.25
 
 
 class Listener:
@@ -3064,6 +3076,7 @@ class Listener:
         self.loss: str | None = None
         self._sending = threading.Lock()
         self._progress_s = common.clock_s()
+        self._looked_s = -math.inf
         self._requests: deque[tuple[int, int]] = deque(maxlen=REQUESTS_AT_ONCE)
         self._allowed = RateLimiter(REQUESTS_AT_ONCE, REQUEST_SPACING_S)
 
@@ -3082,7 +3095,7 @@ class Listener:
         """Give a block to the system, behind the answers to what was asked for."""
         sent_bytes = self.connection.sent_bytes
         try:
-            if not self.connection.offer(self._replies() + frame):
+            if self._is_behind(now_s) or not self.connection.offer(self._replies() + frame):
                 self.missed_blocks += 1
         except common.ConnectionLost:  # as every client ends that is stopped
             self.lose("")
@@ -3091,6 +3104,15 @@ class Listener:
             self._progress_s = now_s
         elif now_s - self._progress_s > LISTENER_TIMEOUT_S:
             self.lose(f"took nothing for {LISTENER_TIMEOUT_S:.0f} s")
+
+    def _is_behind(self, now_s: float) -> bool:
+        """Return whether what is sent now would be late, behind what waits in the system."""
+        if now_s - self._looked_s < LOOK_INTERVAL_S:
+            return False
+        if self.connection.unsent() > LONGEST_WAIT_S * self.encoding.bytes_per_s:
+            return True
+        self._looked_s = now_s
+        return False
 
     def _replies(self) -> bytes:
         """Return the answers to all requests for the time, as frames."""
@@ -3151,7 +3173,7 @@ class Broadcaster:
         self.missed_blocks = 0
         self.served_count = 0
         self.listeners: tuple[Listener, ...] = ()  # now; for any thread to look at
-        self._pcm = PcmEncoding()
+        self._pcm = PcmEncoding(captured.audio)
         self._lock = threading.Lock()
         self.sent_s = 0.0
         self._ended = False

@@ -19,6 +19,7 @@ from common import AudioBlock, AudioFormat
 from peers import FakeServer, RawPeer, socket_pair
 from proxy import HOST
 from sound import LIMIT_S, MONO, pack_welcome
+from support import linux
 from waiting import background, ends_soon, wait_for
 
 
@@ -324,7 +325,7 @@ def test_a_slow_listener_gets_whole_blocks_and_misses_whole_blocks() -> None:
     near, far = socket_pair()
     with common.Connection(near, "near") as sending, common.Connection(far, "far") as reading:
         sending.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, server.send_buffer_bytes(MONO))
-        listener = server.Listener(sending, server.PcmEncoding())
+        listener = server.Listener(sending, server.PcmEncoding(MONO))
         data = {number: bytes([number % 256]) * 20_000 for number in range(2_000)}
         for number, samples in data.items():
             listener.offer(AudioBlock(number, 0, samples).encode(), 0.0)
@@ -333,3 +334,28 @@ def test_a_slow_listener_gets_whole_blocks_and_misses_whole_blocks() -> None:
             block = common.decode_sound(reading.read_frame(MONO.max_block_bytes), MONO)
             assert isinstance(block, AudioBlock)
             assert block.samples == data[block.first_frame]
+
+
+@linux
+@pytest.mark.parametrize("kbit", [None, 16])
+def test_less_than_a_second_waits_for_a_network_that_is_slow_or_stands(kbit: int | None) -> None:
+    audio = AudioFormat(8_000, 1)
+    encoding = server.PcmEncoding(audio) if kbit is None else server.OpusEncoding(audio, kbit)
+    near, far = socket_pair()
+    with common.Connection(near, "near") as sending, far:
+        sending.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, server.send_buffer_bytes(audio))
+        listener = server.Listener(sending, encoding)
+
+        def offer(number: int) -> None:
+            block = AudioBlock(number * 80, 0, bytes(160))
+            listener.offer(encoding.encode(block), number / 100)
+
+        for number in range(400):
+            offer(number)
+        assert sending.unsent() < encoding.bytes_per_s
+        missed = listener.missed_blocks
+        assert missed
+        while sending.unsent():
+            far.recv(common.RECEIVE_BYTES)
+        offer(400)
+        assert listener.missed_blocks == missed

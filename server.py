@@ -1474,6 +1474,19 @@ class LookedUp(NamedTuple):
         lengths = {length for each in self.partials.values() for length in each}
         return sorted(lengths | {self.size} if self.candidates else lengths)
 
+    def compared(self, there: dict[int, str]) -> set[PartialFile]:
+        """Return the partial files that are known to be its beginning, or to be of no use for it.
+
+        The client has the SHA-256 `there`. Where it tells none, it cannot read its file just now:
+        what is worth keeping is there for the next run.
+        """
+        return {
+            each
+            for each, lengths in self.partials.items()
+            if each.size < KEPT_BYTES
+            or any(length > self.size or there.get(length) for length in lengths)
+        }
+
     def read(self, disk: Disk, on_progress: Callable[[int], object]) -> Here:
         """Return the SHA-256 of all that is here; blocks until it is read."""
         beginnings = []
@@ -1599,11 +1612,16 @@ def choose_beginnings(same: dict[int, Here]) -> dict[int, Beginning]:
     return chosen
 
 
-def end_others(tag: str, compared: set[PartialFile], chosen: Iterable[Beginning]) -> None:
-    """Remove those that were not chosen, but what a client of another address may continue."""
-    for partial in compared - {each.partial for each in chosen}:
+def end_others(
+    tag: str, partials: set[PartialFile], compared: set[PartialFile], chosen: Iterable[Beginning]
+) -> None:
+    """Close the `partials` that were not chosen, and remove those that were `compared`.
+
+    But not what a client of another address may continue.
+    """
+    for partial in partials - {each.partial for each in chosen}:
         with contextlib.suppress(OSError):  # of a network, at the end of any file
-            if has_tag(partial.name, tag):
+            if partial in compared and has_tag(partial.name, tag):
                 partial.discard()
             else:
                 partial.close()
@@ -2163,10 +2181,10 @@ class Reception:
     ) -> list[Wanted | Outcome]:
         """Return what is done with each entry; blocks until both sides have read their files."""
         held = {index: each for index, each in enumerate(looked_up) if isinstance(each, LookedUp)}
-        same = self._ask(batch, held) if held else {}
+        same, compared = self._ask(batch, held) if held else ({}, set())
         chosen = choose_beginnings(same)
-        compared = {partial for each in held.values() for partial in each.partials}
-        end_others(self.tag, compared, chosen.values())
+        partials = {partial for each in held.values() for partial in each.partials}
+        end_others(self.tag, partials, compared, chosen.values())
         return [
             decide(batch, each, same[index], chosen.get(index))
             if isinstance(each, LookedUp)
@@ -2174,21 +2192,25 @@ class Reception:
             for index, each in enumerate(looked_up)
         ]
 
-    def _ask(self, batch: Batch, held: dict[int, LookedUp]) -> dict[int, Here]:
-        """Return, for each entry, what is here and the same at the client."""
+    def _ask(
+        self, batch: Batch, held: dict[int, LookedUp]
+    ) -> tuple[dict[int, Here], set[PartialFile]]:
+        """Return what is here of each entry and the same at the client; and what was compared."""
         with self._signs:
             self._wait_to_compare(batch, Counter(each.entry.path for each in held.values()))
         lengths = [(index, each.held()) for index, each in held.items()]
         self._connection.send(common.Held(lengths))
         with self._signs:
             here = [each.read(self._store.disk, self._signs.check) for each in held.values()]
-        same = {}
+        same: dict[int, Here] = {}
+        compared: set[PartialFile] = set()
         for (index, each), its, checksums in zip(
             held.items(), here, self._receive_prefixes(len(held)), strict=True
         ):
-            # Whatever a client leaves out is as good as different.
-            same[index] = its.same_as(dict(zip(each.held(), checksums, strict=False)), each.size)
-        return same
+            there = dict(zip(each.held(), checksums, strict=False))
+            same[index] = its.same_as(there, each.size)
+            compared |= each.compared(there)
+        return same, compared
 
     def _wait_to_compare(self, batch: Batch, paths: Counter[str]) -> None:
         """Wait until the client's address may have so much compared; raises ProtocolError."""

@@ -16,6 +16,7 @@ from support import (
     LIMIT_S,
     MIB,
     PARTIAL_SUFFIX,
+    WITHOUT_PRIVILEGE,
     FakeServer,
     Proxy,
     RawPeer,
@@ -29,6 +30,7 @@ from support import (
     message,
     sha256,
     visible,
+    with_permissions,
 )
 
 # --- resuming -------------------------------------------------------------------------------
@@ -145,6 +147,22 @@ def test_a_changed_source_is_not_mixed_with_its_partial_file(
     make_partial(server.folder, "file.bin", source.read_bytes()[: 2 * MIB])
     make_file(source, 4 * MIB, seed=2)
     assert server.send(source).status == 0
+    assert contents(server.folder) == {"file.bin": source.read_bytes()}
+
+
+@with_permissions
+def test_what_came_of_a_file_that_cannot_be_read_for_now_is_resumed_later(
+    server: Server, tmp_path: Path
+) -> None:
+    source = make_file(tmp_path / "file.bin", 20 * MIB)
+    make_partial(server.folder, "file.bin", source.read_bytes()[: 15 * MIB])
+    source.chmod(0)
+    result = server.send(source, wrapper=WITHOUT_PRIVILEGE)
+    assert result.error_lines == [f"{source}: permission denied"]
+    source.chmod(0o600)
+    with Proxy(server.port) as link:
+        assert server.send(source, port=link.port).status == 0
+        assert link.passed < 6 * MIB, "only the rest is sent"
     assert contents(server.folder) == {"file.bin": source.read_bytes()}
 
 

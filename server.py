@@ -832,7 +832,8 @@ class PartialFile:
 
     def set_metadata(self, mtime_ns: int | None, mode: int) -> None:
         """Give it its modification time and permissions, as far as the file system holds them."""
-        if sys.platform == "win32":
+        if sys.platform == "win32":  # where closing what was written to sets its time anew
+            self.close()
             set_times(self.folder.at(self.name), mtime_ns)
             return
         if self.name:  # without, it was made with them

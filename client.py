@@ -760,6 +760,7 @@ class Gauge:
             unit="B",
             unit_scale=True,
             rate=speed,
+            ascii=not (sys.stderr.encoding or "").lower().startswith("utf"),
         )
         shapes: tuple[str, ...] = SHAPES if self.total else SHAPES_WITHOUT_TOTAL
         if speed is None:
@@ -957,6 +958,8 @@ class Report:
 
     def _folder_saved(self, source: Source, name: str) -> None:
         if "/" in source.name:
+            if name != source.name:
+                self._console.say(f"Saved as {escape(name)}/")
             return
         with self._lock:
             tally = self._folders.pop(source.name, Counter())

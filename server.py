@@ -199,8 +199,12 @@ class NameRules(NamedTuple):
         return self.shorten(*split_suffix(name))
 
     def _takes(self, char: str) -> bool:
-        if "\ud800" <= char <= "\udfff":  # no characters, but some stand for bytes of no UTF-8
-            return not self.is_unicode and "\udc80" <= char <= "\udcff"
+        if self.is_unicode and "\ud800" <= char <= "\udfff":  # no character, but perhaps a byte
+            return False
+        try:
+            os.fsencode(char)
+        except UnicodeEncodeError:  # nor a byte; or this system's locale has no such character
+            return False
         return not self.is_windows or (char >= " " and char not in '<>:"/\\|?*')
 
     def shorten(self, stem: str, tail: str) -> str:

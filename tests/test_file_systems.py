@@ -259,12 +259,31 @@ def test_names_that_fat_cannot_hold_become_the_nearest_and_both_sides_say_so(
             result = server.send(source, tmp_path / "tree")
             assert result.status == 0, result
             assert "as Meeting 10_30.txt, SHA-256 matches" in result.stdout
+            assert "Saved as tree/what _now__/\n" in result.stdout
             server.wait_for_output("Meeting 10_30.txt")
     assert contents(inbox) == {
         "Meeting 10_30.txt": source.read_bytes(),
         "tree/": b"",
         "tree/what _now__/": b"",
         "tree/what _now__/a_b": large.read_bytes(),
+    }
+
+
+def test_names_that_the_systems_locale_cannot_hold_become_the_nearest(
+    inbox: Path, tmp_path: Path
+) -> None:
+    small = make_file(tmp_path / "\u6f22\u5b57.txt", 1000)
+    large = make_file(tmp_path / "caf\u00e9" / "\u6f22", 2 * MIB)
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for word in ("Saved", "Already there"):
+        with Server(inbox, env=ascii_only) as server:
+            result = server.send(small, large.parent)
+        assert result.status == 0, result
+        assert f"{word} as __.txt, SHA-256 matches" in result.stdout
+    assert contents(inbox) == {
+        "__.txt": small.read_bytes(),
+        "caf_/": b"",
+        "caf_/_": large.read_bytes(),
     }
 
 

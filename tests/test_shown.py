@@ -169,6 +169,13 @@ def test_a_bar_is_shown_on_a_terminal_only(server: Server, tmp_path: Path) -> No
     assert "%" not in result.stdout
 
 
+def test_a_terminal_that_knows_only_ascii_has_a_bar_of_it(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file.bin", 5 * MIB)
+    result = server.send(source, terminal=True, env={"PYTHONIOENCODING": "ascii"})
+    assert result.status == 0
+    assert re.search(r"file\.bin: 100%\|#+\| 5\.24M/5\.24M", result.stdout)
+
+
 def test_many_files_share_one_bar(server: Server, tmp_path: Path) -> None:
     for number in range(30):
         make_file(tmp_path / "many" / f"{number}", 100_000, seed=number)

@@ -294,7 +294,7 @@ def pick_server(mode: str | None, data_on_stdout: bool) -> FoundServer:
         numbers = "1" if len(choices) == 1 else f"a number from 1 to {len(choices)}"
         while answer and answer not in choices:
             console.say(f"Type {numbers}, or only Enter to look again.")
-            answer = common.ask("Number: ", data_on_stdout).strip()
+            answer = console.ask("Number: ").strip()
         if answer:
             return choices[answer]
 
@@ -323,23 +323,32 @@ class WrongCode(SocketPairError):
 class Address:
     """Where the server is, and what lets this client in there.
 
-    `code` is the pairing code, normalized; `open` does without, wherever the server is.
+    `code` is the pairing code, normalized; `open` does without, wherever the server is. `asks` says
+    that standard input answers questions, also where it is no terminal.
     """
 
-    def __init__(self, host: str, port: int, code: str | None = None, open: bool = False) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        code: str | None = None,
+        open: bool = False,
+        asks: bool = False,
+    ) -> None:
         self.host = host
         self.port = port
         self.code = code
         self.open = open
+        self.asks = asks
 
 
-def ask_for_code(problem: str) -> str:
+def ask_for_code(problem: str, console: Console) -> str:
     """Ask for the pairing code until it can be one, after telling the `problem` with the last."""
     while True:
         if problem:
             complain(problem)
         try:
-            return common.normalize_code(common.ask("Pairing code: "))
+            return common.normalize_code(console.ask("Pairing code: "))
         except ValueError as error:
             problem = str(error)
 
@@ -349,8 +358,8 @@ def connect(
 ) -> tuple[Connection, Welcome]:
     """Return a connection past its handshake, and the server's welcome.
 
-    Asks for the pairing code where the server wants one that `address` lacks, and there is a
-    terminal to ask at; again, if the answer was wrong. `console` shows no status line meanwhile.
+    Asks for the pairing code where the server wants one that `address` lacks, and there is somebody
+    to ask; again, if the answer was wrong. `console` shows no status line meanwhile.
     Otherwise blocks for `timeout_s` for connecting and for 10 s for the handshake at most.
 
     Raises ConnectionLost, ProtocolError where it is no Socket Pair server, WrongCode, PeerRefused,
@@ -362,13 +371,13 @@ def connect(
         is_code_wanted = error.kind == common.CODE_WANTED
         if is_code_wanted and address.open:
             raise PeerRefused(f"{error}, in place of --open") from None
-        if not (is_code_wanted and sys.stdin.isatty()):
+        if not (is_code_wanted and (address.asks or sys.stdin.isatty())):
             raise
     common.require_pairing_packages()
     problem = ""
     while True:
         with console.without_status():
-            address.code = ask_for_code(problem)
+            address.code = ask_for_code(problem, console)
         try:
             return connect_once(address, hello, timeout_s)
         except WrongCode as error:
@@ -4152,11 +4161,12 @@ def main(argv: Sequence[str]) -> int:
     gc.enable()
     common.INTERRUPTS.take()
     data_on_stdout = args.output == STDOUT
+    asks = args.find or not (args.paths or args.mode == "audio")
     if args.find:
         found = pick_server(args.mode, data_on_stdout)
         args.mode, args.host, args.port = found.announced.mode, found.host, found.port
     mode = "audio" if args.list_devices else args.mode or common.ask_mode(data_on_stdout)
-    address = Address(args.host, args.port, args.code, args.open)
+    address = Address(args.host, args.port, args.code, args.open, asks)
     if mode == "audio":
         common.quiet_libraries(args.verbose)
         if args.list_devices:

@@ -3137,6 +3137,10 @@ class Console:
         """Print a line about a problem."""
         self._print(text, complain)
 
+    def ask(self, question: str) -> str:
+        """Return the user's answer to `question`; blocks and raises as the function `ask` does."""
+        return ask(question, self._data_on_stdout)
+
     def _print(self, text: str, put: Callable[[str], object]) -> None:
         with self._lock:
             self._show("")
@@ -3210,6 +3214,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+MAX_USAGE_CHARS = 5_000  # of what is wrong with arguments, which may be shown once more
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 FLUSH_TIMEOUT_S = 2.0
 POKE_WAITS_S = (0.02, 0.2)  # after a signal
@@ -3221,7 +3226,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
         hint = "" if "did you mean" in message else f" (see {self.prog} --help)"
-        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}{hint}\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {escape(message, MAX_USAGE_CHARS)}{hint}\n")
 
 
 def help_columns() -> int:
@@ -3503,6 +3508,8 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     still waits in a socket cannot hold it up.
     """
     open_missing_streams()
+    # A name that is typed may be no text, as names in arguments may.
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 import common
+from pairing import CODE, OTHER_CODE
 from processes import CTRL_C
 from support import (
     MIB,
@@ -167,6 +169,47 @@ def test_a_path_that_is_not_there_is_asked_for_again(server: Server, tmp_path: P
     assert set(contents(server.folder)) == {"report.pdf"}
 
 
+@linux
+def test_a_name_that_is_no_text_can_be_typed(server: Server, tmp_path: Path) -> None:
+    source = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    source.write_bytes(b"content")
+    result = run_script(
+        "client.py",
+        "file",
+        f"--port={server.port}",
+        stdin=os.fsencode(source) + b"\n",
+        env={"PYTHONIOENCODING": "utf-8:strict"},  # as most systems have it
+    )
+    assert result.status == 0, result
+    assert contents(server.folder) == {source.name: b"content"}
+
+
+def test_the_pairing_code_is_asked_for_among_the_other_questions(
+    paired: Server, tmp_path: Path
+) -> None:
+    source = make_file(tmp_path / "report.pdf", 1000)
+    answers = f"file\nshort\n{OTHER_CODE}\n{CODE}\nreport.pdf\n".encode()
+    result = run_script("client.py", f"--port={paired.port}", stdin=answers, cwd=tmp_path)
+    assert result.status == 0, result
+    assert result.stdout.splitlines() == [
+        "Mode (file/audio): file",
+        "Pairing code: short",
+        f"Pairing code: {OTHER_CODE}",
+        f"Pairing code: {CODE}",
+        "File name: report.pdf",
+        f"Saved as report.pdf, SHA-256 matches ({sha256(source)[:8]}...)",
+    ]
+    assert len(result.error_lines) == 2
+
+
+def test_no_question_is_asked_in_the_midst_of_data(paired: Server) -> None:
+    answers = f"sound\naudio\n{OTHER_CODE}\n".encode()
+    result = run_script("client.py", "--output=-", f"--port={paired.port}", stdin=answers)
+    assert (result.status, result.stdout) == (1, "")
+    assert "Mode (file/audio): audio\nPairing code: " in result.stderr
+    assert "no answer to 'Pairing code': end of input" in result.stderr
+
+
 def test_the_server_is_tried_before_a_path_is_asked_for(tmp_path: Path) -> None:
     result = run_script("client.py", f"--port={free_port()}", stdin=b"file\nx\n", cwd=tmp_path)
     assert result.status == 1
@@ -302,6 +345,12 @@ def test_what_belongs_to_an_option_is_told(command: str, meant: str, tmp_path: P
     assert result.error_lines[0].startswith(f"{script}: error: ")
     _, _, advice = result.error_lines[0].partition("did you mean ")
     assert advice.replace(f"{ROOT}/", "").endswith(meant)
+
+
+def test_names_that_look_like_options_reach_no_terminal_raw() -> None:
+    result = run_script("client.py", "file", "--\x1b[31mred", "report.pdf")
+    assert result.status == 2
+    assert result.error_lines[0].endswith(r"--\x1b[31mred report.pdf (see client.py --help)")
 
 
 def test_a_web_address_as_input_is_told_what_plays_it() -> None:

@@ -25,6 +25,7 @@ from support import (
     make_sparse,
     message,
     partials,
+    sha256,
     visible,
     wait_for,
 )
@@ -89,16 +90,25 @@ def test_one_path_is_compared_a_few_times_a_batch(server: Server) -> None:
         assert held["entries"] == [[index, [4]] for index in range(MAX_ALIKE)]
 
 
-def test_each_guess_at_what_is_here_counts(server: Server) -> None:
-    make_file(server.folder / "pin", 4)
-    guesses = [{"path": "pin", "size": 4}] * MAX_ALIKE
+def guess(client: RawClient, checksum: str, number: int) -> str:
+    """Guess so often at once that "pin" has this SHA-256; return the type of the answer."""
+    answer = client.offer(*[{"path": "pin", "size": 4}] * number)
+    if answer["type"] == "held":
+        client.send(message("prefixes", entries=[[checksum]] * number))
+        answer = client.receive()
+    return str(answer["type"])
+
+
+def test_each_guess_at_what_is_here_counts_and_a_right_one_is_told_no_sooner(
+    server: Server,
+) -> None:
+    right, wrong = sha256(make_file(server.folder / "pin", 4)), "0" * 64
     for _ in range(FREE_MISMATCHES // MAX_ALIKE):
         with RawClient(server.port).greet() as client:
-            assert client.offer(*guesses)["type"] == "held"
-            client.send(message("prefixes", entries=[["0" * 64]] * MAX_ALIKE))
-            assert client.receive()["type"] == "start"
-    with RawClient(server.port).greet() as client:
-        assert client.offer(*guesses)["type"] == "hashing", "it has to wait for its turn"
+            assert guess(client, wrong, MAX_ALIKE) == "start"
+    with RawClient(server.port).greet() as client, RawClient(server.port).greet() as other:
+        assert guess(client, wrong, MAX_ALIKE) == "hashing", "it has to wait for its turn"
+        assert guess(other, right, 1) == "hashing", "or whoever waits would know that it is wrong"
 
 
 def test_no_number_of_partial_files_has_a_client_asked_more_than_it_answers(

@@ -68,7 +68,7 @@ import time
 import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 try:
     import common
@@ -3155,7 +3155,6 @@ RECORDING_CLOSE_S = 10.0
 MAX_RECORDINGS = 1_000  # of one name: the parts of a server's sound that changes its format
 WAV_LIMIT_BYTES = 2**32 - 1
 WAV_HEADER = struct.Struct("<4sI8sIHHIIHH4sI")
-OPUS_BITS_PER_S = 64_000  # and half of it more for each channel
 # What FFmpeg calls so many channels, as FLAC and Opus have them.
 LAYOUTS = ("mono", "stereo", "3.0", "quad", "5.0", "5.1", "6.1", "7.1")
 # Names that end so are meant as files, of a kind that is not written.
@@ -3163,9 +3162,6 @@ OTHER_ENDINGS = (
     *(".mp3", ".ogg", ".oga", ".m4a", ".aac", ".mp4", ".aif", ".aiff", ".wave", ".w64", ".wma"),
     *(".raw", ".pcm", ".au", ".caf", ".webm", ".mka"),
 )
-
-
-Written = TypeVar("Written")
 
 
 class RecordingOutput:
@@ -3248,90 +3244,39 @@ class RecordingFiles:
         """Return an output into the next file."""
         return RecordingOutput(self._writer(self, audio), audio)
 
-    def create(self, begin: Callable[[BinaryIO], Written]) -> Written:
-        """Make the next file, of which `begin` writes the beginning; return what `begin` does.
+    @contextlib.contextmanager
+    def create(self) -> Iterator[BinaryIO]:
+        """Give the next file, to write its beginning; where that fails, there is no file.
 
         Raises SocketPairError.
         """
+        with told_as_recording():
+            file = self._open_next()
+            try:
+                yield file
+                file.flush()
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    file.close()
+                os.unlink(file.name)
+                raise
+        self._console.say(f"Recording into {escape(file.name)}")
+
+    def _open_next(self) -> BinaryIO:
         stem, ending = os.path.splitext(self._path)
         for number in range(MAX_RECORDINGS):
             path = f"{stem} ({number}){ending}" if number else self._path
-            with contextlib.suppress(FileExistsError), told_as_recording():
-                written = create_file(path, begin)
-                self._console.say(f"Recording into {escape(path)}")
-                return written
+            with contextlib.suppress(FileExistsError):
+                return open(path, "xb")
         shown = escape(self._path)
         raise SocketPairError(f"there are {MAX_RECORDINGS:,} recordings {shown}: give another name")
 
 
-def create_file(path: str, begin: Callable[[BinaryIO], Written]) -> Written:
-    """Make a file that has its beginning, written by `begin`, before it has its name.
-
-    Whatever happens to this process, no file of that name is empty, but on Windows. Raises
-    FileExistsError where there is one, and OSError.
-    """
-    if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-    if sys.platform == "win32":
-        return begin_in(path, begin)
-    hidden = os.path.join(os.path.dirname(path), f".recording-{os.urandom(6).hex()}")
-    try:
-        written = begin_in(hidden, begin)
-        give_name(hidden, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(hidden)
-    return written
-
-
-def begin_in(path: str, begin: Callable[[BinaryIO], Written]) -> Written:
-    """Make a file and have it begun; it is closed where that fails. Raises what `begin` raises."""
-    file = open(path, "xb")  # noqa: SIM115 - the writer's from now on
-    try:
-        return begin(file)
-    except BaseException:
-        file.close()
-        os.unlink(path)
-        raise
-
-
-def give_name(hidden: str, path: str) -> None:
-    """Give a file its name, unless that is another's: raises FileExistsError."""
-    try:
-        os.link(hidden, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a disk without hard links
-        with locked_folder(os.path.dirname(path)):
-            if os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
-            os.rename(hidden, path)
-
-
-@contextlib.contextmanager
-def locked_folder(path: str) -> Iterator[None]:
-    """Keep other recordings from the names in a folder, until the end or the process's death."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl  # noqa: PLC0415  (only such disks need it)
-
-    descriptor = os.open(path or ".", os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # without locks it is as safe as it can be
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def told_as_recording() -> Iterator[None]:
-    """Raise an OSError as the SocketPairError that its user reads, but for FileExistsError."""
+    """Raise an OSError as the SocketPairError that its user reads."""
     try:
         yield
-    except FileExistsError:
-        raise
     except OSError as error:
         raise SocketPairError(f"cannot record: {describe_error(error)}") from error
 
@@ -3351,12 +3296,8 @@ class WavWriter:
 
     def _open_next(self) -> None:
         self._frames = 0
-        self._file = self._files.create(self._begin)
-
-    def _begin(self, file: BinaryIO) -> BinaryIO:
-        file.write(self._header())
-        file.flush()
-        return file
+        with self._files.create() as self._file:
+            self._file.write(self._header())
 
     def _header(self) -> bytes:
         rate, channels = self._audio
@@ -3393,6 +3334,8 @@ class EncodedWriter:
     container: str
     codec: str
     options: Mapping[str, str] = {"flush_packets": "1"}
+    rate = 0  # the sound's own
+    bits_per_s = 0  # the codec's own choice; else that of mono, and half of it for each more
 
     def __init__(self, files: RecordingFiles, audio: AudioFormat) -> None:
         import av  # noqa: PLC0415  (only such recordings need it)
@@ -3402,19 +3345,14 @@ class EncodedWriter:
         self._av = av
         self._audio = audio
         self._layout = LAYOUTS[audio.channels - 1]
-        with self._told():
-            self._file, self._container, self._stream = files.create(self._begin)
-
-    def _begin(self, file: BinaryIO) -> tuple[BinaryIO, Any, Any]:
-        container = self._av.open(file, "w", format=self.container, options=dict(self.options))
-        stream = self.add_stream(container)
-        container.start_encoding()
-        file.flush()
-        return file, container, stream
-
-    def add_stream(self, container: Any) -> Any:
-        """Return the stream of `container` that takes the sound."""
-        return container.add_stream(self.codec, rate=self._audio.rate, layout=self._layout)
+        with self._told(), files.create() as self._file:
+            options = dict(self.options)
+            self._container = av.open(self._file, "w", format=self.container, options=options)
+            rate = self.rate or audio.rate
+            self._stream: Any = self._container.add_stream(self.codec, rate, layout=self._layout)
+            if self.bits_per_s:
+                self._stream.bit_rate = self.bits_per_s * (1 + audio.channels) // 2
+            self._container.start_encoding()
 
     def write(self, samples: bytes) -> None:
         """Encode `samples`; what is complete of it is written."""
@@ -3456,12 +3394,8 @@ class OpusWriter(EncodedWriter):
 
     container, codec = "opus", "libopus"
     options: Mapping[str, str] = {"flush_packets": "1", "page_duration": "500000"}
-
-    def add_stream(self, container: Any) -> Any:
-        """Return the stream that takes the sound."""
-        stream = container.add_stream(self.codec, rate=common.OPUS_RATE, layout=self._layout)
-        stream.bit_rate = OPUS_BITS_PER_S * (1 + self._audio.channels) // 2
-        return stream
+    rate = common.OPUS_RATE
+    bits_per_s = 64_000
 
 
 WRITERS: Mapping[str, Callable[[RecordingFiles, AudioFormat], Writer]] = {

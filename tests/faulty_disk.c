@@ -1,8 +1,7 @@
 /* Stands between a program and the C library, and has calls fail as other file systems let them.
 
-   FAULTS holds words: CALL=ERRNO fails a call (link, flock, rename, unlink, tmpfile), CALL=kill
-   kills the program there (rename), CALL=stall keeps it waiting for 10 s the first time (link, write,
-   read for opening a file that is there), names=fat and names=short refuse what FAT or an encrypted folder cannot hold, free=0 knows no free space,
+   FAULTS holds words: CALL=ERRNO fails a call (link, flock, rename, unlink, tmpfile), CALL=stall
+   keeps it waiting for 10 s the first time (link, write, read for opening a file that is there), names=fat and names=short refuse what FAT or an encrypted folder cannot hold, free=0 knows no free space,
    close=ERRNO is that of a file that was open to be read and written, as on NFS.
    size=N makes a write beyond N bytes fail as on FAT, full=N as on a full disk.
 
@@ -11,7 +10,6 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,7 +38,6 @@ static int fails(const char *call) {
     const char *number = setting(call);
     if (!number) return 0;
     if (!strcmp(number, "stall")) return has_stalled++ || sleep(10), 0;
-    if (!strcmp(number, "kill")) kill(getpid(), SIGKILL);
     errno = atoi(number);
     return 1;
 }

@@ -205,13 +205,6 @@ def test_what_failed_only_at_its_very_end_is_there_for_the_next_run(
     assert (inbox / "file").stat().st_mtime == 0
 
 
-RECORD = """
-import sys, client, common
-files = client.RecordingFiles(sys.argv[1], common.Console(quiet=True))
-files.create(lambda file: file.write(b"sound"))
-"""
-
-
 RECORD_SOUND = """
 import sys, client, common
 files = client.RecordingFiles(sys.argv[1], common.Console(quiet=True))
@@ -228,21 +221,6 @@ def test_a_recording_on_a_full_disk_fails_in_one_line(tmp_path: Path, faulty_dis
     assert failed.returncode == 1
     assert failed.stderr == b"cannot record: no space left on device\n"
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("faults", ["", " rename=kill"])
-def test_without_links_a_recording_has_its_beginning_before_its_name(
-    tmp_path: Path, faulty_disk: Path, faults: str
-) -> None:
-    recording = tmp_path / "talk.wav"
-    faults = f"link={errno.EPERM}{faults}"
-    environment = {**os.environ, "LD_PRELOAD": str(faulty_disk), "FAULTS": faults}
-    command = [sys.executable, "-c", RECORD, str(recording)]
-    for _ in range(2):
-        subprocess.run(command, env=environment, cwd=ROOT, check=False, timeout=60)
-    names = [] if "kill" in faults else ["talk (1).wav", "talk.wav"]
-    assert visible(tmp_path) == names
-    assert all((tmp_path / name).read_bytes() == b"sound" for name in names)
 
 
 # --- names ----------------------------------------------------------------------------------

@@ -54,7 +54,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import importlib
 import itertools
 import math
 import queue
@@ -114,6 +113,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     import numpy as np
+    import samplerate
     from numpy.typing import NDArray
     from zeroconf import ServiceInfo
 
@@ -1966,22 +1966,6 @@ class Arrivals:
 
 # --- sound: playout -------------------------------------------------------------------------
 
-
-class LateModule:
-    """A module that is imported when something of it is first used."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, attribute: str) -> Any:
-        value = getattr(importlib.import_module(self._name), attribute)
-        setattr(self, attribute, value)
-        return value
-
-
-if not TYPE_CHECKING:
-    np = LateModule("numpy")  # only playing on a card needs it: `load_converters` comes first
-
 READS_WINDOW_S = 1.5
 # A sound card that asks for nothing for so long has lost its rhythm.
 STOOD_STILL_S = 0.3
@@ -2010,6 +1994,22 @@ SHORTEST_PERIOD_S, LONGEST_PERIOD_S = 0.0025, 0.016
 TEMPLATE_S = 0.01
 # On which side, or in the middle, each of so many channels is, as FFmpeg and WAV order them.
 SIDES = {3: "LRM", 4: "LRMM", 5: "LRMLR", 6: "LRMMLR", 7: "LRMMMLR", 8: "LRMMLRLR"}
+
+
+def load_converters() -> None:
+    """Load the packages that playing on a card takes; without this, nothing of *playout* works.
+
+    Raises AudioUnavailable.
+    """
+    global np, samplerate  # noqa: PLW0603  (only playing needs them, and they take long to import)
+    try:
+        import numpy as np  # noqa: PLC0415
+        import samplerate  # noqa: PLC0415
+    except common.LOAD_ERRORS as error:
+        raise AudioUnavailable(
+            "playing needs NumPy and samplerate, which cannot be loaded "
+            f"({common.first_line(error)}): {common.how_to_install('numpy', 'samplerate')}"
+        ) from None
 
 
 class Tape:
@@ -2218,8 +2218,6 @@ class Playout:
         fixed_target_s: float | None = None,
         kept_s: float = KEPT_S,
     ) -> None:
-        import samplerate  # noqa: PLC0415  (only playing on a card needs it)
-
         self.audio = audio
         self.card = card
         self.dropouts = 0
@@ -3132,18 +3130,6 @@ class StepAdvice:
                 f"this player cannot keep {step.after_s * 1000:.0f} ms, as its network and sound "
                 f"card need {needed_s * 1000:.0f}: --sync {sync_ms} on the server would do"
             )
-
-
-def load_converters() -> None:
-    """Load the packages that converting sound for a card takes; raises AudioUnavailable."""
-    try:
-        import numpy  # noqa: PLC0415, F401  (only playing needs them)
-        import samplerate  # noqa: PLC0415, F401
-    except common.LOAD_ERRORS as error:
-        raise AudioUnavailable(
-            "playing needs NumPy and samplerate, which cannot be loaded "
-            f"({common.first_line(error)}): {common.how_to_install('numpy', 'samplerate')}"
-        ) from None
 
 
 # --- sound: recordings ----------------------------------------------------------------------

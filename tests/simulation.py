@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from client import PATIENCE_S, Playout
+from client import PATIENCE_S, Playout, load_converters
 from common import AudioFormat
+
+load_converters()
 
 MONO = AudioFormat(48_000, 1)
 TONE_HZ = 997.0

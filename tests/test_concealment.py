@@ -11,7 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 import common
-from client import Concealment
+from client import Concealment, load_converters
+
+load_converters()
 
 RATE = 48_000
 GAP_S = 0.02

@@ -13,9 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client import BURST_REQUESTS, InStep, Leaving, ServerClock, Sync, SyncedPlayout
+from client import (
+    BURST_REQUESTS,
+    InStep,
+    Leaving,
+    ServerClock,
+    Sync,
+    SyncedPlayout,
+    load_converters,
+)
 from common import AudioFormat, TimeLine
 from sound import bound_offset
+
+load_converters()
 
 SERVER = AudioFormat(48_000, 1)
 AFTER_S = 0.08

@@ -38,6 +38,7 @@ class Player(client.Speaker, client.SpeakerOutput):
     """A loudspeaker without a card: a destination and its output around a real playout buffer."""
 
     def __init__(self, delay_s: float) -> None:
+        client.load_converters()
         self._delay_s = delay_s
         self._now_s = 0.0
 

@@ -3565,28 +3565,11 @@ NEGLIGIBLE_S = 0.05  # of --seconds
 RECONNECT_WAIT_S = 0.5
 # While a cable is out an attempt goes nowhere: let there soon be another.
 RECONNECT_TIMEOUT_S = 1.5
-MAX_GAP_MS = 3_600_000
 # How fast a server's sound may come, by this machine's clock, and how far ahead of it.
 MAX_SPEED = 1.05
 MAX_AHEAD_S = 5.0
 # How much longer --seconds may take, say as a machine is busy, than the clock says.
 MAX_BEHIND_S = 60.0
-
-
-class Budget:
-    """How much sound a server can have captured since this was made: more is none.
-
-    By two clocks, as only one of them goes on while this machine is suspended.
-    """
-
-    def __init__(self) -> None:
-        self._began_s = time.monotonic(), time.time()
-
-    def left_s(self, heard_s: float) -> float:
-        """Return how many seconds may still come after so many; below 0 where they were more."""
-        steady_s, wall_s = self._began_s
-        elapsed_s = max(time.monotonic() - steady_s, time.time() - wall_s)
-        return elapsed_s * MAX_SPEED + MAX_AHEAD_S - heard_s
 
 
 class Numbering:
@@ -3605,7 +3588,7 @@ class Numbering:
         """Return how many sample frames were missed before `block`, and go behind it.
 
         A block without samples tells nothing of that: none were, so far. Raises ProtocolError where
-        the numbers go back. After more than ``MAX_GAP_MS`` the sound begins anew.
+        the numbers go back.
         """
         if not block.samples:
             return 0
@@ -3613,8 +3596,6 @@ class Numbering:
         gap_frames = block.first_frame - expected
         if gap_frames < 0:
             raise ProtocolError("received sound that was sent before")
-        if gap_frames > audio.frames_in(MAX_GAP_MS):
-            gap_frames = 0
         self._next_frame = block.first_frame + audio.frames_of(block.samples)
         return gap_frames
 
@@ -3640,7 +3621,7 @@ class Listening:
         self._deadline = self._last_deadline = Deadline(self._seconds)
         self._console = console
         self._numbering = Numbering()
-        self._budget = Budget()
+        self._began_s = time.monotonic()
         self._audio: AudioFormat | None = None
         self._latest_samples = b""
         self._meter = common.LevelMeter()
@@ -3761,7 +3742,8 @@ class Listening:
         Raises ProtocolError where no server can have captured so much.
         """
         wanted_frames = self._wanted_frames(audio)
-        left_s = self._budget.left_s(self.heard_s) - audio.frames_of(block.samples) / audio.rate
+        most_s = (time.monotonic() - self._began_s) * MAX_SPEED + MAX_AHEAD_S
+        left_s = most_s - self.heard_s - audio.frames_of(block.samples) / audio.rate
         if left_s < 0:
             raise ProtocolError("received more sound than there can have been")
         gap_frames = min(self._numbering.advance(block, audio), wanted_frames)

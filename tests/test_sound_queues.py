@@ -85,7 +85,7 @@ def test_no_more_sound_is_taken_than_there_can_have_been() -> None:
     listening = client.Listening(client.Address("", 0), [], None, common.Console(quiet=True))
     listening._pass_on(AudioBlock(0, 0, bytes(96_000)), MONO)
     listening._pass_on(AudioBlock(3_000 * 48_000, 0, bytes(96_000)), MONO)
-    assert listening._budget.left_s(listening.heard_s) > client.MAX_AHEAD_S / 2 - 0.1
+    assert listening.heard_s < client.MAX_AHEAD_S / 2 + 0.1
     with pytest.raises(common.ProtocolError, match="more sound"):
         for second in range(3_001, 6_000):
             listening._pass_on(AudioBlock(second * 48_000, 0, bytes(96_000)), MONO)

@@ -3143,11 +3143,6 @@ WAV_LIMIT_BYTES = 2**32 - 1
 WAV_HEADER = struct.Struct("<4sI8sIHHIIHH4sI")
 # What FFmpeg calls so many channels, as FLAC and Opus have them.
 LAYOUTS = ("mono", "stereo", "3.0", "quad", "5.0", "5.1", "6.1", "7.1")
-# Names that end so are meant as files, of a kind that is not written.
-OTHER_ENDINGS = (
-    *(".mp3", ".ogg", ".oga", ".m4a", ".aac", ".mp4", ".aif", ".aiff", ".wave", ".w64", ".wma"),
-    *(".raw", ".pcm", ".au", ".caf", ".webm", ".mka"),
-)
 
 
 class RecordingOutput:
@@ -3432,16 +3427,15 @@ class Pipe:
 class PipeWriter:
     """Writes raw samples to standard output."""
 
-    def __init__(self) -> None:
-        self._file = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115
-
     def write(self, samples: bytes) -> None:
         """Write all of `samples`; blocks until the reader has taken them.
 
         Raises ReaderGone, SocketPairError.
         """
+        view = memoryview(samples)
         try:
-            write_all(self._file, samples)
+            while view:
+                view = view[os.write(sys.stdout.fileno(), view) :]
         except BrokenPipeError as error:
             raise ReaderGone("standard output was closed") from error
         except OSError as error:
@@ -3450,17 +3444,6 @@ class PipeWriter:
 
     def close(self) -> None:
         """Leave standard output open, as whoever opened it closes it."""
-
-
-def write_all(file: Any, data: bytes) -> None:
-    """Write all of `data` to an unbuffered file; blocks. Raises OSError."""
-    view = memoryview(data)
-    while view:
-        written = file.write(view)
-        if written is None:  # whoever started this has made it non-blocking
-            select.select([], [file], [])
-        else:
-            view = view[written:]
 
 
 Writer = WavWriter | EncodedWriter | PipeWriter
@@ -3863,7 +3846,7 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
     sound = parser.add_argument_group("audio mode")
     sound.add_argument(
         "--output",
-        type=destination_name,
+        type=common.device_name,
         metavar="SPEAKER",
         help="a loudspeaker's name or number, a file (.wav .flac .opus), or - for raw 16-bit PCM",
     )
@@ -3911,20 +3894,13 @@ def add_playing_arguments(sound: argparse._ArgumentGroup) -> None:
     )
 
 
-def destination_name(text: str) -> str:
-    """Return `text` as what ``--output`` names, for argparse."""
-    name = common.device_name(text)
-    return recording_name(name) if name.lower().endswith(OTHER_ENDINGS) else name
-
-
 def recording_name(text: str) -> str:
     """Return `text` as what a recording is called, for argparse."""
     if text == STDOUT:
         raise argparse.ArgumentTypeError("it takes a file: use --output - for standard output")
     if ending_of(text) not in WRITERS:
-        is_folder = os.path.isdir(os.path.expanduser(text))
-        reason = "it is a folder" if is_folder else f"only {', '.join(WRITERS)} are written"
-        raise argparse.ArgumentTypeError(f"cannot record into {text!r}: {reason}")
+        endings = ", ".join(WRITERS)
+        raise argparse.ArgumentTypeError(f"cannot record into {text!r}: only {endings} are written")
     return text
 
 

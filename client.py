@@ -3927,7 +3927,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with status 2 where arguments do not go together."""
     from_stdin = args.paths.count(STDIN)
-    refuse_misplaced(parser, args)
     if args.paths and args.mode == "audio":
         parser.error(
             "audio mode takes no PATH: what is to be heard goes behind server.py's --input"
@@ -3951,7 +3950,7 @@ def take_path_for_mode(parser: argparse.ArgumentParser, args: argparse.Namespace
     if args.mode is None or args.mode in common.MODES:
         return
     word, args.mode = args.mode, "file"
-    if word == STDIN or os.path.lexists(word) or common.options_for_address(word):
+    if word == STDIN or os.path.lexists(word):
         args.paths.insert(0, word)
         return
     paths = args.paths if any(map(os.path.lexists, args.paths)) else [word]
@@ -3959,23 +3958,6 @@ def take_path_for_mode(parser: argparse.ArgumentParser, args: argparse.Namespace
         f"{word!r} is neither a mode nor a file that is there: did you mean "
         f"{common.command_line('client.py', 'file', *paths)}"
     )
-
-
-def refuse_misplaced(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with status 2 where a PATH is an address, or one name has come apart at its spaces.
-
-    An address stands first or last, as scp has it.
-    """
-    for path in {*args.paths[:1], *args.paths[-1:]}:
-        if not os.path.lexists(path) and (options := common.options_for_address(path)):
-            others = [each for each in args.paths if each != path]
-            command = common.command_line("client.py", args.mode or "file", *others, *options)
-            parser.error(f"{path!r} is an address, not a file: did you mean {command}")
-    whole = " ".join(args.paths)
-    if len(args.paths) > 1 and os.path.lexists(whole) and not any(map(os.path.lexists, args.paths)):
-        parser.error(
-            f"no such files: did you mean {common.command_line('client.py', 'file', whole)}"
-        )
 
 
 def ask_for_paths() -> list[str]:

@@ -222,14 +222,11 @@ def browse() -> list[ServiceInfo]:
 
 def ask_servers(addresses: list[tuple[str, int]]) -> dict[tuple[str, int], str]:
     """Return the kinds of the answers of those servers that answer; blocks for a second or more."""
-    # It takes a while to import these, and only finding needs them.
-    import random  # noqa: PLC0415
+    # It takes a while to import, and only finding needs it.
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
 
-    # In an order in which no false ones keep others from being asked.
-    asked = random.sample(addresses, min(len(addresses), MAX_ANNOUNCED))
     with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
-        answers = zip(asked, threads.map(ask_server, asked), strict=True)
+        answers = zip(addresses, threads.map(ask_server, addresses), strict=True)
         return {address: kind for address, kind in answers if kind}
 
 
@@ -306,6 +303,7 @@ OPEN_SERVER = (
     "add --open if you trust them all"
 )
 
+NO_SUCH_HOST = (socket.gaierror, ValueError)  # the latter for what cannot be a name
 UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
 # What a server may say in place of pairing, to follow its address.
 REFUSED_PAIRING = {
@@ -391,7 +389,7 @@ def connect_once(address: Address, hello: Hello, timeout_s: float) -> tuple[Conn
     host = address.host.encode() if address.host.isascii() else address.host
     try:
         sock = socket.create_connection((host, address.port), timeout_s)  # type: ignore[arg-type]
-    except (OSError, ValueError) as error:  # ValueError: a host that no name can be
+    except (OSError, *NO_SUCH_HOST) as error:
         raise ConnectionLost(describe_no_server(address, hello.mode, error)) from error
     with contextlib.ExitStack() as opened:
         opened.callback(sock.close)
@@ -410,9 +408,7 @@ def connect_once(address: Address, hello: Hello, timeout_s: float) -> tuple[Conn
 def describe_no_server(address: Address, mode: str, error: OSError | ValueError) -> str:
     """Return what may be the reason that nobody answers, and what to do about it."""
     host = escape(address.host)
-    if isinstance(error, ValueError):
-        return f"{host!r} cannot be a machine's name: check --host"
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, NO_SUCH_HOST):
         return f"no machine is known as {host!r} ({describe_error(error)}): check --host"
     is_here = host == "localhost" or common.is_loopback(host)
     peer = f"{common.format_address(host, address.port)} ({describe_error(error)})"
@@ -424,14 +420,11 @@ def describe_no_server(address: Address, mode: str, error: OSError | ValueError)
             f"port {address.port} through?"
         )
     options = [] if address.port == common.DEFAULT_PORT else ["--port", str(address.port)]
-    if host in ("0.0.0.0", "::"):
-        advice = "that is all addresses of a server; name one, or use --find"
-    elif is_here:
-        advice = f"start one with: {common.command_line('server.py', mode, *options)}"
-    else:
-        command = " ".join(["python3 server.py", mode, "--host 0.0.0.0", *options])
-        advice = f"start one there with: {command}"
-    return f"no server at {peer}: {advice}"
+    if is_here:
+        command = common.command_line("server.py", mode, *options)
+        return f"no server at {peer}: start one with: {command}"
+    command = " ".join(["python3 server.py", mode, "--host 0.0.0.0", *options])
+    return f"no server at {peer}: start one there with: {command}"
 
 
 def shake_hands(connection: Connection, code: str | None, hello: Hello) -> Welcome:
@@ -594,8 +587,6 @@ def describe_missing(path: str, error: OSError | ValueError) -> str:
         return "not a possible name"
     if not isinstance(error, FileNotFoundError):
         return describe_error(error)
-    if not path:
-        return "an empty path: it names no file"
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -661,8 +652,6 @@ def is_real_folder(entry: os.DirEntry[str]) -> bool:
 def is_same_folder(entry: os.DirEntry[str], identity: tuple[int, int]) -> bool:
     """Return whether a folder has this device and inode."""
     with contextlib.suppress(OSError):
-        if sys.platform != "win32" and entry.inode() != identity[1]:
-            return False  # without a system call
         found = os.stat(entry.path)
         return (found.st_dev, found.st_ino) == identity
     return False
@@ -3636,7 +3625,7 @@ class Listening:
 
     def _wait_for_server(self, error: ConnectionLost) -> None:
         """Say once that there is no server, and leave it a little time to come back."""
-        if self._audio is None and isinstance(error.__cause__, socket.gaierror):
+        if self._audio is None and isinstance(error.__cause__, NO_SUCH_HOST):
             raise SocketPairError(str(error)) from None
         self._latest_samples = b""
         self._meter.hear(b"")
@@ -3968,13 +3957,8 @@ def ask_for_paths() -> list[str]:
     if sys.stdin.isatty():
         complete_paths()
     while True:
-        answer = common.ask("File name: ")
-        if not answer.strip():
-            continue
-        paths = clean_paths(answer)
-        if paths == [STDIN]:
-            command = common.command_line("client.py", "file", STDIN, "--name", "NAME")
-            common.say(f"standard input needs a name: {command}")
+        paths = clean_paths(common.ask("File name: "))
+        if paths in ([""], [STDIN]):  # where this is asked, standard input has the answers
             continue
         found = list(look_up_named(paths, None))
         for each in found:

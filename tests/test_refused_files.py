@@ -36,7 +36,7 @@ def test_a_missing_file_fails_and_the_others_arrive(server: Server, tmp_path: Pa
     result = server.send(missing, source, "", "a\nb")
     assert result.status == 1
     assert result.error_lines[0] == f"{missing}: no such file"
-    assert result.error_lines[1] == "'': an empty path: it names no file"
+    assert result.error_lines[1] == "'': no such file"
     assert len(result.error_lines) == 3
     assert contents(server.folder) == {"file": source.read_bytes()}
 

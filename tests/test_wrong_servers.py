@@ -37,13 +37,6 @@ def test_no_server_is_one_line(tmp_path: Path) -> None:
     assert line.endswith(f"{ROOT / 'server.py'} file --port {port}")
 
 
-@linux
-def test_all_addresses_are_none_for_a_client(tmp_path: Path) -> None:
-    result = send(free_port(), make_file(tmp_path / "file", 10), "--host=0.0.0.0")
-    assert result.status == 1
-    assert "that is all addresses of a server; name one, or use --find" in result.error_lines[-1]
-
-
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "a\x1b[2J", "..", "x" * 300, "ü" * 70])
 def test_a_host_that_does_not_exist_is_one_line(tmp_path: Path, host: str) -> None:
     source = make_file(tmp_path / "file", 10)

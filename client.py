@@ -718,8 +718,7 @@ SHAPES = (
     "{desc}: {percentage:3.0f}% {rate_fmt}",
 )
 SHAPES_WITHOUT_TOTAL = ("{desc}: {n_fmt} [{elapsed}, {rate_fmt}]",)
-# The speed is the mean over so long; that of a small file which takes no longer means nothing.
-SPEED_WINDOW_S = 5.0
+# The speed of less than both means nothing.
 MIN_MEASURED_BYTES = 1024 * 1024
 MIN_MEASURED_S = 1.0
 
@@ -731,37 +730,24 @@ class Gauge:
         self.label = label
         self.total = total
         self._first = first
-        self._start = time.monotonic()
-        self._seen = [(self._start, first)]  # of the last ``SPEED_WINDOW_S``
-
-    def _speed(self, done: int) -> float | None:
-        """Return the bytes a second of late, None where that means nothing."""
-        now = time.monotonic()
-        while len(self._seen) > 1 and now - self._seen[1][0] > SPEED_WINDOW_S:
-            del self._seen[0]
-        then, before = self._seen[0]
-        self._seen.append((now, done))
-        enough = MIN_MEASURED_S if done - self._first < MIN_MEASURED_BYTES else 0.001
-        if now - then < enough:
-            return None
-        return (done - before) / (now - then)
+        self._start_s = time.monotonic()
 
     def draw(self, done: int, columns: int, draw_bar: Callable[..., str]) -> str:
         """Return a line of at most so many columns, drawn by tqdm's ``format_meter``."""
-        done, speed = min(done, self.total or done), self._speed(done)
+        done, took_s = min(done, self.total or done), time.monotonic() - self._start_s
         draw = functools.partial(
             draw_bar,
             done,
             self.total or None,
-            time.monotonic() - self._start,
+            took_s,
             prefix=common.fit(self.label, max(MIN_LABEL_CELLS, columns - GAUGE_CELLS)),
             unit="B",
             unit_scale=True,
-            rate=speed,
+            initial=self._first,
             ascii=not (sys.stderr.encoding or "").lower().startswith("utf"),
         )
         shapes: tuple[str, ...] = SHAPES if self.total else SHAPES_WITHOUT_TOTAL
-        if speed is None:
+        if done - self._first < MIN_MEASURED_BYTES and took_s < MIN_MEASURED_S:
             shapes = tuple(re.sub("<{remaining}|,? {rate_fmt}", "", shape) for shape in shapes)
         for shape in shapes:
             if common.cells(draw(bar_format=shape.replace("{bar}", "#"))) <= columns:

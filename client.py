@@ -1069,10 +1069,8 @@ MAX_OFFERS = 3
 SMALL_FILE_BYTES = 64 * 1024
 # Who may ask for the SHA-256 of any length learns a file byte by byte.
 MIN_PREFIX_BYTES = 4096
-# Signs of life, one a second, that a server may send for looking up a batch, and then before a
-# result while it takes nothing. More where it has to hash what it holds, or has got meanwhile.
-MAX_SIGNS = 600
-MIN_HASHED_BYTES_PER_S = 1_000_000
+# Signs of life that a server may send in a connection: one a second, while it looks up or hashes.
+MAX_SIGNS = 100_000
 
 
 def start_file_client(  # noqa: PLR0913 - the command line's options
@@ -1171,17 +1169,14 @@ class Sender:
         backlog = Backlog(self._report.without_problems(found))
         waits = self._waits()
         while True:
-            short_stay = Deadline(self._retry_s)
             with contextlib.closing(Upload(connection, backlog, self._report, progress)) as upload:
                 try:
                     upload.run()
                     return
                 except ConnectionLost as error:
                     lost = error
-                    # Comparing may take long, and moves nothing.
-                    was_back = upload.has_moved() or not short_stay.remaining()
-                    if was_back and backlog.is_getting_on():
-                        waits = self._waits()
+            if backlog.is_getting_on():
+                waits = self._waits()
             if upload.give_back(lost) and is_single:
                 return
             connection = self._reconnect(waits, lost)
@@ -1341,7 +1336,6 @@ class ContentSender:
         self._progress = progress
         self._step_bytes = SMALL_FILE_BYTES
         self.stdin_is_begun = False
-        self.sent_bytes = 0  # handed over to the connection
 
     def send(self, transfer: UnderWay, is_decided: Callable[[], bool]) -> Sent:
         """Send a file's bytes from its offset on; what says that these were all is not sent.
@@ -1363,7 +1357,7 @@ class ContentSender:
             return None
         if content:
             self._connection.queue(LENGTH.pack(size) + content)
-        self._count(size)
+        self._progress.move(size)
         return Sent(hashlib.sha256(content).hexdigest())
 
     def _send_large(self, transfer: UnderWay, is_decided: Callable[[], bool]) -> Sent:
@@ -1394,7 +1388,7 @@ class ContentSender:
         if size:
             blocks.give(block[:size])  # is hashed while it is sent
             self._connection.send_segment(block[:size])
-            self._count(size)
+            self._progress.move(size)
         self._step_bytes = next_step(self._step_bytes, time.monotonic() - start_s)
         return size
 
@@ -1403,10 +1397,6 @@ class ContentSender:
         self._connection.flush()
         while not has_stdin(common.SIGN_INTERVAL_S):
             self._send_still_here()
-
-    def _count(self, size: int) -> None:
-        self.sent_bytes += size
-        self._progress.move(size)
 
     def _send_still_here(self) -> None:
         self._connection.write(LENGTH.pack(common.STILL_HERE))
@@ -1431,6 +1421,7 @@ class Upload:
         self._progress = progress
         self._offered: list[Batch] = []
         self._signs = SignsOfLife()
+        self._signs_left = MAX_SIGNS
         self._content = ContentSender(connection, self._signs, progress)
         prefer_bbr(connection)
         progress.follow(connection.in_transit)
@@ -1456,10 +1447,6 @@ class Upload:
             else:
                 self._backlog.give_back([source])
         return has_failed
-
-    def has_moved(self) -> bool:
-        """Return whether the server has got anything of a file, as far as is known."""
-        return self._content.sent_bytes > self._connection.in_transit()
 
     def run(self) -> None:
         """Send all of the backlog; blocks until each file is decided.
@@ -1497,23 +1484,25 @@ class Upload:
 
     def _look_up(self, batch: Batch) -> list[UnderWay]:
         """Return what the server needs, after answering what it asks about what it holds."""
-        answer = self._receive_answer(MAX_SIGNS)
+        answer = self._receive_answer()
         digests: dict[int, Digests] = {}
         if isinstance(answer, Held):
             digests = self._compare(batch, answer)
-            held = [batch.sources[index] for index, _ in answer.entries]
-            answer = self._receive_answer(most_signs(held))
+            answer = self._receive_answer()
         if isinstance(answer, Held):
             raise ProtocolError("received a second held")
         return self._begin(batch, answer, digests)
 
-    def _receive_answer(self, most: int) -> Start | Held:
-        """Return the next message but signs of life, of which fewer than `most` may come."""
-        for _ in range(most):
-            answer = self._connection.receive(Start, Held, Hashing)
-            if not isinstance(answer, Hashing):
-                return answer
-        raise ProtocolError("received signs of life without end")
+    def _receive_answer(self) -> Start | Held:
+        while isinstance(answer := self._connection.receive(Start, Held, Hashing), Hashing):
+            self._count_sign()
+        return answer
+
+    def _count_sign(self) -> None:
+        """Count a sign of life of the server; raises ProtocolError where it gives nothing else."""
+        self._signs_left -= 1
+        if not self._signs_left:
+            raise ProtocolError("received signs of life without end")
 
     def _compare(self, batch: Batch, held: Held) -> dict[int, Digests]:
         """Answer with the SHA-256 of what the server holds of its files; return them by index."""
@@ -1591,27 +1580,15 @@ class Upload:
 
     def _read_results(self, batch: Batch) -> None:
         """Report what becomes of each file of a batch, until all are decided; see `reading`."""
-        most = most_signs(batch.sources)
         while not batch.is_done():
-            entries = self._receive_results(most).entries
-            if not entries:
-                raise ProtocolError("received results without a result")
-            for index, outcome in entries:
-                self._decide(batch, index, outcome)
-
-    def _receive_results(self, most: int) -> Results:
-        """Return the next results, before which fewer signs of life than `most` may come.
-
-        They do not count while anything is sent.
-        """
-        signs, then_bytes = 0, -1
-        while signs < most:
             message = self._connection.receive(Results, Hashing)
-            if not isinstance(message, Hashing):
-                return message
-            now_bytes = self._content.sent_bytes
-            signs, then_bytes = signs + 1 if now_bytes == then_bytes else 0, now_bytes
-        raise ProtocolError("received signs of life without end")
+            if isinstance(message, Hashing):
+                self._count_sign()
+                continue
+            if not message.entries:
+                raise ProtocolError("received results without a result")
+            for index, outcome in message.entries:
+                self._decide(batch, index, outcome)
 
     def _decide(self, batch: Batch, index: int, outcome: Outcome) -> None:
         """Report what the server says has become of a file. Also for the results' thread."""
@@ -1623,11 +1600,6 @@ class Upload:
             self._report.decided(source, outcome, end)
         elif end != OFFERED_AGAIN:
             self._report.problem(Problem(source.path, source.name, end.reason))
-
-
-def most_signs(hashed: Iterable[Source]) -> int:
-    """Return how many signs of life are too many of a server that may have to hash these files."""
-    return MAX_SIGNS + sum(each.entry.size or 0 for each in hashed) // MIN_HASHED_BYTES_PER_S
 
 
 def hash_prefixes(

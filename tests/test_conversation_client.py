@@ -269,47 +269,6 @@ def test_a_file_that_fails_at_the_server_is_given_up_and_the_next_is_sent(
     assert "Saved as second" in said.out
 
 
-@pytest.mark.parametrize("is_taken", [True, False])
-def test_signs_of_life_count_only_while_a_server_takes_nothing(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    is_taken: bool,
-) -> None:
-    monkeypatch.setattr(client, "MAX_SIGNS", 30)
-    large = make_file(tmp_path / "large", 100 * MIB)
-
-    def serve(peer: RawPeer) -> None:
-        begin(peer)
-        if is_taken:
-            read_file(peer, say(Hashing()))
-            peer.send(say(Results([(0, Outcome("saved", "large"))])))
-        else:
-            peer.send(say(*[Hashing()] * 1_000))
-        peer.read_all()
-
-    assert send(serve, large) == (0 if is_taken else 1)
-    if not is_taken:
-        check_one_line(capsys, "signs of life without end")
-
-
-def test_a_server_may_hash_for_as_long_as_a_large_file_takes_before_it_tells_what_becomes_of_it(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As where another client has saved a file of that name meanwhile."""
-    monkeypatch.setattr(client, "MIN_HASHED_BYTES_PER_S", 10)
-
-    def serve(peer: RawPeer) -> None:
-        welcome(peer)
-        read_message(peer, Offer)
-        peer.send(say(Start([0])))
-        read_file(peer)
-        peer.send(say(*[Hashing()] * 1_000, Results([(0, SAVED)])))
-        peer.read_all()
-
-    assert send(serve, file) == 0
-
-
 @pytest.mark.parametrize("read", [0, 1000, 3 * MIB])
 def test_hanging_up_in_the_middle_is_one_line(
     tmp_path: Path, read: int, capsys: pytest.CaptureFixture[str]

@@ -534,7 +534,12 @@ def has_size(path: str, size: int) -> bool:
 
 
 def open_file(path: str) -> FileIO:
-    """Open a file without buffer; at once, even if it is a pipe by now. Raises OSError."""
+    """Open a file, or standard input, without buffer; at once, even if it is a pipe by now.
+
+    Raises OSError.
+    """
+    if path == STDIN:
+        return open(0, "rb", buffering=0, closefd=False)
     return open(path, "rb", buffering=0, opener=lambda name, _flags: os.open(name, READ_FLAGS))
 
 
@@ -759,11 +764,11 @@ class Progress:
     """Shows on a terminal how far the sending is: a large file, or all of many files.
 
     A thread draws it, also while nothing moves, until `console` shows no status line any more.
-    Another counts the files by `sizes`. Every method is for any thread.
+    Another counts the files among what `find` yields. Every method is for any thread.
     """
 
     def __init__(
-        self, console: Console, is_single: bool, sizes: Callable[[], Sequence[int]]
+        self, console: Console, is_single: bool, find: Callable[[], Iterable[Source | Problem]]
     ) -> None:
         self._console = console
         self._is_single = is_single
@@ -778,13 +783,14 @@ class Progress:
         if self._draw_bar:
             threading.Thread(target=self._run, name="progress", daemon=True).start()
             if not is_single:
-                work = functools.partial(self._count, sizes)
+                work = functools.partial(self._count, find)
                 threading.Thread(target=work, name="counting", daemon=True).start()
 
-    def _count(self, sizes: Callable[[], Sequence[int]]) -> None:
-        found = sizes()
+    def _count(self, find: Callable[[], Iterable[Source | Problem]]) -> None:
+        entries = [each.entry for each in find() if isinstance(each, Source)]
+        sizes = [entry.size or 0 for entry in entries if not entry.is_folder]
         with self._lock:
-            self._all.label, self._all.total = counted(len(found), "file"), sum(found)
+            self._all.label, self._all.total = counted(len(sizes), "file"), sum(sizes)
 
     def _run(self) -> None:
         while self._console.has_status:
@@ -996,21 +1002,6 @@ class Batch:
         with self._lock:
             self._ends[index] = end
 
-    def offer_folders_again(self, path: str) -> list[Source]:
-        """Return those folders that what is offered as `path` is in, to be offered again, once.
-
-        They get their times, and their lines, when all is there that is in them.
-        """
-        with self._lock:
-            again = [
-                index
-                for index in sorted(self._undecided - self._ends.keys())
-                if self.sources[index].entry.is_folder
-                and path.startswith(f"{self.sources[index].name}/")
-            ]
-            self._ends.update(dict.fromkeys(again, OFFERED_AGAIN))
-        return [self.sources[index] for index in again]
-
     def decide(self, index: int) -> tuple[Source, Sent | NotSent | None]:
         """Return one that is decided now, and how its sending had ended. Raises ProtocolError."""
         with self._lock:
@@ -1163,10 +1154,9 @@ class Sender:
         self.begun = named
         is_single = len(named) == 1 and not named[0].entry.is_folder
         left_out = common.disguise(welcome.folder) if welcome.folder else None
-        sizes = functools.partial(sizes_in, named, left_out)
-        progress = Progress(self._console, is_single, sizes)
-        found = find_sources(named, left_out)
-        backlog = Backlog(self._report.without_problems(found))
+        find = functools.partial(find_sources, named, left_out)
+        progress = Progress(self._console, is_single, find)
+        backlog = Backlog(self._report.without_problems(find()))
         waits = self._waits()
         while True:
             with contextlib.closing(Upload(connection, backlog, self._report, progress)) as upload:
@@ -1207,15 +1197,6 @@ class Sender:
         ) from error
 
 
-def sizes_in(named: Sequence[Source], left_out: tuple[int, int] | None) -> list[int]:
-    """Return the sizes of the files in what the user named, 0 where it is not known."""
-    return [
-        each.entry.size or 0
-        for each in find_sources(named, left_out)
-        if isinstance(each, Source) and not each.entry.is_folder
-    ]
-
-
 class FileChanged(SocketPairError):
     """A file is not what it was when it was offered."""
 
@@ -1250,13 +1231,19 @@ def next_step(step_bytes: int, took_s: float) -> int:
 
 
 class Content:
-    """What an open file, or standard input, holds, read step by step. Raises OSError."""
+    """What an open file, or standard input, holds from an offset on, read step by step.
 
-    def __init__(self, source: Source, file: FileIO) -> None:
+    Raises OSError; the constructor OfferAgain and FileChanged where it is not what was offered.
+    """
+
+    def __init__(self, transfer: UnderWay, file: FileIO) -> None:
+        self._source = source = transfer.source
+        self._file = file
         self.is_stdin = source.path == STDIN
         self.is_over = False  # a terminal tells of its end only once
-        self._source = source
-        self._file = file
+        if not self.is_stdin:
+            file.seek(transfer.offset)
+            check_offer(source, os.fstat(file.fileno()))
 
     def read_into(self, view: memoryview) -> int:
         """Fill `view`, as far as that takes no longer than ``PACE_S``.
@@ -1301,21 +1288,6 @@ def has_stdin(seconds: float) -> bool:
     """Block until standard input has something, or has ended; return False after `seconds`."""
     # On Windows select() knows sockets only.
     return sys.platform == "win32" or bool(select.select([0], [], [], seconds)[0])
-
-
-def open_source(transfer: UnderWay) -> FileIO:
-    """Open a file at its offset, or standard input, without buffer.
-
-    Raises OSError, OfferAgain and FileChanged.
-    """
-    if transfer.source.path == STDIN:
-        return open(0, "rb", buffering=0, closefd=False)
-    with contextlib.ExitStack() as opened:
-        file = opened.enter_context(open_file(transfer.source.path))
-        file.seek(transfer.offset)
-        check_offer(transfer.source, os.fstat(file.fileno()))
-        opened.pop_all()
-    return file
 
 
 def prefer_bbr(connection: Connection) -> None:
@@ -1365,9 +1337,9 @@ class ContentSender:
         size, digest = transfer.source.entry.size, transfer.digest or hashlib.sha256()
         left = sys.maxsize if size is None else size - transfer.offset
         with self._signs.by(self._send_still_here):
-            file = open_source(transfer)
+            file = open_file(transfer.source.path)
         with file:
-            content = Content(transfer.source, file)
+            content = Content(transfer, file)
             self.stdin_is_begun |= content.is_stdin
             with common.blocks_for(size, digest.update) as blocks:
                 while left and (sent := self._send_step(content, blocks, left)):
@@ -1566,7 +1538,7 @@ class Upload:
         except ConnectionLost:
             raise
         except OfferAgain as error:
-            self._backlog.give_back([error.source, *batch.offer_folders_again(error.source.name)])
+            self._backlog.give_back([error.source])
             end = OFFERED_AGAIN
         except (OSError, SocketPairError) as error:
             end = NotSent(describe_error(error))

@@ -77,27 +77,6 @@ def test_a_file_that_only_grows_is_sent_as_it_was_offered(server: Server, tmp_pa
     assert contents(server.folder) == {"log": content}
 
 
-def test_a_folder_whose_files_are_offered_anew_is_told_of_once_and_keeps_its_time(
-    server: Server, tmp_path: Path
-) -> None:
-    tree = tmp_path / "tree"
-    make_file(tree / "deep" / "a", 40 * MIB)
-    changed = [make_file(tree / "deep" / name, 1000) for name in ("b", "c")]
-    for folder in (tree / "deep", tree):
-        os.utime(folder, (10**9, 10**9))
-    with half_way(server, tree) as (client, proxy):
-        for path in changed:
-            make_file(path, 2000, seed=2)
-        proxy.release()
-        result = client.wait()
-    assert result.status == 0, result
-    assert contents(server.folder / "tree") == contents(tree)
-    for name in ("tree/deep", "tree"):
-        assert (server.folder / name).stat().st_mtime == 10**9
-    assert result.stdout.count("Saved tree/") == 1
-    assert "Saved tree/ with 3 files" in result.stdout
-
-
 def test_a_file_that_grows_and_changes_is_refused(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "log", 40 * MIB)
 

@@ -2602,7 +2602,7 @@ class Leaving:
 
     def __init__(self, rate: int) -> None:
         self._rate = rate
-        self._line = common.TimeLine(rate)
+        self.line = common.TimeLine(rate)  # to be interrupted where the card has run dry
         self._frames = 0  # taken so far
         self.block_s = 0.0
         self.ahead_s = 0.0  # as far as it is believed
@@ -2621,23 +2621,9 @@ class Leaving:
         return self._untold_s > UNTOLD_S
 
     @property
-    def is_off(self) -> bool:
-        """Whether this is about to step."""
-        return self._line.is_off
-
-    @property
     def next_s(self) -> float:
         """When the next sample frame that the card takes leaves."""
-        return self._line.at(self._frames)
-
-    @property
-    def speed(self) -> float:
-        """How fast sample frames leave, in parts of the usual rate."""
-        return self._line.speed
-
-    def note_underrun(self) -> None:
-        """Note that the card plays later than before, as it ran dry."""
-        self._line.interrupt()
+        return self.line.at(self._frames)
 
     def note_read(self, frames: int, now_s: float, told_s: float) -> None:
         """Note that the card took so many sample frames at `now_s`.
@@ -2648,13 +2634,13 @@ class Leaving:
         if told_s:
             self._told_s, self._untold_s = told_s, 0.0
         self._untold_s += self.block_s
-        is_told = self.is_off or self._scatter_s > REGULAR_S or self._doubted_s > DOUBTED_S
+        is_told = self.line.is_off or self._scatter_s > REGULAR_S or self._doubted_s > DOUBTED_S
         if is_told:
             self._average()
         else:
             self._drift()
-        self._line.see(self._frames, now_s + (self._told_s if is_told else self.ahead_s))
-        off_s = now_s + self.ahead_s - self._line.at(self._frames)
+        self.line.see(self._frames, now_s + (self._told_s if is_told else self.ahead_s))
+        off_s = now_s + self.ahead_s - self.line.at(self._frames)
         if not is_told:
             off_s = self._note_off(off_s)
         self._scatter_s += (min(abs(off_s), ELSE_S) - self._scatter_s) / SCATTER_READS
@@ -2700,7 +2686,7 @@ class InStep:
     Three lines meet here: when the server captured a sample frame, by its clock; what that clock
     shows by this machine's; and when a sample frame of the sound card leaves the loudspeaker.
     Sample frames of the server are counted as the player counts them. `delay_s` is how much later
-    than all others this one is to play.
+    than all others this one is to play. `leaving` is to be told of each read of the card.
 
     Plain logic: no thread, no clock, no device, and no lock, which the caller has to hold.
     """
@@ -2711,7 +2697,7 @@ class InStep:
         self.delay_s = delay_s
         self._rate = audio.rate
         self._card_rate = card_rate
-        self._leaving = Leaving(card_rate)
+        self.leaving = Leaving(card_rate)
         self.begin(sync)
 
     def begin(self, sync: Sync) -> None:
@@ -2729,22 +2715,13 @@ class InStep:
         return self._clock.is_known and self._captured_frame > 0
 
     @property
-    def is_card_silent(self) -> bool:
-        """Whether the sound card does not tell when it plays."""
-        return self._leaving.is_untold
-
-    @property
     def is_sure(self) -> bool:
         """Whether `late_s` is to be acted upon: nothing looks as if it were about to step."""
-        return self.is_ready and not self._leaving.is_off
-
-    def note_underrun(self) -> None:
-        """Note that the sound card plays later than before, as it ran dry."""
-        self._leaving.note_underrun()
+        return self.is_ready and not self.leaving.line.is_off
 
     def forget_card(self) -> None:
         """Begin anew with what leaves the loudspeaker."""
-        self._leaving = Leaving(self._card_rate)
+        self.leaving = Leaving(self._card_rate)
 
     def note_block(self, frames: int, end_frame: int, captured_s: float, now_s: float) -> None:
         """Note that `frames` of sound came at `now_s`, of which the last is before `end_frame`.
@@ -2763,32 +2740,25 @@ class InStep:
             self._worst_ages_s.append(age_s)
         self._worst_ages_s[-1] = max(self._worst_ages_s[-1], age_s)
 
-    def note_read(self, card_frames: int, now_s: float, ahead_s: float) -> None:
-        """Note that the sound card took so many sample frames at `now_s`.
-
-        The first of them leaves the loudspeaker `ahead_s` later.
-        """
-        self._leaving.note_read(card_frames, now_s, ahead_s)
-
     def late_s(self, frame: float) -> float:
         """Return how late `frame` leaves if the sound card's next sample frame plays it.
 
         What the server says of the capture is taken as it is: where that is off, it is so for all.
         """
-        leaving_s = self._leaving.next_s
+        leaving_s = self.leaving.next_s
         due_s = self._captured_s + (frame - self._captured_frame) / self._rate + self.after_s
         return leaving_s + self._clock.offset_at(leaving_s) - due_s
 
     @property
     def speed(self) -> float:
         """How fast to play to stay as late as it is, in parts of the usual speed."""
-        return self._capture.speed * (1 + self._clock.drift) / self._leaving.speed
+        return self._capture.speed * (1 + self._clock.drift) / self.leaving.line.speed
 
     @property
     def needed_s(self) -> float:
         """How long after its capture a sample frame can be played on this network and card."""
-        leaving = self._leaving
-        return max(self._worst_ages_s, default=0.0) + leaving.ahead_s + leaving.block_s
+        worst_age_s = max(self._worst_ages_s, default=0.0)
+        return worst_age_s + self.leaving.ahead_s + self.leaving.block_s
 
 
 class SyncedPlayout(Playout):
@@ -2824,11 +2794,11 @@ class SyncedPlayout(Playout):
     def _note_underrun(self) -> None:
         """Count a dropout of the sound card, after which it plays later than before."""
         super()._note_underrun()
-        self.step.note_underrun()
+        self.step.leaving.line.interrupt()
 
     def _note_read(self, frames: int, now_s: float, ahead_s: float) -> None:
         super()._note_read(frames, now_s, ahead_s)
-        self.step.note_read(frames, now_s, ahead_s)
+        self.step.leaving.note_read(frames, now_s, ahead_s)
 
     def _start_on_rest(self, first: int, now_s: float) -> None:
         """Begin to play what is left once it is due."""
@@ -3024,7 +2994,7 @@ class StepAdvice:
 
     def give(self, playout: SyncedPlayout, now_s: float) -> None:
         """Tell what is new since the last call, at `now_s`."""
-        if playout.step.is_card_silent and not self._has_told_of_card:
+        if playout.step.leaving.is_untold and not self._has_told_of_card:
             self._has_told_of_card = True
             self._console.complain(
                 "the sound card does not tell when it plays: its delay is taken as constant, "

@@ -66,7 +66,7 @@ class Player:
             read_s = due_s - 0.02 + self._chance.expovariate(1 / 200e-6)
             self.step.note_block(240, captured[0], captured[1], self._own(due_s - 0.02))
             frame = (due_s - AFTER_S - self._late_s) * SERVER.rate
-            self.step.note_read(self._block_frames, self._own(read_s), ahead_s)
+            self.step.leaving.note_read(self._block_frames, self._own(read_s), ahead_s)
             late_s = self.step.late_s(frame + self._block_s * SERVER.rate)
             due_s += self._block_s
         return late_s
@@ -120,7 +120,7 @@ def test_a_player_knows_what_its_network_and_card_need() -> None:
         now_s = number * 0.0025
         held_s = 0.12 if number == 2_500 else 0.0
         step.note_block(120, number * 120, now_s - 0.004, now_s + held_s)
-        step.note_read(240, now_s, 0.015)
+        step.leaving.note_read(240, now_s, 0.015)
     assert step.needed_s == pytest.approx(0.004 + 0.0025 + 0.12 + 0.015 + 0.005, abs=1e-6)
 
 
@@ -128,8 +128,8 @@ def test_a_card_that_does_not_tell_when_it_plays_is_taken_as_constant() -> None:
     step = InStep(Sync(known_clock(), AFTER_S), SERVER, 48_000)
     for number in range(1_000):
         step.note_block(240, number * 240, number * 0.005, number * 0.005)
-        step.note_read(240, number * 0.005, 0.0)
-    assert step.is_card_silent
+        step.leaving.note_read(240, number * 0.005, 0.0)
+    assert step.leaving.is_untold
     assert step.late_s(1_000 * 240) == pytest.approx(-AFTER_S, abs=0.006)
 
 
@@ -203,7 +203,7 @@ def test_after_a_stumble_a_card_is_known_at_once_though_it_tells_wrong_times_for
     card.run(20.0)
     card.leaves_s += later_s
     if is_told:
-        card.leaving.note_underrun()
+        card.leaving.line.interrupt()
     assert card.run(15.0, smoothed) < 800e-6
 
 

@@ -588,8 +588,6 @@ def name_of(path: str, system: ModuleType = os.path) -> str:
 
 def describe_missing(path: str, error: OSError | ValueError) -> str:
     """Return why a file that the user named cannot be looked at."""
-    if not isinstance(error, OSError):
-        return "not a possible name"
     if not isinstance(error, FileNotFoundError):
         return describe_error(error)
     try:
@@ -1220,16 +1218,6 @@ class UnderWay(NamedTuple):
     digest: hashlib._Hash | None
 
 
-def next_step(step_bytes: int, took_s: float) -> int:
-    """Return how much to read and send at once after a step that took so long.
-
-    So no step takes long on a slow disk or line.
-    """
-    if took_s > PACE_S:
-        return max(MIN_PACE_BYTES, step_bytes // 2)
-    return min(common.SEGMENT_BYTES, step_bytes * 2) if took_s < PACE_S / 4 else step_bytes
-
-
 class Content:
     """What an open file, or standard input, holds from an offset on, read step by step.
 
@@ -1354,21 +1342,24 @@ class ContentSender:
         start_s = time.monotonic()
         block = blocks.take()[: min(most, self._step_bytes)]
         if content.is_stdin and not content.is_over:
-            self._wait_for_stdin()
+            self._connection.flush()  # what has been read so far
+            while not has_stdin(common.SIGN_INTERVAL_S):
+                self._send_still_here()
         with self._signs.by(self._send_still_here):
             size = content.read_into(block)
         if size:
             blocks.give(block[:size])  # is hashed while it is sent
             self._connection.send_segment(block[:size])
             self._progress.move(size)
-        self._step_bytes = next_step(self._step_bytes, time.monotonic() - start_s)
+        self._adapt_step(time.monotonic() - start_s)
         return size
 
-    def _wait_for_stdin(self) -> None:
-        """Send what has been read so far, and block until standard input has more, or has ended."""
-        self._connection.flush()
-        while not has_stdin(common.SIGN_INTERVAL_S):
-            self._send_still_here()
+    def _adapt_step(self, took_s: float) -> None:
+        """See to it that no step takes long on a slow disk or line, after one that took so long."""
+        if took_s > PACE_S:
+            self._step_bytes = max(MIN_PACE_BYTES, self._step_bytes // 2)
+        elif took_s < PACE_S / 4:
+            self._step_bytes = min(common.SEGMENT_BYTES, self._step_bytes * 2)
 
     def _send_still_here(self) -> None:
         self._connection.write(LENGTH.pack(common.STILL_HERE))
@@ -1579,27 +1570,17 @@ def hash_prefixes(
 ) -> Digests:
     """Return the digests of the first `lengths` bytes of a file, read once; blocks until done.
 
-    Leaves out those for which it cannot be read so far, those that are too near to the one before,
-    and all where it changes meanwhile.
+    Leaves out those for which it cannot be read so far, and those that are too near to the one
+    before.
     """
     digests: Digests = {}
     digest, done = hashlib.sha256(), 0
-    try:
-        with open_file(source.path) as file:
-            for length in sorted(set(lengths)):
-                if length != source.entry.size and length < done + MIN_PREFIX_BYTES:
-                    continue
-                calculate_checksum(
-                    file.fileno(), length - done, digest=digest, on_progress=on_progress
-                )
-                digests[length], done = digest.copy(), length
-            now = os.fstat(file.fileno())
-            if source.found and not is_as_offered(source.found, now):
-                digests.clear()  # sending it will say so
-    except common.FileShrunk:  # one held is longer
-        pass
-    except OSError:
-        digests.clear()
+    with contextlib.suppress(OSError, common.FileShrunk), open_file(source.path) as file:
+        for length in sorted(set(lengths)):
+            if length != source.entry.size and length < done + MIN_PREFIX_BYTES:
+                continue
+            calculate_checksum(file.fileno(), length - done, digest=digest, on_progress=on_progress)
+            digests[length], done = digest.copy(), length
     return digests
 
 
@@ -1818,7 +1799,7 @@ class Arrivals:
         self._window_end_s = -math.inf
         self._outage_end_s = -math.inf
         self._late_since_s = math.inf
-        self._block_s = math.inf
+        self.block_s = math.inf  # the shortest
 
     @property
     def line_s(self) -> float:
@@ -1828,7 +1809,7 @@ class Arrivals:
     def note(self, now_s: float, first_s: float, end_s: float) -> None:
         """Take in that a block came whose first frame and end stand for these times."""
         self._follow(now_s, now_s - end_s)
-        self._block_s = min(self._block_s, end_s - first_s)
+        self.block_s = min(self.block_s, end_s - first_s)
         if now_s >= self._window_end_s:
             self._close_window(now_s)
         lateness_s = now_s - first_s - self.line_s
@@ -1865,10 +1846,6 @@ class Arrivals:
             return min(max(self._worst_s), usual_s + RECURRING * (worst_s - usual_s))
         spread_s = sum(min(abs(late - usual_s), MAX_SPREAD_S) for late in recent_s) / count
         return worst_s + spread_s * math.log(RECENT_WINDOWS / count)
-
-    def target_for(self, latency_s: float) -> float:
-        """Return how far behind the line to play, so that so much sound is left after a read."""
-        return self.edge_s + latency_s + self._block_s
 
     @property
     def latest_s(self) -> float:
@@ -1941,6 +1918,7 @@ class Tape:
     def __init__(self, kept_frames: int, channels: int) -> None:
         self.first = 0
         self.end = 0
+        self.channels = channels
         self._kept_frames = kept_frames
         self._store: Floats = np.zeros((2 * kept_frames, channels), np.float32)
         self._used = 0
@@ -1961,11 +1939,6 @@ class Tape:
         """Count `frames` of silence."""
         self.end += max(0, frames - self._kept_frames)
         self.append(np.zeros((min(frames, self._kept_frames), self.channels), np.float32))
-
-    @property
-    def channels(self) -> int:
-        """How many samples a frame has."""
-        return int(self._store.shape[1])
 
     def between(self, start: int, end: int) -> Floats:
         """Return the frames from `start` to before `end`, as far as they are there; to be read."""
@@ -2179,11 +2152,8 @@ class Playout:
         return max(0, self._tape.end - max(begin, self._tape.first))
 
     def describe(self) -> str:
-        """Return how much sound waits, and of how much where that is fixed."""
-        waiting_ms = self.audio.milliseconds(self.fill_frames)
-        fixed_s = self.fixed_target_s
-        wanted = "" if fixed_s is None else f" of {fixed_s * 1000:g}"
-        return f"buffer {waiting_ms:3.0f}{wanted} ms"
+        """Return how much sound waits."""
+        return f"buffer {self.audio.milliseconds(self.fill_frames):3.0f} ms"
 
     def drain(self) -> None:
         """Play what is left, however little: no more will come."""
@@ -2282,16 +2252,12 @@ class Playout:
         if self.is_playing:
             sound = self._tape.between(self._next, self._next + frames)
             if not len(sound):
-                self._drop_out()
+                self.dropouts += not self._draining
+                self._stop()
         if not self.is_playing:
             sound = self._concealment.take(frames)
         self._next += len(sound)
         return self._overlay.laid_over(sound)
-
-    def _drop_out(self) -> None:
-        if not self._draining:
-            self.dropouts += 1
-        self._stop()
 
     def _stop(self) -> None:
         """Play nothing more for now; fade out."""
@@ -2334,7 +2300,7 @@ class Playout:
     def _needed_s(self) -> float:
         """Return what the target should be."""
         if self.fixed_target_s is not None:
-            return self.arrivals.target_for(self.fixed_target_s)
+            return self.arrivals.edge_s + self.fixed_target_s + self.arrivals.block_s
         return self.arrivals.needed_s
 
     def _play_from(self, place: int, now_s: float) -> None:
@@ -2696,7 +2662,6 @@ class InStep:
     ) -> None:
         self.delay_s = delay_s
         self._rate = audio.rate
-        self._card_rate = card_rate
         self.leaving = Leaving(card_rate)
         self.begin(sync)
 
@@ -2719,10 +2684,6 @@ class InStep:
         """Whether `late_s` is to be acted upon: nothing looks as if it were about to step."""
         return self.is_ready and not self.leaving.line.is_off
 
-    def forget_card(self) -> None:
-        """Begin anew with what leaves the loudspeaker."""
-        self.leaving = Leaving(self._card_rate)
-
     def note_block(self, frames: int, end_frame: int, captured_s: float, now_s: float) -> None:
         """Note that `frames` of sound came at `now_s`, of which the last is before `end_frame`.
 
@@ -2730,11 +2691,9 @@ class InStep:
         """
         self._captured_frame, self._captured_s = end_frame, captured_s
         self._capture.see(end_frame, captured_s)
+        if not self._clock.is_known:
+            return
         age_s = now_s + self._clock.offset_at(now_s) - (captured_s - frames / self._rate)
-        if self._clock.is_known:
-            self._note_age(age_s, now_s)
-
-    def _note_age(self, age_s: float, now_s: float) -> None:
         if now_s > self._window_end_s:
             self._window_end_s = now_s + 1.0
             self._worst_ages_s.append(age_s)
@@ -2782,7 +2741,7 @@ class SyncedPlayout(Playout):
     def restart(self) -> None:
         """Resume with a sound card that was away, or stood still for long."""
         super().restart()
-        self.step.forget_card()
+        self.step.leaving = Leaving(self.card.rate)
 
     def describe(self) -> str:
         """Return how far off this player believes to be, and how much of the time it needs."""
@@ -3506,8 +3465,9 @@ class Listening:
         Raises SocketPairError where that would not help.
         """
         while True:
+            timeout_s = HANDSHAKE_TIMEOUT_S if self._audio is None else RECONNECT_TIMEOUT_S
             try:
-                connection, welcome = self._connect()
+                connection, welcome = connect(self._address, self._hello, self._console, timeout_s)
                 with connection:
                     self._listen(connection, welcome)
                 return
@@ -3518,10 +3478,6 @@ class Listening:
         if self._audio is None:
             raise SocketPairError("no server was found in the time given")
         self.is_cut_short = self._seconds - self.heard_s > NEGLIGIBLE_S
-
-    def _connect(self) -> tuple[Connection, Welcome]:
-        timeout_s = HANDSHAKE_TIMEOUT_S if self._audio is None else RECONNECT_TIMEOUT_S
-        return connect(self._address, self._hello, self._console, timeout_s)
 
     def _wait_for_server(self, error: ConnectionLost) -> None:
         """Say once that there is no server, and leave it a little time to come back."""
@@ -3540,7 +3496,9 @@ class Listening:
             raise ProtocolError(f"{connection.peer} has no sound")
         if sound.opus_kbit != self._hello.opus_kbit:
             raise ProtocolError(f"{connection.peer} does not send the sound as it was asked to")
-        sync = self._find_sync(sound)
+        sync = None
+        if sound.sync_ms is not None and any(isinstance(to, Speaker) for to in self._destinations):
+            sync = Sync(ServerClock(), sound.sync_ms / 1000)
         self._numbering.begin(sound.stream)
         if self._audio is None:
             self._deadline = Deadline(self._seconds)  # however long all that took
@@ -3552,12 +3510,6 @@ class Listening:
         what += f", in step {sound.sync_ms} ms after the microphone" if sync else ""
         self._console.say(f"Listening to {connection.peer}, {what} - Ctrl+C to stop")
         self._receive(connection, sound, sync)
-
-    def _find_sync(self, sound: common.Sound) -> Sync | None:
-        """Return how to play in step, None where the server does not want it, or nothing plays."""
-        if sound.sync_ms is None or not any(isinstance(to, Speaker) for to in self._destinations):
-            return None
-        return Sync(ServerClock(), sound.sync_ms / 1000)
 
     def _receive(self, connection: Connection, sound: common.Sound, sync: Sync | None) -> None:
         audio = sound.audio
@@ -3677,23 +3629,18 @@ def start_audio_client(address: Address, args: argparse.Namespace) -> int:
             closing.callback(lambda: close_all(listening.outputs))
             if console.has_status:
                 threading.Thread(target=listening.show_status, name="status", daemon=True).start()
-            listen_until_stopped(listening)
+            try:
+                listening.run()
+                for speaker in listening.speakers():
+                    speaker.drain()
+            except KeyboardInterrupt:  # the usual way to stop
+                if not listening.heard_s:
+                    raise
     except SocketPairError as error:
         console.complain(str(error))
         return EXIT_FAILED
     console.say(listening.summarize())
     return EXIT_FAILED if listening.is_cut_short else EXIT_OK
-
-
-def listen_until_stopped(listening: Listening) -> None:
-    """Listen, and let all come out; Ctrl+C is the usual way to stop once something was heard."""
-    try:
-        listening.run()
-        for speaker in listening.speakers():
-            speaker.drain()
-    except KeyboardInterrupt:
-        if not listening.heard_s:
-            raise
 
 
 # --- command line ---------------------------------------------------------------------------
@@ -3838,15 +3785,10 @@ def take_path_for_mode(parser: argparse.ArgumentParser, args: argparse.Namespace
     """Have ``client.py report.pdf`` mean ``client.py file report.pdf``; else exit with status 2."""
     if args.mode is None or args.mode in common.MODES:
         return
-    word, args.mode = args.mode, "file"
-    if word == STDIN or os.path.lexists(word):
-        args.paths.insert(0, word)
-        return
-    paths = args.paths if any(map(os.path.lexists, args.paths)) else [word]
-    parser.error(
-        f"{word!r} is neither a mode nor a file that is there: did you mean "
-        f"{common.command_line('client.py', 'file', *paths)}"
-    )
+    if args.mode != STDIN and not os.path.lexists(args.mode):
+        parser.error(f"{args.mode!r} is neither a mode (file or audio) nor a file that is there")
+    args.paths.insert(0, args.mode)
+    args.mode = "file"
 
 
 def ask_for_paths() -> list[str]:

@@ -91,14 +91,6 @@ def test_a_file_that_grows_and_changes_is_refused(server: Server, tmp_path: Path
     assert finished(server.folder) == {}
 
 
-def test_a_file_that_changes_while_it_is_compared_counts_as_changed(tmp_path: Path) -> None:
-    path = make_file(tmp_path / "file", 10_000)
-    source = client.look_up_file(str(path), "file", os.stat(path))
-    with open(path, "ab") as file:
-        file.write(b"more")
-    assert client.hash_prefixes(source, [10_000], lambda size: None) == {}
-
-
 def test_lengths_that_would_tell_a_file_byte_by_byte_are_not_answered(tmp_path: Path) -> None:
     path = make_file(tmp_path / "file", 10_000)
     source = client.look_up_file(str(path), "file", os.stat(path))

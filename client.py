@@ -970,43 +970,28 @@ def is_in_folder(path: str, name: str) -> bool:
 
 
 class Batch:
-    """The sources of an offer, and what has become of each. For the two threads of a transfer."""
+    """The sources of an offer, and what has become of each, by index.
+
+    For the two threads of a transfer: one that sends, and notes in `ends` how the sending of a file
+    has ended before the server can know of it, and one that is told what has become of it.
+    """
 
     def __init__(self, sources: list[Source]) -> None:
         self.sources = sources
-        self._lock = threading.Lock()
-        self._undecided = set(range(len(sources)))
-        self._ends: dict[int, Sent | NotSent] = {}
+        self.ends: dict[int, Sent | NotSent] = {}
+        self.undecided = dict(enumerate(sources))
 
     def left(self) -> list[Source]:
-        """Return what is to be offered again if the connection is lost now."""
-        with self._lock:
-            return [
-                self.sources[index]
-                for index in sorted(self._undecided)
-                if self._ends.get(index) != OFFERED_AGAIN
-            ]
-
-    def is_done(self) -> bool:
-        """Return whether the server has said of each what has become of it."""
-        return not self._undecided
-
-    def is_decided(self, index: int) -> bool:
-        """Return whether the server has said what has become of it."""
-        return index not in self._undecided
-
-    def end(self, index: int, end: Sent | NotSent) -> None:
-        """Note how the sending of a file has ended; before the server can know of it."""
-        with self._lock:
-            self._ends[index] = end
+        """Return what is to be offered again, once the connection is lost."""
+        ends = self.ends
+        return [each for index, each in self.undecided.items() if ends.get(index) != OFFERED_AGAIN]
 
     def decide(self, index: int) -> tuple[Source, Sent | NotSent | None]:
         """Return one that is decided now, and how its sending had ended. Raises ProtocolError."""
-        with self._lock:
-            if index not in self._undecided:
-                raise ProtocolError("received a result of a file that was not sent")
-            self._undecided.remove(index)
-            return self.sources[index], self._ends.get(index)
+        source = self.undecided.pop(index, None)
+        if source is None:
+            raise ProtocolError("received a result of a file that was not sent")
+        return source, self.ends.get(index)
 
 
 @contextlib.contextmanager
@@ -1513,7 +1498,7 @@ class Upload:
         if outcome.kind != "failed" and not entry.is_folder:
             if entry.size not in known:
                 raise ProtocolError("received a start of a file that was not compared")
-            batch.end(index, Sent(known[entry.size].hexdigest()))
+            batch.ends[index] = Sent(known[entry.size].hexdigest())
         self._decide(batch, index, outcome)
 
     # under way
@@ -1524,8 +1509,7 @@ class Upload:
             return
         end: Sent | NotSent
         try:
-            is_decided = functools.partial(batch.is_decided, transfer.number)
-            end = self._content.send(transfer, is_decided)
+            end = self._content.send(transfer, lambda: transfer.number not in batch.undecided)
         except ConnectionLost:
             raise
         except OfferAgain as error:
@@ -1533,7 +1517,7 @@ class Upload:
             end = OFFERED_AGAIN
         except (OSError, SocketPairError) as error:
             end = NotSent(describe_error(error))
-        batch.end(transfer.number, end)
+        batch.ends[transfer.number] = end
         if isinstance(end, Sent):
             self._connection.queue(LENGTH.pack(common.END_OF_FILE) + bytes.fromhex(end.checksum))
         else:
@@ -1543,7 +1527,7 @@ class Upload:
 
     def _read_results(self, batch: Batch) -> None:
         """Report what becomes of each file of a batch, until all are decided; see `reading`."""
-        while not batch.is_done():
+        while batch.undecided:
             message = self._connection.receive(Results, Hashing)
             if isinstance(message, Hashing):
                 self._count_sign()

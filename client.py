@@ -256,10 +256,8 @@ def nearest(addresses: Iterable[str], own: Sequence[IPv4Interface | IPv6Interfac
     def can_be_reached(address: str) -> bool:
         ip = ipaddress.ip_address(address.partition("%")[0])
         ip = getattr(ip, "ipv4_mapped", None) or ip
-        is_special = ip.is_multicast or ip.is_unspecified or ip.is_loopback or ip.is_reserved
         is_unclear = ip.is_link_local and ip.version == 6 and "%" not in address
-        is_here = any(ip in interface.network for interface in own)
-        return is_here and not (is_special or is_unclear)
+        return not is_unclear and any(ip in interface.network for interface in own)
 
     def distance(address: str) -> tuple[int, int]:
         ip = ipaddress.ip_address(address.partition("%")[0])
@@ -2529,7 +2527,6 @@ FAR_OFF_S = 0.1
 OUT_OF_STEP_S = 0.001
 PULL_PER_S = 0.6  # of an error, beside what the lines' speeds say
 JOINING_S = 3.0  # until it plays
-NEED_GROWTH = 1.2  # by so much more is needed before it is said again
 
 
 class Sync(NamedTuple):
@@ -2901,17 +2898,14 @@ class SpeakerOutput:
 
     def status(self) -> str:
         """Return how the playing goes, and the dropouts so far."""
-        return f"{self._playout.describe()}  {self._count_dropouts()}"
+        return f"{self._playout.describe()}  {counted(self._playout.dropouts, 'dropout')}"
 
     def summary(self) -> str:
         """Return the dropouts so far, and how far the server's clock is from the sound card's."""
-        parts = [self._count_dropouts()]
-        if self._playout.loop.knows_clocks:
-            parts.append(f"the server's clock {self._playout.loop.clock_offset * 1e6:+.0f} ppm")
-        return ", ".join(parts)
-
-    def _count_dropouts(self) -> str:
-        return counted(self._playout.dropouts, "dropout")
+        told, loop = counted(self._playout.dropouts, "dropout"), self._playout.loop
+        if loop.knows_clocks:
+            told += f", the server's clock {loop.clock_offset * 1e6:+.0f} ppm"
+        return told
 
 
 def find_blocks_ms(wait_s: float | None) -> tuple[float, float]:
@@ -2930,8 +2924,7 @@ class StepAdvice:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._told_s = 0.0
-        self._has_told_of_card = False
+        self._has_told_of_card = self._has_told_of_need = False
         self._dropouts = 0
         self._played_s = math.inf  # when last
 
@@ -2943,7 +2936,7 @@ class StepAdvice:
                 "the sound card does not tell when it plays: its delay is taken as constant, "
                 "and --delay MS can make up for it"
             )
-        if self._fails(playout, now_s):
+        if self._fails(playout, now_s) and not self._has_told_of_need:
             self._tell_need(playout.step)
 
     def _fails(self, playout: SyncedPlayout, now_s: float) -> bool:
@@ -2955,8 +2948,8 @@ class StepAdvice:
 
     def _tell_need(self, step: InStep) -> None:
         needed_s = step.needed_s
-        if needed_s > max(step.after_s, NEED_GROWTH * self._told_s):
-            self._told_s = needed_s
+        if needed_s > step.after_s:
+            self._has_told_of_need = True
             sync_ms = math.ceil((needed_s - step.delay_s) * 100) * 10
             self._console.complain(
                 f"this player cannot keep {step.after_s * 1000:.0f} ms, as its network and sound "

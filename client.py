@@ -1179,16 +1179,10 @@ class Sender:
 
 
 class FileChanged(SocketPairError):
-    """A file is not what it was when it was offered."""
+    """A file is not what was offered; `source` is what it is now, if that is to be offered."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: Source | None = None) -> None:
         super().__init__("it changed while it was sent")
-
-
-class OfferAgain(Exception):
-    """A file is not what was offered: `source`, what it is now, can be offered in its place."""
-
-    def __init__(self, source: Source) -> None:
         self.source = source
 
 
@@ -1204,7 +1198,8 @@ class UnderWay(NamedTuple):
 class Content:
     """What an open file, or standard input, holds from an offset on, read step by step.
 
-    Raises OSError; the constructor OfferAgain and FileChanged where it is not what was offered.
+    Raises OSError; the constructor FileChanged where it is not what was offered: one that always
+    grows counts as that.
     """
 
     def __init__(self, transfer: UnderWay, file: FileIO) -> None:
@@ -1212,9 +1207,12 @@ class Content:
         self._file = file
         self.is_stdin = source.path == STDIN
         self.is_over = False  # a terminal tells of its end only once
-        if not self.is_stdin:
+        if source.found:
             file.seek(transfer.offset)
-            check_offer(source, os.fstat(file.fileno()))
+            now = os.fstat(file.fileno())
+            is_growing = source.offers and now.st_size > source.found.st_size
+            if not is_as_offered(source.found, now) and not is_growing:
+                raise changed(source, now)
 
     def read_into(self, view: memoryview) -> int:
         """Fill `view`, as far as that takes no longer than ``PACE_S``.
@@ -1236,14 +1234,14 @@ class Content:
         """Return how the content was sent, of which all that was offered has this SHA-256.
 
         Blocks while it is read once more, where something has happened to the file. Raises
-        FileChanged, and OfferAgain where it is not as large as the system says.
+        FileChanged, also where it is not as large as the system says.
         """
         then = self._source.found
         if then is None:
             return Sent(checksum)
         now, position = os.fstat(self._file.fileno()), self._file.tell()
         if now.st_size == then.st_size and (position < now.st_size or self._file.read(1)):
-            raise offer_again(self._source, None)
+            raise changed(self._source, None)
         if is_same(then, now):
             return Sent(checksum)
         has_grown = now.st_size > then.st_size
@@ -1283,7 +1281,7 @@ class ContentSender:
     def send(self, transfer: UnderWay, is_decided: Callable[[], bool]) -> Sent:
         """Send a file's bytes from its offset on; what says that these were all is not sent.
 
-        Raises ConnectionLost, OSError, OfferAgain, and SocketPairError where it is given up, as
+        Raises ConnectionLost, OSError, FileChanged, and SocketPairError where it is given up, as
         the server has failed it.
         """
         self._progress.start(transfer.source, transfer.offset)
@@ -1510,11 +1508,11 @@ class Upload:
             end = self._content.send(transfer, lambda: transfer.number not in batch.undecided)
         except ConnectionLost:
             raise
-        except OfferAgain as error:
-            self._backlog.give_back([error.source])
-            end = OFFERED_AGAIN
         except (OSError, SocketPairError) as error:
             end = NotSent(describe_error(error))
+            if isinstance(error, FileChanged) and error.source:
+                self._backlog.give_back([error.source])
+                end = OFFERED_AGAIN
         batch.ends[transfer.number] = end
         if isinstance(end, Sent):
             self._connection.queue(LENGTH.pack(common.END_OF_FILE) + bytes.fromhex(end.checksum))
@@ -1591,24 +1589,12 @@ def is_same(then: os.stat_result, now: os.stat_result) -> bool:
     return is_as_offered(then, now) and now.st_ctime_ns == then.st_ctime_ns
 
 
-def check_offer(source: Source, now: os.stat_result) -> None:
-    """Raise OfferAgain unless a file is `now` what was offered, or FileChanged in the end.
-
-    One that always grows counts as what was offered.
-    """
-    if source.found is None:
-        return
-    is_growing = source.offers and now.st_size > source.found.st_size
-    if not is_as_offered(source.found, now) and not is_growing:
-        raise offer_again(source, now)
-
-
-def offer_again(source: Source, found: os.stat_result | None) -> OfferAgain | FileChanged:
+def changed(source: Source, found: os.stat_result | None) -> FileChanged:
     """Return what to raise for a file that is as `found`, or of unknown size if that is None."""
     if (found and not stat.S_ISREG(found.st_mode)) or source.offers >= MAX_OFFERS:
         return FileChanged()
     entry = describe_file(source.name, found) if found else source.entry._replace(size=None)
-    return OfferAgain(Source(source.path, entry, found, source.offers + 1))
+    return FileChanged(Source(source.path, entry, found, source.offers + 1))
 
 
 # --- sound: the clocks ----------------------------------------------------------------------

@@ -2814,10 +2814,11 @@ class SpeakerOutput:
     def __init__(
         self, speaker: Speaker, audio: AudioFormat, card_format: AudioFormat, sync: Sync | None
     ) -> None:
-        self._speaker = speaker
-        self._formats = audio, card_format
-        self._after_s = None if sync is None else sync.after_s
-        self._playout = self._make_playout(sync)
+        if sync is None:
+            self._playout = Playout(audio, card_format, speaker.latency_s)
+        else:
+            step = InStep(sync, audio, card_format.rate, speaker.delay_s)
+            self._playout = SyncedPlayout(audio, card_format, step)
         self._advice = StepAdvice(speaker.console)
         self._exchanged = threading.Condition()  # guards the playout, and tells of what was written
         wait_s = speaker.latency_s if sync is None else sync.after_s + speaker.delay_s
@@ -2825,14 +2826,6 @@ class SpeakerOutput:
         speaker.card.open(
             common.StreamSettings(card_format, block_ms, self._exchange, self._return, longest_ms)
         )
-
-    def _make_playout(self, sync: Sync | None) -> Playout:
-        """Return what plays: in step where the server has all play so."""
-        if sync is None:
-            return Playout(*self._formats, self._speaker.latency_s)
-        audio, card_format = self._formats
-        step = InStep(sync, audio, card_format.rate, self._speaker.delay_s)
-        return SyncedPlayout(audio, card_format, step)
 
     def _exchange(self, _samples: bytes | None, info: common.BlockInfo) -> bytes:
         """Return the next frames; PortAudio's thread calls this.
@@ -2852,12 +2845,9 @@ class SpeakerOutput:
             self._playout.restart()
 
     def resume(self, sync: Sync | None) -> None:
-        """Continue with another connection's sound, in step if its server says so."""
-        after_s = None if sync is None else sync.after_s
-        with self._exchanged:
-            if after_s != self._after_s:
-                self._after_s, self._playout = after_s, self._make_playout(sync)
-            elif sync is not None and isinstance(self._playout, SyncedPlayout):
+        """Continue with another connection's sound, which is to be played as that before."""
+        if isinstance(self._playout, SyncedPlayout) and sync is not None:
+            with self._exchanged:
                 self._playout.step.begin(sync)
 
     def write(self, samples: bytes, gap_frames: int, captured_s: float) -> None:
@@ -2871,11 +2861,11 @@ class SpeakerOutput:
 
     def drain(self) -> None:
         """Play what is left, down to the last sample in the sound card's own buffer."""
-        self._playout.drain()
-        audio, _ = self._formats
-        due_s = (self._after_s or 0.0) + self._speaker.delay_s  # the latest of it, if in step
-        deadline = Deadline(DRAIN_LIMIT_S + max(self._playout.fill_frames / audio.rate, due_s))
-        while self._playout.fill_frames and deadline.remaining():
+        playout = self._playout
+        playout.drain()
+        due_s = playout.step.after_s if isinstance(playout, SyncedPlayout) else 0.0
+        deadline = Deadline(DRAIN_LIMIT_S + max(playout.fill_frames / playout.audio.rate, due_s))
+        while playout.fill_frames and deadline.remaining():
             time.sleep(BLOCK_MS / 1000)
         time.sleep(CARD_BUFFER_S)
 
@@ -3416,7 +3406,8 @@ class Listening:
         self._console = console
         self._numbering = Numbering()
         self._began_s = time.monotonic()
-        self._audio: AudioFormat | None = None
+        # The format of the outputs, and how late they play.
+        self._wanted: tuple[AudioFormat, float | None] | None = None
         self._latest_samples = b""
         self._meter = common.LevelMeter()
         self._problem_told = False
@@ -3428,7 +3419,7 @@ class Listening:
         Raises SocketPairError where that would not help.
         """
         while True:
-            timeout_s = HANDSHAKE_TIMEOUT_S if self._audio is None else RECONNECT_TIMEOUT_S
+            timeout_s = HANDSHAKE_TIMEOUT_S if self._wanted is None else RECONNECT_TIMEOUT_S
             try:
                 connection, welcome = connect(self._address, self._hello, self._console, timeout_s)
                 with connection:
@@ -3438,13 +3429,13 @@ class Listening:
                 self._wait_for_server(error)
             if not self._deadline.remaining():
                 break
-        if self._audio is None:
+        if self._wanted is None:
             raise SocketPairError("no server was found in the time given")
         self.is_cut_short = self._seconds - self.heard_s > NEGLIGIBLE_S
 
     def _wait_for_server(self, error: ConnectionLost) -> None:
         """Say once that there is no server, and leave it a little time to come back."""
-        if self._audio is None and isinstance(error.__cause__, NO_SUCH_HOST):
+        if self._wanted is None and isinstance(error.__cause__, NO_SUCH_HOST):
             raise SocketPairError(str(error)) from None
         self._latest_samples = b""
         self._meter.hear(b"")
@@ -3463,7 +3454,7 @@ class Listening:
         if sound.sync_ms is not None and any(isinstance(to, Speaker) for to in self._destinations):
             sync = Sync(ServerClock(), sound.sync_ms / 1000)
         self._numbering.begin(sound.stream)
-        if self._audio is None:
+        if self._wanted is None:
             self._deadline = Deadline(self._seconds)  # however long all that took
             self._last_deadline = Deadline(self._seconds + MAX_BEHIND_S)
         self._open_outputs(sound.audio, sync)
@@ -3494,14 +3485,14 @@ class Listening:
                 return
 
     def _open_outputs(self, audio: AudioFormat, sync: Sync | None) -> None:
-        """Have outputs for this format; those for another are closed first."""
-        if audio == self._audio:
+        """Have outputs for this format, as late as this; those for another are closed first."""
+        before, self._wanted = self._wanted, (audio, sync.after_s if sync else None)
+        if self._wanted == before:
             for speaker in self.speakers():
                 speaker.resume(sync)
             return
-        before, self.outputs = self.outputs, []
-        self._audio = audio
-        close_all(before)
+        outputs, self.outputs = self.outputs, []
+        close_all(outputs)
         for destination in self._destinations:
             self._open_output(destination, audio, sync)
 

@@ -3055,11 +3055,11 @@ class RecordingFiles:
 
 
 @contextlib.contextmanager
-def told_as_recording() -> Iterator[None]:
-    """Raise an OSError as the SocketPairError that its user reads."""
+def told_as_recording(*errors: type[Exception]) -> Iterator[None]:
+    """Raise an OSError, and these `errors`, as the SocketPairError that its user reads."""
     try:
         yield
-    except OSError as error:
+    except (OSError, *errors) as error:
         raise SocketPairError(f"cannot record: {describe_error(error)}") from error
 
 
@@ -3127,7 +3127,7 @@ class EncodedWriter:
         self._av = av
         self._audio = audio
         self._layout = LAYOUTS[audio.channels - 1]
-        with self._told(), files.create() as self._file:
+        with told_as_recording(av.error.FFmpegError), files.create() as self._file:
             options = dict(self.options)
             self._container = av.open(self._file, "w", format=self.container, options=options)
             rate = self.rate or audio.rate
@@ -3145,22 +3145,14 @@ class EncodedWriter:
             self._encode(frame)
 
     def _encode(self, frame: Any) -> None:
-        with self._told():
+        with told_as_recording(self._av.error.FFmpegError):
             for packet in self._stream.encode(frame):
                 self._container.mux(packet)
             self._file.flush()
 
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        with told_as_recording():
-            try:
-                yield
-            except self._av.error.FFmpegError as error:
-                raise SocketPairError(f"cannot record: {error.strerror or error}") from error
-
     def close(self) -> None:
         """Write what is left, and how much there is in all."""
-        with self._told(), self._file:
+        with told_as_recording(self._av.error.FFmpegError), self._file:
             self._encode(None)
             self._container.close()
 

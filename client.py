@@ -3055,11 +3055,11 @@ class RecordingFiles:
 
 
 @contextlib.contextmanager
-def told_as_recording(*errors: type[Exception]) -> Iterator[None]:
-    """Raise an OSError, and these `errors`, as the SocketPairError that its user reads."""
+def told_as_recording(kind: type[Exception] = OSError) -> Iterator[None]:
+    """Raise an OSError, or an error of this `kind`, as the SocketPairError that its user reads."""
     try:
         yield
-    except (OSError, *errors) as error:
+    except (OSError, kind) as error:
         raise SocketPairError(f"cannot record: {describe_error(error)}") from error
 
 
@@ -3117,7 +3117,7 @@ class EncodedWriter:
     codec: str
     options: Mapping[str, str] = {"flush_packets": "1"}
     rate = 0  # the sound's own
-    bits_per_s = 0  # the codec's own choice; else that of mono, and half of it for each more
+    bits_per_s = 0  # lossless; else that of mono, and half of it for each more
 
     def __init__(self, files: RecordingFiles, audio: AudioFormat) -> None:
         import av  # noqa: PLC0415  (only such recordings need it)
@@ -3130,10 +3130,12 @@ class EncodedWriter:
         with told_as_recording(av.error.FFmpegError), files.create() as self._file:
             options = dict(self.options)
             self._container = av.open(self._file, "w", format=self.container, options=options)
-            rate = self.rate or audio.rate
-            self._stream: Any = self._container.add_stream(self.codec, rate, layout=self._layout)
-            if self.bits_per_s:
-                self._stream.bit_rate = self.bits_per_s * (1 + audio.channels) // 2
+            self._stream: Any = self._container.add_stream(
+                self.codec,
+                self.rate or audio.rate,
+                layout=self._layout,
+                bit_rate=self.bits_per_s * (1 + audio.channels) // 2,
+            )
             self._container.start_encoding()
 
     def write(self, samples: bytes) -> None:

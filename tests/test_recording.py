@@ -88,7 +88,8 @@ def test_a_recording_beside_playing_is_valid_after_kill_9(
         player.kill()
     audio, samples = read_wav(recording)
     assert audio == MONO
-    assert len(samples) == recording.stat().st_size - client.WAV_HEADER.size
+    uncounted = recording.stat().st_size - client.WAV_HEADER.size - len(samples)
+    assert 0 <= uncounted < 5_000  # it is killed between a block and the header that counts it
 
 
 def test_a_reader_that_goes_ends_the_client_quietly_and_what_is_recorded_stays(

@@ -314,8 +314,9 @@ def say(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """Print what went wrong on standard error, at once."""
-    print(text, file=sys.stderr, flush=True)
+    """Print what went wrong on standard error, at once; nobody is told where that takes nothing."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def ask(question: str, data_on_stdout: bool = False) -> str:
@@ -3474,8 +3475,7 @@ def exit_status_of(main: Callable[[Sequence[str]], int]) -> int:
         return EXIT_FAILED
     except OSError as error:
         where = f"{escape(str(error.filename))}: " if error.filename else ""
-        with contextlib.suppress(OSError):
-            complain(f"{where}{describe_error(error)}")
+        complain(f"{where}{describe_error(error)}")
         return EXIT_FAILED
     except Exception as error:
         if sys.flags.dev_mode:  # python3 -X dev

@@ -44,6 +44,15 @@ def test_a_command_that_is_shown_is_quoted(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @linux
+def test_a_full_disk_under_standard_error_stops_nothing(server: Server, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file", 10)
+    with open("/dev/full", "w") as full:
+        result = server.send(tmp_path / "gone", source, stderr=full.fileno())
+    assert result.status == 1
+    assert (server.folder / "file").exists()
+
+
+@linux
 def test_a_full_disk_under_standard_output_is_told(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file", 10)
     with open("/dev/full", "w") as full:

@@ -278,7 +278,6 @@ def split_partial(hidden: str) -> tuple[str, str]:
 
 FOLDER_GONE = "its folder, or its hidden file there, was moved or removed meanwhile"
 MAX_TIME_NS = 2**63 - 1
-MAX_LINKS = 40  # as many as Linux follows in one path
 # Of one batch: each is a descriptor. One that is needed again after others is opened again.
 MAX_OPEN_FOLDERS = 32
 # By one batch: one for each entry, and those above the first.
@@ -303,13 +302,7 @@ FILE_FLAGS = (
 )
 READ_FLAGS = FILE_FLAGS & ~os.O_RDWR | os.O_RDONLY
 # Windows has no folders to work inside of: there a folder is its path.
-HAS_OPEN_FOLDERS = {os.open, os.mkdir, os.stat, os.link, os.unlink, os.rename, os.readlink} <= (
-    os.supports_dir_fd
-)
-
-
-class SymbolicLink(Exception):
-    """What stands where a folder was expected is a link; its target is the text."""
+HAS_OPEN_FOLDERS = {os.open, os.mkdir, os.stat, os.link, os.unlink, os.rename} <= os.supports_dir_fd
 
 
 class Folder:
@@ -353,21 +346,13 @@ class Folder:
         return name if HAS_OPEN_FOLDERS else self.path + name
 
     def enter(self, name: str) -> Folder:
-        """Open a folder in it. Raises SymbolicLink, and NotADirectoryError for a file."""
+        """Open a folder in it. Says ENOTDIR, or ELOOP, for a file or a link."""
         path, parts = self.path + name, (*self.parts, name)
-        if not HAS_OPEN_FOLDERS:
-            real = os.path.realpath(path, strict=True)
-            if real != path:
-                raise SymbolicLink(real)
-            return Folder(path, parts, None)
-        try:
+        if HAS_OPEN_FOLDERS:
             return Folder(path, parts, os.open(name, FOLDER_FLAGS, dir_fd=self.descriptor))
-        except OSError as error:
-            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
-                raise
-        if stat.S_ISLNK(self.stat(name).st_mode):
-            raise SymbolicLink(os.readlink(name, dir_fd=self.descriptor))
-        raise NotADirectoryError
+        if os.path.normcase(os.path.realpath(path, strict=True)) != os.path.normcase(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        return Folder(path, parts, None)
 
     def make(self, name: str, mode: int) -> None:
         """Make a folder in it, unless something has that name."""
@@ -441,35 +426,17 @@ def set_times(path: str | int, mtime_ns: int | None, dir_fd: int | None = None) 
             return
 
 
-def follow_link(root: str, above: Sequence[str], target: str) -> list[str]:
-    """Return the parts below `root` of where a link in `above` leads; raises Refused if outside."""
-    parts = list(above)
-    if os.path.isabs(target):
-        inside = os.path.join(root, "")
-        if not os.path.join(target, "").startswith(inside):
-            raise Refused("a symbolic link there leads out of the folder")
-        parts, target = [], target[len(inside) :]
-    for part in target.replace(os.sep, "/").split("/"):
-        if part == "..":
-            if not parts:
-                raise Refused("a symbolic link there leads out of the folder")
-            parts.pop()
-        elif part not in ("", "."):
-            parts.append(part)
-    return parts
-
-
 class Folders:
     """The folders below the root that the entries of one batch go to, by their offered paths.
 
-    Each part of a path is opened inside the one before, and links are followed by hand: so
-    nothing leads outside, whatever else happens in there meanwhile.
+    Each part of a path is opened inside the one before, and no link is followed: so nothing leads
+    outside, whatever else happens in there meanwhile.
     """
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._open: OrderedDict[str, Folder] = OrderedDict()
-        self._missing: dict[str, Folder | None] = {}  # and the nearest above each
+        self._missing: set[str] = set()
         self._new_left = MAX_NEW_FOLDERS
 
     def find(self, path: str) -> Folder | None:
@@ -488,67 +455,41 @@ class Folders:
 
     def close(self) -> None:
         """Close all that are open, at once."""
-        for folder in (*self._open.values(), *self._missing.values()):
-            if folder is not None:
-                folder.close()
+        for folder in self._open.values():
+            folder.close()
 
     def forget(self, path: str) -> None:
         """Have `path` looked up anew: its folder is not where it was."""
         self._open.clear()
-        self._missing.pop(path, None)
-
-    def nearest(self, path: str) -> Folder | None:
-        """Return the folder at a `path`, or the nearest above that there is."""
-        return self.find(path) or self._missing.get(path)
+        self._missing.discard(path)
 
     def _walk(self, path: str, mode: int | None) -> Folder | None:
         """Open the folder at `path`, part by part; make what is missing if there is a `mode`."""
-        folder, left = self._begin(path, mode)
-        above = folder
-        links_left = MAX_LINKS
-        while left and folder is not None:
-            above = folder
-            try:
-                folder = self._enter(above, left.pop(), mode)
-            except SymbolicLink as link:
-                links_left -= 1
-                if not links_left:
-                    raise Refused("too many symbolic links there") from None
-                left += reversed(follow_link(self._disk.root, above.parts, str(link)))
-                folder = self._root(mode)
-        self._note(path, folder, above)
-        return folder
-
-    def _begin(self, path: str, mode: int | None) -> tuple[Folder | None, list[str]]:
-        """Return a known folder above `path`, and the parts from there, the last one first."""
-        if not path:
-            return self._root(mode), []
         parent, _, name = path.rpartition("/")
-        if parent in self._open:
-            return self._open[parent], [name]
-        return self._root(mode), path.split("/")[::-1]
-
-    def _root(self, mode: int | None) -> Folder | None:
-        if "" not in self._open:
-            root = self._disk.root
-            if mode is not None:
-                os.makedirs(root, exist_ok=True)
-            try:
-                self._note("", Folder.open(root), None)
-            except FileNotFoundError:
-                return None
-        return self._open[""]
-
-    def _note(self, path: str, folder: Folder | None, above: Folder | None) -> None:
+        known = self._open.get(parent)
+        folder, left = (known, [name]) if known else (self._root(mode), path.split("/"))
+        for part in filter(None, left):
+            folder = self._enter(folder, part, mode) if folder else None
         if folder is None:
-            root = self._open.get("")  # one descriptor for all, where it tells the same
-            same = root is not None and above is not None and root.device == above.device
-            self._missing[path] = root if same else above
-            return
-        self._missing.pop(path, None)
+            self._missing.add(path)
+            return None
+        self._missing.discard(path)
         self._open[path] = folder
         if len(self._open) > MAX_OPEN_FOLDERS:
             self._open.popitem(last=False)
+        return folder
+
+    def _root(self, mode: int | None) -> Folder | None:
+        if "" in self._open:
+            return self._open[""]
+        root = self._disk.root
+        if mode is not None:
+            os.makedirs(root, exist_ok=True)
+        try:
+            self._open[""] = Folder.open(root)
+        except FileNotFoundError:
+            return None
+        return self._open[""]
 
     def _enter(self, folder: Folder, offered: str, mode: int | None) -> Folder | None:
         """Open a folder in another, or make it, under the nearest name that it can have."""
@@ -556,8 +497,10 @@ class Folders:
             return self._disk.with_fitting(
                 folder, offered, lambda name: self._enter_or_make(folder, name, mode)
             )
-        except NotADirectoryError:
-            raise Refused("a file stands where a folder should go") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                raise
+            raise Refused("a file or a symbolic link stands where a folder should go") from None
 
     def _enter_or_make(self, folder: Folder, name: str, mode: int | None) -> Folder | None:
         try:
@@ -2041,7 +1984,10 @@ class Batch:
         """Refuse what cannot fit before any of it is sent."""
         needed = (wanted.entry.size or 0) - wanted.offset
         try:
-            folder = self.folders.nearest(folder_of(wanted.entry)) if needed > 0 else None
+            if needed <= 0:
+                return wanted
+            # On whose disk a folder will be that is not there yet, if none is mounted in between.
+            folder = self.folders.find(folder_of(wanted.entry)) or self.folders.find("")
             if folder is None:
                 return wanted
             self.store.disk.space.promise(self.claims, folder, needed)

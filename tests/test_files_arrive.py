@@ -339,18 +339,3 @@ def test_many_names_that_take_much_of_a_message_arrive(server: Server, tmp_path:
     result = server.send(tree)
     assert result.status == 0, result
     assert contents(server.folder / "tree") == contents(tree)
-
-
-@posix
-def test_many_results_from_a_deep_folder_arrive(server: Server, tmp_path: Path) -> None:
-    deep = server.folder.joinpath(*(letter * 250 for letter in "abcdefghijklm"))
-    deep.mkdir(parents=True)
-    (server.folder / "short").symlink_to(deep)
-    tree = tmp_path / "short"
-    for number in range(600):
-        make_file(tree / f"file {number}", 10, seed=number)
-    for line in ("Saved short/ with 600 files", "Already there as short/ with 600 files"):
-        result = server.send(tree)
-        assert result.status == 0, result
-        assert line in result.stdout
-    assert contents(deep) == contents(tree)

@@ -61,66 +61,16 @@ def place_of(root: Path, name: str, client: Client | None = None) -> Place:
 
 
 @posix
-@pytest.mark.parametrize("target", ["../outside", "/", "/tmp", "..", "../outside/new", "/proc/1"])
-def test_a_link_that_leads_out_is_refused(root: Path, target: str) -> None:
+@pytest.mark.parametrize("target", ["../outside", "..", "/proc/1", "real", "missing", "link"])
+def test_a_link_is_no_folder_wherever_it_leads(root: Path, target: str) -> None:
+    (root / "real").mkdir()
     (root / "link").symlink_to(target)
     for path in ("link", "link/deeper"):
-        with pytest.raises(Refused, match="leads out"):
+        with pytest.raises(Refused, match="symbolic link"):
             folders_in(root).find(path)
-        with pytest.raises(Refused, match="leads out"):
+        with pytest.raises(Refused, match="symbolic link"):
             folders_in(root).make(path, 0o777)
-    assert os.listdir(root.parent / "outside") == []
-
-
-@posix
-def test_a_link_to_a_link_that_leads_out_is_refused(root: Path) -> None:
-    (root / "second").symlink_to("../outside")
-    (root / "first").symlink_to("second")
-    with pytest.raises(Refused, match="leads out"):
-        folders_in(root).find("first")
-
-
-@posix
-def test_a_folder_beside_whose_name_begins_alike_is_outside(root: Path) -> None:
-    (root.parent / "root2").mkdir()
-    for target in ("../root2", root.parent / "root2"):
-        (root / "link").symlink_to(target)
-        with pytest.raises(Refused, match="leads out"):
-            folders_in(root).find("link")
-        (root / "link").unlink()
-
-
-@posix
-@pytest.mark.parametrize("target", ["real", "./real/", "deep/../real", "absolute"])
-def test_a_link_inside_the_folder_is_followed(root: Path, target: str) -> None:
-    (root / "real").mkdir()
-    (root / "deep").mkdir()
-    (root / "link").symlink_to(root / "real" if target == "absolute" else target)
-    found = folders_in(root).make("link/new", 0o777)
-    assert found.path == str(root / "real" / "new") + os.sep
-    assert found.shown == "real/new/"
-    assert (root / "real" / "new").is_dir()
-
-
-@posix
-def test_a_link_from_a_deeper_folder_is_followed(root: Path) -> None:
-    (root / "a" / "b").mkdir(parents=True)
-    (root / "real").mkdir()
-    (root / "a" / "b" / "link").symlink_to("../../real")
-    assert folders_in(root).make("a/b/link/new", 0o777).shown == "real/new/"
-
-
-@posix
-def test_a_dangling_link_inside_the_folder_gets_its_folder(root: Path) -> None:
-    (root / "link").symlink_to("missing")
-    assert folders_in(root).make("link", 0o777).path == str(root / "missing") + os.sep
-
-
-@posix
-def test_a_link_to_itself_is_an_error_and_not_a_hang(root: Path) -> None:
-    (root / "loop").symlink_to("loop")
-    with pytest.raises((Refused, OSError)):
-        folders_in(root).find("loop/x")
+    assert os.listdir(root.parent / "outside") == os.listdir(root / "real") == []
 
 
 @posix
@@ -133,7 +83,7 @@ def test_the_folder_itself_may_be_a_link(root: Path) -> None:
 def test_a_file_where_a_folder_should_go_is_refused(root: Path) -> None:
     (root / "taken").write_bytes(b"mine")
     for path in ("taken", "taken/x"):
-        with pytest.raises(Refused, match="a file stands"):
+        with pytest.raises(Refused, match="a file or"):
             folders_in(root).make(path, 0o777)
     assert (root / "taken").read_bytes() == b"mine"
 
@@ -169,7 +119,7 @@ def test_what_takes_a_folders_place_gets_nothing(root: Path) -> None:
     assert partial.move_to("x")
     assert os.listdir(outside) == []
     assert (root / "sub.old" / "x").read_bytes() == b"content"
-    with pytest.raises(Refused, match="leads out"):
+    with pytest.raises(Refused, match="symbolic link"):
         folders_in(root).find("sub")
 
 

@@ -242,8 +242,8 @@ def test_a_file_where_a_folder_should_go_stays(server: Server, tmp_path: Path) -
     result = server.send(tree, other)
     assert result.status == 1
     assert (
-        f"{tree / 'deep' / 'x'}: at the server: a file stands where a folder should go"
-        in result.error_lines
+        f"{tree / 'deep' / 'x'}: at the server: "
+        "a file or a symbolic link stands where a folder should go" in result.error_lines
     )
     assert set(contents(server.folder)) == {"name", "other"}
     assert (server.folder / "name").stat().st_size == 10
@@ -259,7 +259,7 @@ def test_links_in_the_folder_lead_no_file_out(server: Server, tmp_path: Path) ->
     result = server.send(tree, up)
     assert result.status == 1
     assert (
-        f"{tree / 'x'}: at the server: a symbolic link there leads out of the folder"
+        f"{tree / 'x'}: at the server: a file or a symbolic link stands where a folder should go"
         in result.error_lines
     )
     assert os.listdir(outside) == []

@@ -68,10 +68,9 @@ import stat
 import struct
 import threading
 import time
-import weakref
 from array import array
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -927,8 +926,6 @@ PROMISE_S = 60.0
 # Comparisons in which something differed, for an address: so many at once, then one a second.
 FREE_MISMATCHES = 50
 MISMATCH_SPACING_S = 1.0
-# Who has had no more of the processor, in turns, has not to wait until another has rested.
-NEWCOMER_S = 0.05
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -999,91 +996,67 @@ class RateLimiter:
         return min(self._at_once, left + (now_s - then_s) / self._spacing_s)
 
 
-class Share:
-    """What somebody has had of the processor, for `Turns`: a host, or as a part of it a client."""
-
-    def __init__(self, whole: Share | None = None) -> None:
-        self._whole = whole
-        self.spent_s = 0.0
-        self.had_s = 0.0  # at least what the others had had when it last came
-        self.latest_s = 0.0  # of the parts: what the one had had that had the last turn
-
-    def levels(self) -> list[Share]:
-        """Return the whole that this is a part of, if there is one, and this."""
-        return [*self._whole.levels(), self] if self._whole else [self]
+Who = tuple[Hashable, ...]  # a host and its client, or whoever else has turns
 
 
 class Turns:
-    """Lets one thread at a time do what takes the processor: first whoever had the least of it.
+    """Lets one thread at a time do what takes the processor.
 
-    Hosts share it, and the clients of each host share what that has. Start-time fair queueing
-    (Goyal, Vin and Cheng, 1996): whoever comes, or comes back, counts as having had what the others
-    have had, so that nobody saves anything up, and nobody waits for ever.
+    Whoever has had a turn is due again after as long as that took of the processor. The next turn
+    is of the host that has been due for longest, and of that client of it that has.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()  # told when somebody new waits
-        self._waiting: list[tuple[Share, threading.Lock]] = []  # in the order in which they asked
-        self._all = Share()
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[Who, threading.Lock]] = []  # in the order in which they asked
+        self._due_s: Recent[Hashable, float] = Recent()
         self._is_taken = False
         self._began_s = 0.0  # in processor's time of the thread whose turn it is
 
     @contextlib.contextmanager
-    def turn(self, share: Share) -> Iterator[None]:
-        """Have a turn inside the ``with`` block, counted for `share`; blocks until then."""
-        self._begin(share)
+    def turn(self, who: Who) -> Iterator[None]:
+        """Have a turn inside the ``with`` block; blocks until then."""
+        self._begin(who)
         try:
             yield
         finally:
-            self._end(share)
+            self._end(who)
 
-    def _begin(self, share: Share) -> None:
+    def _begin(self, who: Who) -> None:
         mine = threading.Lock()
-        with self._changed:
-            for above, level in itertools.pairwise([self._all, *share.levels()]):
-                level.had_s = max(level.had_s, above.latest_s)
+        with self._lock:
             if self._is_taken:
                 mine.acquire()  # which whoever ends a turn releases
-                self._waiting.append((share, mine))
-                self._changed.notify()
+                self._waiting.append((who, mine))
             self._is_taken = True
         mine.acquire()
         self._began_s = time.thread_time()
 
-    def _end(self, share: Share) -> None:
-        seconds = time.thread_time() - self._began_s
-        with self._changed:
-            for level in share.levels():
-                level.spent_s += seconds
-                level.had_s += seconds
+    def _end(self, who: Who) -> None:
+        due_s = time.monotonic() + time.thread_time() - self._began_s
+        for each in who:
+            self._due_s.note(each, due_s)
+        with self._lock:
             if not self._waiting:
                 self._is_taken = False
                 return
-            chosen = min(self._waiting, key=lambda each: [of.had_s for of in each[0].levels()])
+            find = self._due_s.find
+            chosen = min(self._waiting, key=lambda waiting: [find(of, 0.0) for of in waiting[0]])
             self._waiting.remove(chosen)
-            for above, level in itertools.pairwise([self._all, *chosen[0].levels()]):
-                above.latest_s = level.had_s
             chosen[1].release()
 
     @contextlib.contextmanager
-    def aside(self, share: Share) -> Iterator[None]:
+    def aside(self, who: Who) -> Iterator[None]:
         """Let others have their turn while this one waits. Only inside that ``with`` block."""
-        self._end(share)
+        self._end(who)
         try:
             yield
         finally:
-            self._begin(share)
+            self._begin(who)
 
     def rest(self, times: float) -> None:
-        """Do nothing for so many `times` as long as this turn has taken of the processor.
-
-        Ends early when somebody waits who has had hardly any. Only inside the ``with`` block.
-        """
-        seconds = times * (time.thread_time() - self._began_s)
-        with self._changed:
-            self._changed.wait_for(
-                lambda: any(share.spent_s < NEWCOMER_S for share, _ in self._waiting), seconds
-            )
+        """Do nothing for so many `times` as long as this turn has taken of the processor."""
+        time.sleep(times * (time.thread_time() - self._began_s))
 
 
 class Digests:
@@ -1119,15 +1092,15 @@ class Digests:
     def _read(
         self, descriptor: int, lengths: Sequence[int], on_progress: Callable[[int], object]
     ) -> dict[int, hashlib._Hash]:
-        share = Share()
+        who = (object(),)
 
         def take_turns(count: int) -> None:
-            with self._turns.aside(share):  # what a client does not read holds up nobody else
+            with self._turns.aside(who):  # what a client does not read holds up nobody else
                 on_progress(count)
 
         digests, digest, done = {}, hashlib.sha256(), 0
         os.lseek(descriptor, 0, os.SEEK_SET)
-        with self._turns.turn(share):
+        with self._turns.turn(who):
             for length in lengths:
                 common.calculate_checksum(
                     descriptor, length - done, digest=digest, on_progress=take_turns
@@ -1856,16 +1829,7 @@ class Store:
         self.settled: Recent[tuple[str, int, int], bool] = Recent(MAX_SETTLED)
         self.log = LimitedLog()
         self._receptions: set[Reception] = set()
-        self._hosts: weakref.WeakValueDictionary[str, Share] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
-
-    def share_of(self, host: str) -> Share:
-        """Return what one more client of `host` is to have of the processor."""
-        with self._lock:
-            whole = self._hosts.get(host)
-            if whole is None:
-                whole = self._hosts[host] = Share()
-            return Share(whole)
 
     @contextlib.contextmanager
     def attend(self, reception: Reception) -> Iterator[None]:
@@ -2024,7 +1988,7 @@ class Reception:
         self.peer = connection.peer
         self.host = host_of(connection.peer)
         self.tag = hashlib.sha256(self.host.encode()).hexdigest()[:8]
-        self._share = store.share_of(self.host)
+        self._who = (self.host, self.peer)
         self._signs = SignsOfLife(lambda: connection.send(Hashing()))  # while a disk is slow
         self._heard = RateLimiter(SIGNS_AT_ONCE, SIGN_SPACING_S)  # signs of life of the client
         self._began_s = time.monotonic()
@@ -2048,7 +2012,7 @@ class Reception:
 
     def aside(self) -> contextlib.AbstractContextManager[None]:
         """See `Holder`."""
-        return self._store.disk.looking_up.aside(self._share)
+        return self._store.disk.looking_up.aside(self._who)
 
     def describe(self) -> str:
         """Return what is arriving, a large file or many, and from where. For any thread."""
@@ -2084,7 +2048,7 @@ class Reception:
         It takes no more than a share of the time while a large file arrives from somebody.
         """
         turns = self._store.disk.looking_up
-        with turns.turn(self._share):
+        with turns.turn(self._who):
             try:
                 yield
             finally:

@@ -70,7 +70,7 @@ import threading
 import time
 from array import array
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -752,11 +752,10 @@ class PartialFile:
         self.digest.update(view)
         self.size += len(view)
 
-    def cut(self, size: int, digest: hashlib._Hash) -> None:
-        """Keep only its first `size` bytes, whose SHA-256 is `digest`."""
-        os.ftruncate(self.descriptor, size)
-        os.lseek(self.descriptor, size, os.SEEK_SET)
-        self.size, self.digest = size, digest
+    def resume(self, digest: hashlib._Hash) -> None:
+        """Write on behind what it holds, whose SHA-256 is `digest`."""
+        os.lseek(self.descriptor, self.size, os.SEEK_SET)
+        self.digest = digest
 
     def make_room(self) -> None:
         """Give back, from its end, as much as is kept free on its disk; no `write` after that."""
@@ -1063,50 +1062,44 @@ class Digests:
     """The SHA-256 of files that were read before and have not changed since. For any thread."""
 
     def __init__(self) -> None:
-        self._known: Recent[tuple[int, ...], dict[int, hashlib._Hash]] = Recent()
+        self._known: Recent[tuple[int, ...], hashlib._Hash | None] = Recent()
         self._turns = Turns()
 
     def read(
-        self, descriptor: int, lengths: Sequence[int], on_progress: Callable[[int], object]
-    ) -> dict[int, hashlib._Hash]:
-        """Return the SHA-256 of so many first bytes of an open file, for each of `lengths`.
+        self, descriptor: int, size: int, on_progress: Callable[[int], object]
+    ) -> hashlib._Hash:
+        """Return the SHA-256 of the first `size` bytes of an open file.
 
-        They are ascending. Blocks while it reads, block by block in turn with others. Raises
-        OSError, and FileShrunk where there are fewer bytes.
+        Blocks while it reads, block by block in turn with others. Raises OSError, and FileShrunk
+        where there are fewer bytes.
         """
-        before = os.fstat(descriptor)
-        known = self._known.find(self._key(before), {})
-        if not all(length in known for length in lengths):
-            known = self._read(descriptor, lengths, on_progress)
-            after = os.fstat(descriptor)
-            is_settled = after.st_ctime_ns < time.time_ns() - CLOCK_TICK_NS
-            if is_settled and self._key(after) == self._key(before):
-                self._known.note(self._key(after), known)
-        return {length: known[length].copy() for length in lengths}
+        key = self._key(descriptor, size)
+        digest = self._known.find(key, None)
+        if digest is None:
+            digest = self._read(descriptor, size, on_progress)
+            is_settled = key[-1] < time.time_ns() - CLOCK_TICK_NS
+            if is_settled and self._key(descriptor, size) == key:
+                self._known.note(key, digest)
+        return digest.copy()
 
     @staticmethod
-    def _key(found: os.stat_result) -> tuple[int, ...]:
-        times = found.st_mtime_ns, found.st_ctime_ns
-        return (found.st_dev, found.st_ino, found.st_size, *times)
+    def _key(descriptor: int, size: int) -> tuple[int, ...]:
+        found = os.fstat(descriptor)
+        return (found.st_dev, found.st_ino, size, found.st_mtime_ns, found.st_ctime_ns)
 
     def _read(
-        self, descriptor: int, lengths: Sequence[int], on_progress: Callable[[int], object]
-    ) -> dict[int, hashlib._Hash]:
-        who = (object(),)
+        self, descriptor: int, size: int, on_progress: Callable[[int], object]
+    ) -> hashlib._Hash:
+        who, digest = (object(),), hashlib.sha256()
 
         def take_turns(count: int) -> None:
             with self._turns.aside(who):  # what a client does not read holds up nobody else
                 on_progress(count)
 
-        digests, digest, done = {}, hashlib.sha256(), 0
         os.lseek(descriptor, 0, os.SEEK_SET)
         with self._turns.turn(who):
-            for length in lengths:
-                common.calculate_checksum(
-                    descriptor, length - done, digest=digest, on_progress=take_turns
-                )
-                digests[length], done = digest.copy(), length
-        return digests
+            common.calculate_checksum(descriptor, size, digest=digest, on_progress=take_turns)
+        return digest
 
 
 class Leftovers(NamedTuple):
@@ -1330,7 +1323,7 @@ class Disk:
             try:
                 found = os.fstat(descriptor)
                 if stat.S_ISREG(found.st_mode) and found.st_size == size:
-                    return self.digests.read(descriptor, [size], on_progress)[size].hexdigest()
+                    return self.digests.read(descriptor, size, on_progress).hexdigest()
             finally:
                 os.close(descriptor)
         return ""
@@ -1349,9 +1342,6 @@ MAX_CANDIDATES = 8
 MAX_NUMBERED = 100  # that are looked at for that, of one name
 # Names with a number that one batch has looked up.
 MAX_NUMBERS_LOOKED_UP = 10_000
-# A partial file that holds more is also compared at some shorter lengths, if it is of the client's
-# own address: another's, whose beginning alone is the same, is most likely of another file.
-CHECKPOINT_BYTES = 64 * 1024 * 1024
 
 
 def folder_of(entry: Entry) -> str:
@@ -1378,21 +1368,18 @@ class Wanted(NamedTuple):
         return self.beginning.size if self.beginning else 0
 
 
-Partials = dict[PartialFile, Sequence[int]]  # and the lengths at which they are compared
-
-
 class LookedUp(NamedTuple):
     """An offered file, and what is here that may be its beginning, or the whole of it."""
 
     entry: Entry
     size: int
     folder: Folder
-    partials: Partials
+    partials: Sequence[PartialFile]
     candidates: Sequence[str]  # names of finished files of its size
 
     def held(self) -> list[int]:
         """Return the lengths, in bytes, of which the client is to tell the SHA-256."""
-        lengths = {length for each in self.partials.values() for length in each}
+        lengths = {each.size for each in self.partials}
         return sorted(lengths | {self.size} if self.candidates else lengths)
 
     def compared(self, there: dict[int, str]) -> set[PartialFile]:
@@ -1403,18 +1390,16 @@ class LookedUp(NamedTuple):
         """
         return {
             each
-            for each, lengths in self.partials.items()
-            if each.size < KEPT_BYTES
-            or any(length > self.size or there.get(length) for length in lengths)
+            for each in self.partials
+            if each.size < KEPT_BYTES or each.size > self.size or there.get(each.size)
         }
 
     def read(self, disk: Disk, on_progress: Callable[[int], object]) -> Here:
         """Return the SHA-256 of all that is here; blocks until it is read."""
-        beginnings = []
-        for each, lengths in self.partials.items():
+        beginnings = {}
+        for each in self.partials:
             with contextlib.suppress(OSError, FileShrunk):  # as good as different
-                found = disk.digests.read(each.descriptor, lengths, on_progress)
-                beginnings += [Beginning(each, *read) for read in found.items()]
+                beginnings[each] = disk.digests.read(each.descriptor, each.size, on_progress)
         names = {
             name: disk.read_finished(self.folder, name, self.size, on_progress)
             for name in self.candidates
@@ -1422,32 +1407,17 @@ class LookedUp(NamedTuple):
         return Here(beginnings, names)
 
 
-def checkpoints(size: int) -> list[int]:
-    """Return the lengths at which a partial file of `size` bytes is compared, ascending."""
-    if size < CHECKPOINT_BYTES:
-        return [size]
-    quarter = size // 4 // SEGMENT_BYTES * SEGMENT_BYTES
-    return [quarter, 2 * quarter, 3 * quarter, size]
-
-
-class Beginning(NamedTuple):
-    """So many first bytes of a partial file, and their SHA-256."""
-
-    partial: PartialFile
-    length: int
-    digest: hashlib._Hash
-
-
 class Here(NamedTuple):
-    """What is here that may be a file's beginning or the whole of it, read."""
+    """What is here that may be a file's beginning or the whole of it, with its SHA-256."""
 
-    beginnings: Sequence[Beginning]
-    names: dict[str, str]  # of finished files, with their SHA-256
+    beginnings: dict[PartialFile, hashlib._Hash]
+    names: dict[str, str]  # of finished files
 
     def same_as(self, there: dict[int, str], size: int) -> Here:
         """Return what of it is the client's, who has the SHA-256 `there` for these lengths."""
+        beginnings = self.beginnings.items()
         return Here(
-            [each for each in self.beginnings if there.get(each.length) == each.digest.hexdigest()],
+            {each: its for each, its in beginnings if there.get(each.size) == its.hexdigest()},
             {name: its for name, its in self.names.items() if its and its == there.get(size)},
         )
 
@@ -1461,7 +1431,7 @@ class LookUp:
         self._since = since  # the client has connected, a time.monotonic()
         self._began_s = time.monotonic()
         # By path: partial files, and finished ones by their names.
-        self._found: dict[str, tuple[Partials, dict[str, os.stat_result]]] = {}
+        self._found: dict[str, tuple[list[PartialFile], dict[str, os.stat_result]]] = {}
         self._alike: Counter[str] = Counter()
         self._open_left = {True: MAX_OPEN_PARTIALS, False: MAX_OPEN_PARTIALS}  # by whether own
         self._numbers_left = MAX_NUMBERS_LOOKED_UP
@@ -1478,7 +1448,7 @@ class LookUp:
         name = name_of(entry)
         if entry.path not in self._found:
             # Partial files first: one that gets its name meanwhile is a finished one then.
-            left = dict(self._reopen_partials(folder, name))
+            left = list(self._reopen_partials(folder, name))
             there = self._disk.with_fitting(folder, name, lambda name: self._finished(folder, name))
             self._found[entry.path] = left, there
         partials, finished = self._found[entry.path]
@@ -1488,10 +1458,8 @@ class LookUp:
             return LookedUp(entry, entry.size, folder, partials, alike[-MAX_CANDIDATES:])
         return Wanted(entry)
 
-    def _reopen_partials(
-        self, folder: Folder, name: str
-    ) -> Iterator[tuple[PartialFile, Sequence[int]]]:
-        """Open what earlier runs have left of a file, and find out how it is compared."""
+    def _reopen_partials(self, folder: Folder, name: str) -> Iterator[PartialFile]:
+        """Open what earlier runs have left of a file."""
         place = Place(name, self._batch.client, self._disk)
         for hidden in self._disk.find_leftovers(folder, place, self._since):
             is_own = has_tag(hidden, place.holder.tag)
@@ -1500,7 +1468,7 @@ class LookUp:
             if partial := PartialFile.reopen(folder, hidden, place, self._began_s):
                 self._open_left[is_own] -= 1
                 self._batch.partials.append(partial)
-                yield partial, checkpoints(partial.size) if is_own else [partial.size]
+                yield partial
 
     def _finished(self, folder: Folder, name: str) -> dict[str, os.stat_result]:
         """Return the finished files of a name, and of that with a number."""
@@ -1520,27 +1488,23 @@ class LookUp:
         return finished
 
 
-def choose_beginnings(same: dict[int, Here]) -> dict[int, Beginning]:
-    """Return the longest beginning for each entry that is not here, a partial file for one only."""
-    chosen: dict[int, Beginning] = {}
-    taken: set[PartialFile] = set()
+def choose_beginnings(same: dict[int, Here]) -> dict[int, PartialFile]:
+    """Return the longest beginning for each entry that is not here, each for one entry only."""
+    chosen: dict[int, PartialFile] = {}
     missing = {index: here.beginnings for index, here in same.items() if not here.names}
     matches = [(each, index) for index, found in missing.items() for each in found]
-    for each, index in sorted(matches, key=lambda match: -match[0].length):
-        if index not in chosen and each.partial not in taken:
+    for each, index in sorted(matches, key=lambda match: -match[0].size):
+        if index not in chosen and each not in chosen.values():
             chosen[index] = each
-            taken.add(each.partial)
     return chosen
 
 
-def end_others(
-    tag: str, partials: set[PartialFile], compared: set[PartialFile], chosen: Iterable[Beginning]
-) -> None:
-    """Close the `partials` that were not chosen, and remove those that were `compared`.
+def end_others(tag: str, others: set[PartialFile], compared: set[PartialFile]) -> None:
+    """Close those that were not chosen, and remove those of them that were `compared`.
 
     But not what a client of another address may continue.
     """
-    for partial in partials - {each.partial for each in chosen}:
+    for partial in others:
         with contextlib.suppress(OSError):  # of a network, at the end of any file
             if partial in compared and has_tag(partial.name, tag):
                 partial.discard()
@@ -1549,20 +1513,16 @@ def end_others(
 
 
 def decide(
-    batch: Batch, stage: LookedUp, same: Here, beginning: Beginning | None
+    batch: Batch, stage: LookedUp, same: Here, beginning: PartialFile | None
 ) -> Wanted | Outcome:
     """Return what is done with an entry, knowing what is the same as at the client."""
     for name in same.names:
         return batch.settle("already", stage.folder, name)
     if beginning is None:
         batch.differed = True
-        return Wanted(stage.entry, different=stage.candidates)
-    partial, length, digest = beginning
-    try:
-        partial.cut(length, digest)
-    except OSError as error:
-        return batch.fail(stage.entry.path, error)
-    return Wanted(stage.entry, partial, different=stage.candidates)
+    else:
+        beginning.resume(same.beginnings[beginning])
+    return Wanted(stage.entry, beginning, different=stage.candidates)
 
 
 # --- one file -------------------------------------------------------------------------------
@@ -2099,7 +2059,7 @@ class Reception:
         same, compared = self._ask(batch, held) if held else ({}, set())
         chosen = choose_beginnings(same)
         partials = {partial for each in held.values() for partial in each.partials}
-        end_others(self.tag, partials, compared, chosen.values())
+        end_others(self.tag, partials - set(chosen.values()), compared)
         return [
             decide(batch, each, same[index], chosen.get(index))
             if isinstance(each, LookedUp)

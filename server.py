@@ -317,7 +317,6 @@ class Folder:
         found = os.stat(path) if descriptor is None else os.fstat(descriptor)
         self.device = found.st_dev
         self.identity = (found.st_dev, found.st_ino)
-        self.mtime_ns = found.st_mtime_ns
         self.is_unfinished = found.st_mode & 0o1777 == UNFINISHED_MODE
         self.heritage = found.st_mode & stat.S_ISGID  # has what is in it belong to its group
 
@@ -1102,26 +1101,17 @@ class Digests:
         return digest
 
 
-class Leftovers(NamedTuple):
-    """The names of a folder's partial files by their stems, as they were at a time."""
+Leftovers = dict[str, list[str]]  # the names of a folder's partial files by their stems
 
-    mtime_ns: int
-    seen_s: float
-    names: dict[str, list[str]]
 
-    @classmethod
-    def look_for(cls, folder: Folder, tag: str) -> Leftovers:
-        """Return those that are in `folder` now, first what has this `tag`. Raises OSError."""
-        seen_s = time.monotonic()
-        found: list[str] = []
-        names: dict[str, list[str]] = {}
-        with contextlib.suppress(PermissionError):  # it may still be written to
-            every = folder.names(PARTIAL_SUFFIX)
-            found = heapq.nsmallest(MAX_LEFTOVERS, every, lambda name: not has_tag(name, tag))
-        for name in found:
+def list_leftovers(folder: Folder, tag: str) -> Leftovers:
+    """Return those that are in `folder` now, first what has this `tag`. Raises OSError."""
+    names: Leftovers = {}
+    with contextlib.suppress(PermissionError):  # it may still be written to
+        every = folder.names(PARTIAL_SUFFIX)
+        for name in heapq.nsmallest(MAX_LEFTOVERS, every, lambda name: not has_tag(name, tag)):
             names.setdefault(split_partial(name)[0], []).append(name)
-        is_settled = folder.mtime_ns < time.time_ns() - CLOCK_TICK_NS
-        return cls(folder.mtime_ns if is_settled else -1, seen_s, names)
+    return names
 
 
 def has_tag(name: str, tag: str) -> bool:
@@ -1271,7 +1261,10 @@ class Disk:
         self.numbers: Recent[tuple[tuple[int, int], str], int] = Recent()  # next for a taken name
         self.leases = Leases()
         self.digests = Digests()
-        self.leftovers: Recent[tuple[tuple[int, int], str], Leftovers] = Recent(MAX_KNOWN_FOLDERS)
+        # By folder and tag, with the time.monotonic() at which they were looked for.
+        self.leftovers: Recent[tuple[tuple[int, int], str], tuple[float, Leftovers]] = Recent(
+            MAX_KNOWN_FOLDERS
+        )
         self.space = Space()
         self.mismatches = RateLimiter(FREE_MISMATCHES, MISMATCH_SPACING_S)
         self.looking_up = Turns()
@@ -1304,15 +1297,15 @@ class Disk:
     def find_leftovers(self, folder: Folder, place: Place, since: float) -> list[str]:
         """Return the hidden names of the partial files in `folder` that may become the file.
 
-        A folder is looked through again only for one that has connected since (its
-        time.monotonic()), and where something in it has changed.
+        A folder is looked through again only for one that has connected `since`, a
+        time.monotonic().
         """
         key = (folder.identity, place.holder.tag)
-        known = self.leftovers.find(key, Leftovers(-1, -1.0, {}))
-        if known.mtime_ns != folder.mtime_ns and known.seen_s < since:
-            known = Leftovers.look_for(folder, place.holder.tag)
-            self.leftovers.note(key, known)
-        return known.names.get(partial_stem(place.name), []) if known.names else []
+        seen_s, names = self.leftovers.find(key, (-1.0, {}))
+        if seen_s < since:
+            seen_s, names = time.monotonic(), list_leftovers(folder, place.holder.tag)
+            self.leftovers.note(key, (seen_s, names))
+        return names.get(partial_stem(place.name), []) if names else []
 
     def read_finished(
         self, folder: Folder, name: str, size: int, on_progress: Callable[[int], object]

@@ -78,7 +78,6 @@ from typing import (
     Generic,
     NamedTuple,
     NoReturn,
-    Protocol,
     TextIO,
     TypeVar,
 )
@@ -540,7 +539,7 @@ def lock_file(descriptor: int) -> bool:
     """Lock an open file against other servers; return False if one has it.
 
     The system releases the lock when the file is closed or the process dies. Where there are no
-    locks, or this process may not use them, it counts as locked.
+    locks, or this process may not use them (AppArmor), it counts as locked.
     """
     try:
         if sys.platform == "win32":
@@ -549,42 +548,10 @@ def lock_file(descriptor: int) -> bool:
             os.lseek(descriptor, 0, os.SEEK_SET)
         else:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except PermissionError:
-        return not may_lock(descriptor)
     except OSError as error:
-        return not isinstance(error, BlockingIOError)
+        taken = PermissionError if sys.platform == "win32" else BlockingIOError
+        return not isinstance(error, taken)
     return True
-
-
-def may_lock(descriptor: int) -> bool:
-    """Return whether a lock that was not permitted is another's, as Windows and SMB say.
-
-    Who may not lock at all, as AppArmor can have it, may not unlock either.
-    """
-    if sys.platform != "win32":
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        except PermissionError:
-            return False
-    return True
-
-
-class Holder(Protocol):
-    """A client's connection, as far as others have to know of it."""
-
-    tag: str  # of the client's address, in the names of its partial files
-
-    def silent_s(self) -> float:
-        """Return for how long nothing has come from it. For any thread."""
-
-    def end(self) -> None:
-        """Break the connection, which then releases what it holds. For any thread."""
-
-    def aside(self) -> contextlib.AbstractContextManager[None]:
-        """Let others have its turn inside the ``with`` block, in which it waits.
-
-        For the thread that has the turn, as whoever looks for partial files has.
-        """
 
 
 FileName = tuple[tuple[int, int], str]  # the identity of its folder, and its name there
@@ -597,10 +564,10 @@ class Leases:
     """
 
     def __init__(self) -> None:
-        self._holders: dict[FileName, Holder] = {}
+        self._holders: dict[FileName, Reception] = {}
         self._changed = threading.Condition()
 
-    def take(self, file: FileName, holder: Holder, since: float) -> bool:
+    def take(self, file: FileName, holder: Reception, since: float) -> bool:
         """Have `holder` use a file; return False if another does, and goes on doing so.
 
         Blocks until some seconds after `since`, a time.monotonic(): a client that was cut off
@@ -614,20 +581,20 @@ class Leases:
         with holder.aside():
             return self._wait_and_take(file, holder, since)
 
-    def _wait_and_take(self, file: FileName, holder: Holder, since: float) -> bool:
-        ended = None  # whose own end is the last that it hears
+    def _wait_and_take(self, file: FileName, holder: Reception, since: float) -> bool:
         with self._changed:
             while (other := self._holders.get(file)) is not None:
                 silent_s, waited_s = other.silent_s(), time.monotonic() - since
-                if silent_s >= SILENT_S:
-                    other.end()
-                    ended = other
-                is_alive = silent_s < waited_s and other is not ended
-                limit_s = RELEASE_TIMEOUT_S if is_alive else TAKEOVER_TIMEOUT_S
-                if other is holder or waited_s >= limit_s:
+                left_s = TAKEOVER_TIMEOUT_S - waited_s
+                if silent_s < waited_s:  # it is alive
+                    left_s = RELEASE_TIMEOUT_S - waited_s
+                if other is holder or left_s <= 0:
                     return False
-                until_silent_s = math.inf if other is ended else SILENT_S - silent_s
-                self._changed.wait(min(until_silent_s, limit_s - waited_s))
+                if silent_s < SILENT_S:
+                    left_s = min(left_s, SILENT_S - silent_s)
+                else:
+                    other.end()
+                self._changed.wait(left_s)
             self._holders[file] = holder
         return True
 
@@ -642,7 +609,7 @@ class Place(NamedTuple):
     """What a partial file is to become, for whom, and on which disk."""
 
     name: str
-    holder: Holder
+    holder: Reception
     disk: Disk
 
     def new_hidden_name(self) -> str:
@@ -1956,15 +1923,15 @@ class Reception:
     # for other threads
 
     def silent_s(self) -> float:
-        """See `Holder`."""
+        """Return for how long nothing has come from it; 0 while this side works for it."""
         return 0.0 if self._signs.is_on() else self._connection.silent_s()
 
     def end(self) -> None:
-        """See `Holder`."""
+        """Break the connection, which then releases what it holds."""
         self._connection.wake()
 
     def aside(self) -> contextlib.AbstractContextManager[None]:
-        """See `Holder`."""
+        """Let others have its turn inside the ``with`` block; for its own thread, in a turn."""
         return self._store.disk.looking_up.aside(self._who)
 
     def describe(self) -> str:

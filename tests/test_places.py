@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from common import PARTIAL_SUFFIX
-from server import RELEASE_TIMEOUT_S, Disk, Folder, Folders, PartialFile, Place, Refused
+from server import RELEASE_TIMEOUT_S, Disk, Folder, Folders, PartialFile, Place, Reception, Refused
 from support import as_root, linux, posix
 
 
-class Client:
+class Client(Reception):
     """Whoever uses a partial file; `silent` for so long."""
 
     tag = "01234567"
@@ -25,15 +25,15 @@ class Client:
         self.has_ended = False
 
     def silent_s(self) -> float:
-        """See `server.Holder`."""
+        """Do as a reception does."""
         return self.silent
 
     def end(self) -> None:
-        """See `server.Holder`."""
+        """Do as a reception does."""
         self.has_ended = True
 
     def aside(self) -> contextlib.AbstractContextManager[None]:
-        """See `server.Holder`."""
+        """Do as a reception does."""
         return contextlib.nullcontext()
 
 

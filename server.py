@@ -376,10 +376,6 @@ class Folder:
         """Return whether a folder has that name in it."""
         return self.has(name) and stat.S_ISDIR(self.stat(name).st_mode)
 
-    def is_there(self) -> bool:
-        """Return whether it has not been removed meanwhile."""
-        return not HAS_OPEN_FOLDERS or os.fstat(self.descriptor or 0).st_nlink > 0
-
     def open_file(self, name: str, flags: int = FILE_FLAGS) -> int:
         """Open a file in it, never through a link nor waiting for it; return the descriptor."""
         return os.open(self.at(name), flags, 0o600, dir_fd=self.descriptor)
@@ -521,7 +517,7 @@ class Folders:
 NO_HARD_LINKS = {errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK}
 NO_HARD_LINKS |= {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 # What open() says where a file cannot be without a name.
-NO_NAMELESS = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.ENOSYS}
+NO_NAMELESS = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS}
 NAMELESS = getattr(os, "O_TMPFILE", 0) if os.path.isdir("/proc/self/fd") else 0
 # Less than this of a file without a name is not worth a hidden file for the next run.
 KEPT_BYTES = 64 * 1024
@@ -657,11 +653,8 @@ class PartialFile:
             try:
                 return cls(folder, os.open(".", flags, mode, dir_fd=folder.descriptor), "", place)
             except OSError as error:
-                is_there = folder.is_there()  # ext4 says EPERM where it is not
-                if is_there and error.errno not in NO_NAMELESS:
-                    raise
-            if is_there:
-                place.disk.without_nameless.add(folder.device)
+                if error.errno in NO_NAMELESS:
+                    place.disk.without_nameless.add(folder.device)
         return cls.create(folder, place)
 
     @classmethod
@@ -886,7 +879,6 @@ CLOCK_TICK_NS = 2_100_000_000
 # Kept free for what else is on the disk, and of it the share that small disks keep.
 RESERVE_BYTES = 256 * 1024 * 1024
 RESERVE_SHARE = 50
-SPACE_AGE_S = 0.25
 PROMISE_S = 60.0
 # Comparisons in which something differed, for an address: so many at once, then one a second.
 FREE_MISMATCHES = 50
@@ -1159,7 +1151,6 @@ class Space:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._claims: set[Claims] = set()
-        self._free: dict[int, tuple[float, float]] = {}  # when it was measured, and how much
 
     def promise(self, claims: Claims, folder: Folder, needed: int) -> None:
         """Set `needed` bytes aside; raises Refused where there are not so many, and OSError."""
@@ -1177,7 +1168,6 @@ class Space:
         with self._lock:
             claims.left[device] -= count
             claims.used += used
-            self._note_use(device, used)
 
     def forget(self, claims: Claims) -> None:
         """Have nothing be promised any more to the files of a batch."""
@@ -1185,7 +1175,7 @@ class Space:
             self._claims.discard(claims)
 
     def take(self, claims: Claims, folder: Folder, needed: int) -> None:
-        """Note that `needed` bytes that nobody was promised are about to be written.
+        """Have `needed` bytes that nobody was promised be about to be written.
 
         Raises an OSError like that of a full disk where there is not so much, beside what is kept
         free.
@@ -1193,21 +1183,14 @@ class Space:
         with self._lock:
             if needed > self._left(claims, folder):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._note_use(folder.device, needed)
-
-    def _note_use(self, device: int, count: int) -> None:
-        measured_s, free = self._free[device]
-        self._free[device] = measured_s, free - count
 
     def _left(self, own: Claims, folder: Folder) -> float:
         """Return what is left beside what was promised; without end where no size is known."""
-        measured_s, free = self._free.get(folder.device, (0.0, 0.0))
-        if time.monotonic() - measured_s > SPACE_AGE_S:
-            total, _, available = folder.disk_usage()
-            free = available - reserve_of(total) if total else math.inf
-            self._free[folder.device] = time.monotonic(), free
+        total, _, free = folder.disk_usage()
+        if not total:
+            return math.inf
         others = sum(each.soon(folder.device) for each in self._claims - {own})
-        return free - own.left[folder.device] - others
+        return free - reserve_of(total) - own.left[folder.device] - others
 
 
 def reserve_of(total: int) -> int:
@@ -1515,10 +1498,6 @@ def making_mode(entry: Entry) -> int:
     return 0o777 if entry.mode is None else UNFINISHED_MODE
 
 
-class Tampered(Refused):
-    """Another program has written to a partial file."""
-
-
 class UnderWay:
     """A file whose bytes are arriving, until it has its name."""
 
@@ -1557,7 +1536,7 @@ class UnderWay:
         ):
             raise Refused("its SHA-256 does not match: it changed while it was sent")
         if not self.partial.is_untouched():
-            raise Tampered("another program writes to its hidden file here")
+            raise Refused("another program writes to its hidden file here")
         self.partial.flush()
         self.partial.set_metadata(self.entry.mtime_ns, mode_of(self.entry))
         try:
@@ -1605,7 +1584,7 @@ class UnderWay:
         """Keep what has come, after `error`, if another run can use it; return words about that."""
         number = error.errno if isinstance(error, OSError) else 0
         self._release_space(self.bytes_left)
-        if self.entry.size is None or isinstance(error, Tampered) or number == errno.EFBIG:
+        if self.entry.size is None or number == errno.EFBIG:
             self.partial.discard()
         elif number in DISK_FULL:
             self.partial.make_room()
@@ -1733,8 +1712,6 @@ SIGN_SPACING_S = 0.25
 MAX_COMPARISON_WAIT_S = 300.0
 # Looking up takes one part in so many more, while a large file arrives.
 LOOKING_UP_SHARE = 4
-# Who speaks another protocol may come again after so long, not as fast as the processor allows.
-ERROR_PAUSE_S = 0.25
 MAX_SETTLED = 100_000
 
 
@@ -1803,7 +1780,6 @@ def handle_file_client(connection: Connection, store: Store) -> None:
         with contextlib.suppress(SocketPairError):
             connection.send(common.Error(str(error)))
             connection.finish()
-        time.sleep(ERROR_PAUSE_S)
     except SocketPairError as error:
         store.log.write(f"{connection.peer}: {error}{reception.kept}", host=reception.host)
     except OSError as error:

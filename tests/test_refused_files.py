@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import server
 from support import (
-    LIMIT_S,
     MIB,
     WITHOUT_PRIVILEGE,
     Proxy,
@@ -203,18 +201,6 @@ def test_a_pipe_larger_than_the_disk_stops_soon(disk: Path, tmp_path: Path) -> N
         assert result.status == 1
         assert result.error_lines == ["endless: at the server: no space left on device"]
         assert contents(disk) == {"small": small.read_bytes()}
-
-
-@as_root
-def test_what_is_written_counts_before_the_disk_is_measured_again(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server, "SPACE_AGE_S", LIMIT_S)
-    space, folder, claims = server.Space(), server.Folder.open(str(disk)), server.Claims()
-    total, _, free = folder.disk_usage()
-    space.take(claims, folder, free - server.reserve_of(total) - 100)
-    with pytest.raises(OSError, match="No space left"):
-        space.take(claims, folder, 101)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

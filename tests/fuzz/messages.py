@@ -191,7 +191,6 @@ class FileServer:
         with (
             mock.patch.object(server, "RELEASE_TIMEOUT_S", 0.0),
             mock.patch.object(server, "TAKEOVER_TIMEOUT_S", 0.0),
-            mock.patch.object(server, "ERROR_PAUSE_S", 0.0),
         ):
             server.handle_file_client(connection_from(data), server.Store(str(self._inbox)))
         assert sorted(os.listdir(self._place)) == ["canary", "inbox"]

@@ -3528,8 +3528,6 @@ MAX_CLIENTS = 64
 MAX_LISTENERS = 2_000
 # Connections that have not finished their handshake: a quarter of a second of a flood.
 MAX_PENDING = 256
-# Of the descriptors that there may be, one in so many is for them.
-PENDING_SHARE = 4
 # So long without progress, a client is idle: it gives way to others, and is not waited for.
 IDLE_S = 10.0
 ACCEPT_RETRY_S = 0.1
@@ -3616,11 +3614,6 @@ class Clients:
             self._clients.pop(client, None)
             self._changed.notify_all()
 
-    def wait_for_one_to_end(self, seconds: float) -> None:
-        """Block until a client has ended, for `seconds` at most."""
-        with self._changed:
-            self._changed.wait(seconds)
-
     def drop_pending(self) -> None:
         """Evict all that are at the handshake."""
         with self._changed:
@@ -3658,15 +3651,6 @@ class Clients:
         return [each for each in self._clients if each.is_served and not each.eviction]
 
 
-def find_max_pending() -> int:
-    """Return how many clients may be at the handshake at once."""
-    if sys.platform == "win32":
-        return MAX_PENDING
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    is_unlimited = most == resource.RLIM_INFINITY
-    return MAX_PENDING if is_unlimited else max(1, min(MAX_PENDING, most // PENDING_SHARE))
-
-
 def largest_crowd(clients: Sequence[Client]) -> tuple[str, int]:
     """Return the crowd that most of `clients` belong to, and how many do."""
     return Counter(client.crowd for client in clients).most_common(1)[0]
@@ -3691,7 +3675,7 @@ class Server:
         self._gate = Gate(endpoint.code)
         # For all hosts together: they may be many.
         self._turned_away = LimitedLog(TURNED_AWAY_LINES, TURNED_AWAY_SPACING_S)
-        self.clients = Clients(max_clients, find_max_pending())
+        self.clients = Clients(max_clients)
         self._advertising = contextlib.ExitStack()
         self._waker, self._woken = socket.socketpair()
         self._selector = selectors.DefaultSelector()
@@ -3699,11 +3683,9 @@ class Server:
             sock.setblocking(False)
             self._selector.register(sock, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._accept_all, name="accept", daemon=True)
-        self._is_begun = False
 
     def start(self, announce: bool) -> None:
         """Begin to accept; tell the local network, if that can reach this server and is to."""
-        self._is_begun = True  # whatever a signal may interrupt from here on
         self._thread.start()
         if announce and not self._endpoint.is_local():
             self._advertising.enter_context(contextlib.closing(Advertiser(self._endpoint)))
@@ -3715,10 +3697,7 @@ class Server:
         """
         self._waker.close()  # which ends the accepting thread
         self.clients.drop_pending()
-        if not self._is_begun:
-            self._woken.close()
-            self._selector.close()
-        elif self._thread.is_alive():
+        if self._thread.is_alive():
             self._thread.join()
         for sock in self._endpoint.sockets:
             sock.close()
@@ -3728,32 +3707,27 @@ class Server:
     def _accept_all(self) -> None:
         """Accept until `stop`: the whole life of the accepting thread."""
         with self._woken, self._selector:
-            while self._woken not in (ready := self._wait_for_clients()):
-                for sock in self._endpoint.sockets:
-                    if sock in ready:
-                        self._accept(sock)
+            while self._accept_ready():
+                pass
 
-    def _wait_for_clients(self) -> list[object]:
-        """Block until there are connections to accept; return the sockets that have some."""
+    def _accept_ready(self) -> bool:
+        """Wait for connections, and take one from each socket that has some; False to stop."""
         try:
-            return [key.fileobj for key, _ in self._selector.select()]
-        except (OSError, MemoryError) as error:
-            self._rest(error)
-            return []
-
-    def _rest(self, error: Exception) -> None:
-        """Log that the machine is at an end, of descriptors most likely; wait for a client's."""
-        self._turned_away.write(f"a connection cannot be accepted: {describe_error(error)}")
-        self.clients.wait_for_one_to_end(ACCEPT_RETRY_S)
+            ready = [key.fileobj for key, _ in self._selector.select()]
+            for sock in self._endpoint.sockets:
+                if sock in ready:
+                    self._accept(sock)
+        except (OSError, MemoryError) as error:  # the machine is at an end, of descriptors perhaps
+            self._turned_away.write(f"a connection cannot be accepted: {describe_error(error)}")
+            time.sleep(ACCEPT_RETRY_S)
+            return True
+        return self._woken not in ready
 
     def _accept(self, listening: socket.socket) -> None:
-        """Take one connection, and give it its thread."""
+        """Take one connection, and give it its thread. Raises OSError and MemoryError."""
         try:
             sock, address = listening.accept()
         except (BlockingIOError, ConnectionError):  # it has gone again
-            return
-        except (OSError, MemoryError) as error:
-            self._rest(error)
             return
         # As an IPv6 socket shows an IPv4 address.
         host = str(address[0]).removeprefix("::ffff:")

@@ -289,17 +289,6 @@ def test_silent_connections_do_not_keep_real_clients_out(inbox: Path, tmp_path: 
 
 
 @linux
-def test_who_says_nothing_does_not_hold_all_of_few_descriptors(inbox: Path, tmp_path: Path) -> None:
-    with (
-        Server(inbox, wrapper=("prlimit", "--nofile=64:64", "--")) as server,
-        contextlib.ExitStack() as stack,
-    ):
-        for _ in range(200):
-            stack.enter_context(RawClient(server.port))
-        server.check_serves(tmp_path)
-
-
-@linux
 def test_a_server_out_of_descriptors_recovers(inbox: Path, tmp_path: Path) -> None:
     limit = ("prlimit", "--nofile=24:24", "--")
     with Server(inbox, wrapper=limit) as server:

@@ -2358,10 +2358,6 @@ def whole_frames(samples: bytes, audio: AudioFormat) -> bytes:
 
 def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
     """Return what ``--input`` names, at work. Raises SocketPairError where there is none."""
-    if args.input is not None and "://" in args.input:
-        play = f"ffmpeg -loglevel error -i '{escape(args.input)}' -f s16le -ar 48000 -ac 1 -"
-        command = common.command_line("server.py", "audio", "--input", STDIN)
-        raise SocketPairError(f"--input takes no web address: {play} | {command}")
     if args.input is not None and names_sound_file(args.input):
         return open_sound_file(args.input, args.rate, args.channels)
     if args.input == STDIN:
@@ -2406,7 +2402,6 @@ MAGIC_NUMBERS = (
 # The beginning takes a while to be found again and decoded: longer than a block.
 READ_AHEAD_PARTS = 16
 READ_BYTES = 16 * 1024
-SHORT_BYTES = 1024 * 1024  # sound of less stays in memory
 WAV_CHUNK = struct.Struct("<4sI")
 WAV_FORMAT = struct.Struct("<HHIIHH")
 WAV_FORMAT_BYTES = 40  # with what WAVE_FORMAT_EXTENSIBLE has more
@@ -2414,7 +2409,6 @@ WAV_PCM, WAV_EXTENSIBLE = 1, 0xFFFE
 WAV_ENCODINGS = {2: "ADPCM", 3: "floating-point", 6: "A-law", 7: "mu-law", 17: "ADPCM", 85: "MP3"}
 # What recorders write for a size that they do not know yet: this or more, or 0.
 WAV_UNKNOWN_BYTES = 0x7FFF_0000
-MAX_WAV_CHUNKS = 1_000
 # Their headers tell the exact length: with less than that decoded, such a file is broken.
 EXACT_CODECS = ("flac", "alac", "wavpack", "tta", "ape")
 PLAIN_LAYOUTS = {"1 channels": "mono", "2 channels": "stereo"}
@@ -2428,14 +2422,6 @@ class NotPlainWav(Unplayable):
     """A file that is not WAV with 16-bit PCM, but may be sound all the same; and what it is."""
 
 
-class WavSamples(NamedTuple):
-    """Where in a WAV file its samples are; `size` is None where its recorder did not tell."""
-
-    audio: AudioFormat
-    start: int
-    size: int | None
-
-
 class PlainWav:
     """A WAV file with 16-bit PCM, read as it is."""
 
@@ -2443,8 +2429,7 @@ class PlainWav:
         """Raise NotPlainWav where it is something else, and OSError."""
         self._path = path
         with open(path, "rb") as file:
-            self._samples = find_wav_samples(file)
-        self.audio = self._samples.audio
+            self.audio, self._start, self._size = find_wav_samples(file)
 
     def read_once(self) -> Iterator[bytes]:
         """Give all the file's sound in `audio`, in parts of any length; blocks for the disk.
@@ -2452,11 +2437,12 @@ class PlainWav:
         A part may end inside a frame, the whole does not. Raises Unplayable where the file is
         broken, after all that could be read, and OSError.
         """
-        _, start, size = self._samples
         with open(self._path, "rb", buffering=0) as file:
-            file.seek(start)
-            left = os.fstat(file.fileno()).st_size - start if size is None else size
+            left = self._size
+            if left is None:
+                left = os.fstat(file.fileno()).st_size - self._start
             left -= left % self.audio.frame_bytes
+            file.seek(self._start)
             while left:
                 samples = file.read(min(READ_BYTES, left))
                 if not samples:
@@ -2466,23 +2452,23 @@ class PlainWav:
                 yield samples
 
 
-def find_wav_samples(file: BinaryIO) -> WavSamples:
-    """Return where in a WAV file 16-bit PCM is; raises NotPlainWav where there is none."""
+def find_wav_samples(file: BinaryIO) -> tuple[AudioFormat, int, int | None]:
+    """Return the format of a WAV file's 16-bit PCM, where it starts, and its bytes if it is told.
+
+    Raises NotPlainWav where there is none.
+    """
     beginning = file.read(12)
     if beginning[:4] != b"RIFF" or beginning[8:] != b"WAVE":
         raise NotPlainWav(describe_content(beginning))
     audio = None
-    for _ in range(MAX_WAV_CHUNKS):
-        header = file.read(WAV_CHUNK.size)
-        if len(header) < WAV_CHUNK.size:
-            break
+    while len(header := file.read(WAV_CHUNK.size)) == WAV_CHUNK.size:
         kind, size = WAV_CHUNK.unpack(header)
         start = file.tell()
         if kind == b"fmt ":
             audio = parse_wav_format(file.read(min(size, WAV_FORMAT_BYTES)))
         elif kind == b"data" and audio and file.read(1):
             file.seek(start)
-            return WavSamples(audio, start, known_wav_size(file, size))
+            return audio, start, known_wav_size(file, size)
         file.seek(start + size + size % 2)
     raise NotPlainWav("WAV without samples")
 
@@ -2501,7 +2487,7 @@ def parse_wav_format(fields: bytes) -> AudioFormat:
         raise NotPlainWav(f"WAV with {WAV_ENCODINGS.get(encoding, 'compressed')} samples")
     if bits != 8 * common.SAMPLE_BYTES or frame_bytes != audio.frame_bytes:
         raise NotPlainWav(f"WAV with {bits}-bit samples")
-    if not is_broadcast_format(audio):
+    if rate not in common.SAMPLE_RATES or channels not in common.CHANNEL_COUNTS:
         raise NotPlainWav(f"WAV with {audio.describe()}, which is out of range")
     return audio
 
@@ -2515,11 +2501,6 @@ def known_wav_size(file: BinaryIO, size: int) -> int | None:
     if (size == 0 or size >= WAV_UNKNOWN_BYTES) and size != there:
         return None
     return size
-
-
-def is_broadcast_format(audio: AudioFormat) -> bool:
-    """Return whether sound of that format can go to listeners."""
-    return audio.rate in common.SAMPLE_RATES and audio.channels in common.CHANNEL_COUNTS
 
 
 def describe_content(beginning: bytes) -> str:
@@ -2714,15 +2695,12 @@ class SoundLoop:
 def over_and_over(sound: SoundFile) -> Iterator[bytes]:
     """Give a file's sound without an end; raises as its `read_once` does."""
     while True:
-        kept = bytearray()
+        has_sound = False
         for part in sound.read_once():
-            if len(kept) <= SHORT_BYTES:
-                kept += part
+            has_sound = has_sound or bool(part)
             yield part
-        if not kept:
+        if not has_sound:
             raise Unplayable("there is no sound in it")
-        if len(kept) <= SHORT_BYTES:  # a disk need not be asked for it a thousand times a second
-            yield from itertools.repeat(bytes(kept) * (1 + READ_BYTES // len(kept)))
 
 
 def names_sound_file(text: str) -> bool:
@@ -2745,7 +2723,8 @@ def open_sound_file(name: str, rate: int | None, channels: int | None) -> PacedI
 
 def find_sound(path: str, rate: int | None, channels: int | None) -> SoundFile:
     """Return the sound file at `path`, read as it is or converted; raises Unplayable, OSError."""
-    check_sound_file(path)
+    if not stat.S_ISREG(os.stat(path).st_mode):  # what can be read over and over
+        raise Unplayable("it is not a file: give --input - what is read from it")
     try:
         plain = PlainWav(path)
         if plain.audio == AudioFormat(rate or plain.audio.rate, channels or plain.audio.channels):
@@ -2757,17 +2736,6 @@ def find_sound(path: str, rate: int | None, channels: int | None) -> SoundFile:
         return DecodedFile(path, rate, channels)
     except ImportError:
         raise Unplayable(f"{problem}: {common.how_to_install('av')}") from None
-
-
-def check_sound_file(path: str) -> None:
-    """Raise Unplayable where nothing at `path` can be read over and over, and OSError."""
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise Unplayable("it is a folder")
-    if not stat.S_ISREG(status.st_mode):
-        raise Unplayable("it is not a file: give --input - what is read from it")
-    if not status.st_size:
-        raise Unplayable("it is empty")
 
 
 # --- sound: encodings -----------------------------------------------------------------------

@@ -343,15 +343,6 @@ def test_names_that_look_like_options_reach_no_terminal_raw() -> None:
     assert result.error_lines[0].endswith(r"--\x1b[31mred report.pdf (see client.py --help)")
 
 
-def test_a_web_address_as_input_is_told_what_plays_it() -> None:
-    address = "https://radio.example/live.mp3"
-    result = run_script("server.py", "audio", f"--input={address}")
-    assert result.status == 1
-    (line,) = result.error_lines
-    assert f"ffmpeg -loglevel error -i '{address}' " in line
-    assert line.endswith("server.py audio --input -")
-
-
 @pytest.mark.parametrize("host", ["::1", "::", "fe80::1%lo", "nas", "nas.local", "2001:123::1"])
 def test_an_address_alone_is_a_host(host: str) -> None:
     assert common.host_name(host) == host

@@ -239,9 +239,9 @@ def make_fifo(path: Path) -> None:
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing.mp3": (lambda path: None, "no such file"),
-    "folder.wav": (Path.mkdir, "it is a folder"),
+    "folder.wav": (Path.mkdir, "it is not a file"),
     "fifo.wav": (make_fifo, "it is not a file"),
-    "empty.wav": (Path.touch, "it is empty"),
+    "empty.wav": (Path.touch, "FFmpeg"),
     "noise.wav": (lambda path: path.write_bytes(b"\x93" * 4_000), "FFmpeg"),
     "half.flac": (lambda path: path.write_bytes(b"fLaC\0\0\0\x22"), "FFmpeg"),
     "silent.wav": (lambda path: path.write_bytes(wav(pcm_format(), chunk(b"data", b""))), "no s"),

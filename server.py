@@ -3964,45 +3964,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help=f"clients served at once ({MAX_CLIENTS}; in audio mode {MAX_LISTENERS})",
     )
     files = parser.add_argument_group("file mode")
-    files.add_argument(
-        "--folder", type=folder_name, default="received", help="where files go (%(default)s)"
-    )
+    files.add_argument("--folder", default="received", help="where files go (%(default)s)")
     files.add_argument(
         "--overwrite",
         action="store_true",
         help="replace files of the same name, rather than keep both",
     )
     add_audio_arguments(parser)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)  # see refuse_words
-    args = parser.parse_intermixed_args(argv)
-    refuse_words(parser, args)
+    args = parser.parse_args(argv)
+    if args.mode not in (None, *common.MODES):
+        parser.error(f"{args.mode!r} is not a mode: give file or audio")
     common.refuse_other_mode(parser, args, MODE_OPTIONS)
     common.take_code_from_environment(parser, args)
     return args
-
-
-def refuse_words(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with status 2 where a word that is no mode stands alone, and say which option it is."""
-    is_mode = args.mode is None or args.mode in common.MODES
-    words = args.words if is_mode else [args.mode]
-    if not words:
-        return
-    word, mode = words[0], args.mode
-    address = common.options_for_address(word)
-    if not is_mode:
-        if not (address or os.path.exists(word) or os.path.dirname(word)):
-            parser.error(f"{word!r} is not a mode: give file or audio")
-        mode = "audio" if os.path.isfile(word) else "file"
-    options = address or ["--input" if mode == "audio" else "--folder", word]
-    command = common.command_line("server.py", mode, *options)
-    parser.error(f"{word!r} belongs to an option: did you mean {command}")
-
-
-def folder_name(text: str) -> str:
-    """Return `text` as what a folder is called, for argparse."""
-    if not text:
-        raise argparse.ArgumentTypeError("an empty name: no folder has it")
-    return text
 
 
 def prepare_folder(folder: str) -> str:
@@ -4015,14 +3989,9 @@ def prepare_folder(folder: str) -> str:
     except OSError as error:
         raise SocketPairError(f"--folder {escape(folder)}: {describe_error(error)}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        reason = "read-only file system" if is_read_only(folder) else "no permission to write there"
+        reason = "no permission to write there, or a read-only file system"
         raise SocketPairError(f"--folder {escape(folder)}: {reason}")
     return folder
-
-
-def is_read_only(folder: str) -> bool:
-    """Return whether nobody can write to the file system that a folder is on. Raises OSError."""
-    return sys.platform != "win32" and bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
 def serve_files(args: argparse.Namespace, console: Console) -> int:

@@ -319,11 +319,6 @@ def test_a_bad_number_of_clients_is_a_wrong_argument(count: str) -> None:
         ("client.py file report.pdf --host http://192.168.1.5/", "--host 192.168.1.5"),
         ("client.py file report.pdf --host [::1]:50008", "--host ::1 --port 50008"),
         ("client.py file x --host [fe80::1%lo]:50008", "--host fe80::1%lo --port 50008"),
-        ("server.py /tmp/inbox", "server.py file --folder /tmp/inbox"),
-        ("server.py file --port 0 inbox", "server.py file --folder inbox"),
-        ("server.py 0.0.0.0", "server.py file --host 0.0.0.0"),
-        ("server.py audio song.wav", "server.py audio --input song.wav"),
-        ("server.py report.pdf", "server.py audio --input report.pdf"),
     ],
 )
 def test_what_belongs_to_an_option_is_told(command: str, meant: str, tmp_path: Path) -> None:
@@ -367,7 +362,8 @@ def test_a_files_name_is_no_address(name: str) -> None:
         "client.py file --unknown",
         "client.py file some --host=",
         "server.py file --host=",
-        "server.py file --folder=",
+        "server.py file --port 0 inbox",
+        "server.py 0.0.0.0",
         "server.py file --rate 48000",
         "client.py --opus audio",
         "client.py file --code KQ7M 2XFD",

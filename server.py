@@ -70,7 +70,7 @@ import threading
 import time
 from array import array
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -526,9 +526,6 @@ RELEASE_TIMEOUT_S = 2.0
 # One that has heard nothing for so long is ended for a new one that offers the same path.
 SILENT_S = 3.0
 TAKEOVER_TIMEOUT_S = 6.0
-# No two partial files of one name have the same.
-THIS_RUN = secrets.token_hex(4)
-NUMBERS = itertools.count()
 
 
 def lock_file(descriptor: int) -> bool:
@@ -610,7 +607,7 @@ class Place(NamedTuple):
 
     def new_hidden_name(self) -> str:
         """Return a name for a partial file that none has had."""
-        token = f"{self.holder.tag}{THIS_RUN}{next(NUMBERS):x}"
+        token = self.holder.tag + secrets.token_hex(8)
         return f"{partial_stem(self.name)}.{token}{PARTIAL_SUFFIX}"
 
 
@@ -1283,8 +1280,6 @@ MAX_ALIKE = 8
 # the newest of the others.
 MAX_CANDIDATES = 8
 MAX_NUMBERED = 100  # that are looked at for that, of one name
-# Names with a number that one batch has looked up.
-MAX_NUMBERS_LOOKED_UP = 10_000
 
 
 def folder_of(entry: Entry) -> str:
@@ -1325,18 +1320,6 @@ class LookedUp(NamedTuple):
         lengths = {each.size for each in self.partials}
         return sorted(lengths | {self.size} if self.candidates else lengths)
 
-    def compared(self, there: dict[int, str]) -> set[PartialFile]:
-        """Return the partial files that are known to be its beginning, or to be of no use for it.
-
-        The client has the SHA-256 `there`. Where it tells none, it cannot read its file just now:
-        what is worth keeping is there for the next run.
-        """
-        return {
-            each
-            for each in self.partials
-            if each.size < KEPT_BYTES or each.size > self.size or there.get(each.size)
-        }
-
     def read(self, disk: Disk, on_progress: Callable[[int], object]) -> Here:
         """Return the SHA-256 of all that is here; blocks until it is read."""
         beginnings = {}
@@ -1355,13 +1338,23 @@ class Here(NamedTuple):
 
     beginnings: dict[PartialFile, hashlib._Hash]
     names: dict[str, str]  # of finished files
+    compared: Collection[PartialFile] = ()  # known to be its beginning, or of no use for it
 
     def same_as(self, there: dict[int, str], size: int) -> Here:
-        """Return what of it is the client's, who has the SHA-256 `there` for these lengths."""
+        """Return what of it is the client's, who has the SHA-256 `there` for these lengths.
+
+        Where it tells none, it cannot read its file just now: what is worth keeping is there for
+        the next run.
+        """
         beginnings = self.beginnings.items()
         return Here(
             {each: its for each, its in beginnings if there.get(each.size) == its.hexdigest()},
             {name: its for name, its in self.names.items() if its and its == there.get(size)},
+            [
+                each
+                for each in self.beginnings
+                if each.size < KEPT_BYTES or each.size > size or there.get(each.size)
+            ],
         )
 
 
@@ -1377,7 +1370,6 @@ class LookUp:
         self._found: dict[str, tuple[list[PartialFile], dict[str, os.stat_result]]] = {}
         self._alike: Counter[str] = Counter()
         self._open_left = {True: MAX_OPEN_PARTIALS, False: MAX_OPEN_PARTIALS}  # by whether own
-        self._numbers_left = MAX_NUMBERS_LOOKED_UP
 
     def find(self, entry: Entry) -> LookedUp | Wanted:
         """Return an entry with what is here of it. Raises Refused and OSError."""
@@ -1425,47 +1417,36 @@ class LookUp:
                 break
             if stat.S_ISREG(found.st_mode):
                 finished[each] = found
-            self._numbers_left -= 1
-            if self._numbers_left <= 0 or self._batch.store.overwrite:
+            if self._batch.store.overwrite:
                 break
         return finished
 
 
-def choose_beginnings(same: dict[int, Here]) -> dict[int, PartialFile]:
-    """Return the longest beginning for each entry that is not here, each for one entry only."""
-    chosen: dict[int, PartialFile] = {}
-    missing = {index: here.beginnings for index, here in same.items() if not here.names}
-    matches = [(each, index) for index, found in missing.items() for each in found]
-    for each, index in sorted(matches, key=lambda match: -match[0].size):
-        if index not in chosen and each not in chosen.values():
-            chosen[index] = each
-    return chosen
+def decide(batch: Batch, stage: LookedUp, same: Here, taken: set[PartialFile]) -> Wanted | Outcome:
+    """Return what is done with an entry, knowing what is the same as at the client.
 
-
-def end_others(tag: str, others: set[PartialFile], compared: set[PartialFile]) -> None:
-    """Close those that were not chosen, and remove those of them that were `compared`.
-
-    But not what a client of another address may continue.
+    A partial file is for one entry only: it is `taken` then.
     """
-    for partial in others:
-        with contextlib.suppress(OSError):  # of a network, at the end of any file
-            if partial in compared and has_tag(partial.name, tag):
-                partial.discard()
-            else:
-                partial.close()
-
-
-def decide(
-    batch: Batch, stage: LookedUp, same: Here, beginning: PartialFile | None
-) -> Wanted | Outcome:
-    """Return what is done with an entry, knowing what is the same as at the client."""
     for name in same.names:
         return batch.settle("already", stage.folder, name)
+    left = same.beginnings.keys() - taken
+    beginning = max(left, key=lambda each: each.size, default=None)
     if beginning is None:
         batch.differed = True
     else:
+        taken.add(beginning)
         beginning.resume(same.beginnings[beginning])
     return Wanted(stage.entry, beginning, different=stage.candidates)
+
+
+def end_others(tag: str, others: set[PartialFile]) -> None:
+    """Remove what nobody has taken, but what a client of another address may continue."""
+    for partial in others:
+        with contextlib.suppress(OSError):  # of a network, at the end of any file
+            if has_tag(partial.name, tag):
+                partial.discard()
+            else:
+                partial.close()
 
 
 # --- one file -------------------------------------------------------------------------------
@@ -1992,36 +1973,29 @@ class Reception:
     ) -> list[Wanted | Outcome]:
         """Return what is done with each entry; blocks until both sides have read their files."""
         held = {index: each for index, each in enumerate(looked_up) if isinstance(each, LookedUp)}
-        same, compared = self._ask(batch, held) if held else ({}, set())
-        chosen = choose_beginnings(same)
-        partials = {partial for each in held.values() for partial in each.partials}
-        end_others(self.tag, partials - set(chosen.values()), compared)
-        return [
-            decide(batch, each, same[index], chosen.get(index))
-            if isinstance(each, LookedUp)
-            else each
+        same = self._ask(batch, held) if held else {}
+        taken: set[PartialFile] = set()
+        decided = [
+            decide(batch, each, same[index], taken) if isinstance(each, LookedUp) else each
             for index, each in enumerate(looked_up)
         ]
+        end_others(self.tag, {each for one in same.values() for each in one.compared} - taken)
+        return decided
 
-    def _ask(
-        self, batch: Batch, held: dict[int, LookedUp]
-    ) -> tuple[dict[int, Here], set[PartialFile]]:
-        """Return what is here of each entry and the same at the client; and what was compared."""
+    def _ask(self, batch: Batch, held: dict[int, LookedUp]) -> dict[int, Here]:
+        """Return, for each entry, what is here and the same at the client."""
         with self._signs:
             self._wait_to_compare(batch, Counter(each.entry.path for each in held.values()))
         lengths = [(index, each.held()) for index, each in held.items()]
         self._connection.send(common.Held(lengths))
         with self._signs:
             here = [each.read(self._store.disk, self._signs.check) for each in held.values()]
-        same: dict[int, Here] = {}
-        compared: set[PartialFile] = set()
+        same = {}
         for (index, each), its, checksums in zip(
             held.items(), here, self._receive_prefixes(len(held)), strict=True
         ):
-            there = dict(zip(each.held(), checksums, strict=False))
-            same[index] = its.same_as(there, each.size)
-            compared |= each.compared(there)
-        return same, compared
+            same[index] = its.same_as(dict(zip(each.held(), checksums, strict=False)), each.size)
+        return same
 
     def _wait_to_compare(self, batch: Batch, paths: Counter[str]) -> None:
         """Wait until the client's address may have so much compared; raises ProtocolError."""

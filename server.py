@@ -309,10 +309,9 @@ class Folder:
     It is closed when nothing refers to it any more. All methods raise OSError.
     """
 
-    def __init__(self, path: str, parts: Sequence[str], descriptor: int | None) -> None:
+    def __init__(self, path: str, descriptor: int | None) -> None:
         self.descriptor = descriptor
         self.path = os.path.join(path, "")
-        self.parts = parts  # of its real path below the root
         found = os.stat(path) if descriptor is None else os.fstat(descriptor)
         self.device = found.st_dev
         self.identity = (found.st_dev, found.st_ino)
@@ -322,21 +321,11 @@ class Folder:
     @classmethod
     def open(cls, path: str) -> Folder:
         """Open the root."""
-        return cls(path, (), os.open(path, FOLDER_FLAGS) if HAS_OPEN_FOLDERS else None)
+        return cls(path, os.open(path, FOLDER_FLAGS) if HAS_OPEN_FOLDERS else None)
 
     def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close it. Idempotent."""
         if self.descriptor is not None:
             os.close(self.descriptor)
-            self.descriptor = None
-
-    @property
-    def shown(self) -> str:
-        """Its path below the root, with ``/`` after each part."""
-        return "".join(f"{part}/" for part in self.parts)
 
     def at(self, name: str) -> str:
         """Return what names a file in it, together with its `descriptor` as ``dir_fd``."""
@@ -344,12 +333,12 @@ class Folder:
 
     def enter(self, name: str) -> Folder:
         """Open a folder in it. Says ENOTDIR, or ELOOP, for a file or a link."""
-        path, parts = self.path + name, (*self.parts, name)
+        path = self.path + name
         if HAS_OPEN_FOLDERS:
-            return Folder(path, parts, os.open(name, FOLDER_FLAGS, dir_fd=self.descriptor))
+            return Folder(path, os.open(name, FOLDER_FLAGS, dir_fd=self.descriptor))
         if os.path.normcase(os.path.realpath(path, strict=True)) != os.path.normcase(path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        return Folder(path, parts, None)
+        return Folder(path, None)
 
     def make(self, name: str, mode: int) -> None:
         """Make a folder in it, unless something has that name."""
@@ -445,11 +434,6 @@ class Folders:
         if folder is None:
             raise Refused(FOLDER_GONE)
         return folder
-
-    def close(self) -> None:
-        """Close all that are open, at once."""
-        for folder in self._open.values():
-            folder.close()
 
     def forget(self, path: str) -> None:
         """Have `path` looked up anew: its folder is not where it was."""
@@ -1732,7 +1716,8 @@ class Store:
 
     def spell(self, folder: Folder, name: str) -> str:
         """Return a path in a line of the log."""
-        return spell_path(os.path.join(self.folder, folder.shown + name))
+        below = folder.path[len(os.path.join(self.disk.root, "")) :]
+        return spell_path(os.path.join(self.folder, below + name))
 
 
 def spell_path(path: str) -> str:
@@ -1841,7 +1826,6 @@ class Batch:
         for partial in self.partials:
             partial.keep()
         self.store.disk.space.forget(self.claims)
-        self.folders.close()
         if self._guesses and not self.differed:
             self.store.disk.mismatches.give_back(self.client.host, self._guesses)
         for (level, kind), lines in self._lines.items():

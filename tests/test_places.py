@@ -95,7 +95,7 @@ def test_looking_a_folder_up_makes_none(root: Path) -> None:
     folders = folders_in(root)
     assert folders.find("a/b/c") is None
     assert os.listdir(root) == []
-    assert folders.make("a/b/c", 0o777).shown == "a/b/c/"
+    assert folders.make("a/b/c", 0o777).path == str(root / "a" / "b" / "c") + os.sep
     assert folders.find("a/b/c") is not None
 
 

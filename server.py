@@ -361,10 +361,6 @@ class Folder:
             return False
         return True
 
-    def has_folder(self, name: str) -> bool:
-        """Return whether a folder has that name in it."""
-        return self.has(name) and stat.S_ISDIR(self.stat(name).st_mode)
-
     def open_file(self, name: str, flags: int = FILE_FLAGS) -> int:
         """Open a file in it, never through a link nor waiting for it; return the descriptor."""
         return os.open(self.at(name), flags, 0o600, dir_fd=self.descriptor)
@@ -772,7 +768,7 @@ class PartialFile:
         try:
             self.folder.replace(self.name, name)
         except OSError:
-            if self.folder.has_folder(name):
+            if self.folder.has(name) and stat.S_ISDIR(self.folder.stat(name).st_mode):
                 return False
             raise
         self.close()
@@ -1796,14 +1792,16 @@ class Batch:
         found = folder.stat(name)
         return self._run, found.st_dev, found.st_ino
 
-    def reserve_guesses(self, number: int) -> float | None:
+    def reserve_guesses(self, number: int) -> float:
         """Return in how many seconds that `number` of entries with one path may be compared.
 
-        They count as guesses at what is here until they are the same. None means never.
+        They count as guesses at what is here until they are the same. Raises ProtocolError.
         """
         guesses = self.store.disk.mismatches
         wait_s = guesses.reserve(self.client.host, MAX_COMPARISON_WAIT_S, number)
-        self._guesses = 0 if wait_s is None else number
+        if wait_s is None:
+            raise ProtocolError("too much that differs came from this address: try again later")
+        self._guesses = number
         return wait_s
 
     def set_space_aside(self, wanted: Wanted) -> Wanted | Outcome:
@@ -1968,8 +1966,12 @@ class Reception:
 
     def _ask(self, batch: Batch, held: dict[int, LookedUp]) -> dict[int, Here]:
         """Return, for each entry, what is here and the same at the client."""
+        alike = Counter(each.entry.path for each in held.values())
+        deadline = Deadline(batch.reserve_guesses(max(alike.values())))
         with self._signs:
-            self._wait_to_compare(batch, Counter(each.entry.path for each in held.values()))
+            while left_s := deadline.remaining():
+                time.sleep(min(left_s, SIGN_INTERVAL_S))
+                self._signs.check()
         lengths = [(index, each.held()) for index, each in held.items()]
         self._connection.send(common.Held(lengths))
         with self._signs:
@@ -1980,16 +1982,6 @@ class Reception:
         ):
             same[index] = its.same_as(dict(zip(each.held(), checksums, strict=False)), each.size)
         return same
-
-    def _wait_to_compare(self, batch: Batch, paths: Counter[str]) -> None:
-        """Wait until the client's address may have so much compared; raises ProtocolError."""
-        wait_s = batch.reserve_guesses(max(paths.values()))
-        if wait_s is None:
-            raise ProtocolError("too much that differs came from this address: try again later")
-        deadline = Deadline(wait_s)
-        while left_s := deadline.remaining():
-            time.sleep(min(left_s, SIGN_INTERVAL_S))
-            self._signs.check()
 
     def _receive_prefixes(self, count: int) -> Sequence[Sequence[str]]:
         while isinstance(message := self._connection.receive(common.Prefixes, Hashing), Hashing):
@@ -2059,7 +2051,10 @@ class Reception:
             self.large = None
         self._count += 1
         if outcome.kind == "saved" and log.isEnabledFor(logging.INFO):
-            self._log_saved(under_way, outcome.text)
+            # The path is the only word of the client's, and the last: nothing in a name can be
+            # taken for another part of the line by whoever reads it.
+            path = self._store.spell(under_way.partial.folder, outcome.text)
+            log.info(SAVED_LINE, self.peer, under_way.describe_sent(), path)
         return outcome
 
     def _begin(self, batch: Batch, wanted: Wanted) -> UnderWay:
@@ -2086,12 +2081,6 @@ class Reception:
         return PartialFile.create_nameless(folder, place, mode_of(entry))
 
     # decided
-
-    def _log_saved(self, under_way: UnderWay, name: str) -> None:
-        # The path is the only word of the client's, and the last: nothing in a name can be taken
-        # for another part of the line by whoever reads it.
-        path = self._store.spell(under_way.partial.folder, name)
-        log.info(SAVED_LINE, self.peer, under_way.describe_sent(), path)
 
     def _tell_results(self) -> None:
         if self._results:
@@ -2206,24 +2195,6 @@ class CaptureQueue:
         return AudioBlock(first.first_frame, last.captured_ns, b"".join(parts))
 
 
-class Silence:
-    """Notices a microphone that gives nothing but zeros: no real one is that quiet."""
-
-    def __init__(self, audio: AudioFormat) -> None:
-        self._limit_frames: float = audio.frames_in(SILENCE_LIMIT_MS)
-        self._audio = audio
-        self._frames = 0
-
-    def is_to_be_told(self, samples: bytes) -> bool:
-        """Count `samples`; return whether it is time to tell of the silence, once for all."""
-        is_silent = samples.count(0) == len(samples)
-        self._frames = self._frames + self._audio.frames_of(samples) if is_silent else 0
-        if self._frames < self._limit_frames:
-            return False
-        self._limit_frames = math.inf
-        return True
-
-
 class Microphone:
     """Captures from a sound card from the first moment on. Raises AudioUnavailable."""
 
@@ -2231,15 +2202,20 @@ class Microphone:
         self.name = card.device.shown
         self.captured = CaptureQueue(audio)
         self._card = card
-        self._silence = Silence(audio)
+        self._silent_frames = 0  # of zeros alone; no real microphone is that quiet
+        self._is_silence_told = False
         skip = self.captured.skip  # what a card that was away has not captured
         card.open(common.StreamSettings(audio, CAPTURE_BLOCK_MS, self._hand_over, skip))
 
     def _hand_over(self, samples: bytes | None, info: common.BlockInfo) -> None:
         """Take a block; PortAudio's thread calls this."""
-        captured = samples or b""
-        self.captured.put(captured, max(0.0, info.away_s - info.frames / self.captured.audio.rate))
-        if self._silence.is_to_be_told(captured):
+        captured, audio = samples or b"", self.captured.audio
+        self.captured.put(captured, max(0.0, info.away_s - info.frames / audio.rate))
+        is_silent = captured.count(0) == len(captured)
+        self._silent_frames = self._silent_frames + audio.frames_of(captured) if is_silent else 0
+        is_long = self._silent_frames >= audio.frames_in(SILENCE_LIMIT_MS)
+        if is_long and not self._is_silence_told:
+            self._is_silence_told = True
             log.warning(
                 "the microphone %s has given nothing but zeros for %d s: is it muted, or another "
                 "one meant (see --list-devices)?",
@@ -3040,7 +3016,9 @@ def handle_audio_client(
 
     listener = None
     try:
-        size = send_buffer_bytes(broadcaster.captured.audio)
+        # How much the system may keep for a slow listener: what waits there is late.
+        audio = broadcaster.captured.audio
+        size = max(MIN_SEND_BUFFER_BYTES, audio.frames_in(SEND_BUFFER_MS) * audio.frame_bytes)
         connection.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         listener = broadcaster.add(connection, opus_kbit)
         write("listening")
@@ -3056,11 +3034,6 @@ def handle_audio_client(
     finally:
         if listener:
             broadcaster.remove(listener)
-
-
-def send_buffer_bytes(audio: AudioFormat) -> int:
-    """Return how much the system may keep for a slow listener: what waits there is late."""
-    return max(MIN_SEND_BUFFER_BYTES, audio.frames_in(SEND_BUFFER_MS) * audio.frame_bytes)
 
 
 # --- who may connect ------------------------------------------------------------------------
@@ -3247,15 +3220,11 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
         for each in sockets:
             each.close()
         where = escape(common.format_address(host, port))
-        raise SocketPairError(f"cannot listen on {where}: {describe_refusal(error)}") from error
+        reason = "that cannot be a machine's name: --host 0.0.0.0 is all addresses of this one"
+        if isinstance(error, OSError):
+            reason = describe_error(error) + LISTEN_HINTS.get(error.errno or 0, "")
+        raise SocketPairError(f"cannot listen on {where}: {reason}") from error
     return sockets
-
-
-def describe_refusal(error: OSError | ValueError) -> str:
-    """Return why nothing can listen at an address, and what to do."""
-    if isinstance(error, OSError):
-        return describe_error(error) + LISTEN_HINTS.get(error.errno or 0, "")
-    return "that cannot be a machine's name: --host 0.0.0.0 is all addresses of this one"
 
 
 def open_socket(family: int, address: tuple[Any, ...], port: int) -> socket.socket:

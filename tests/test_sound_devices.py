@@ -265,14 +265,6 @@ def test_a_signal_while_the_sound_system_starts_ends(
 # --- silence --------------------------------------------------------------------------------
 
 
-def test_a_microphone_that_is_silent_to_the_last_bit_is_mentioned_once() -> None:
-    silence = server.Silence(common.AudioFormat(48_000, 1))
-    second, noise = bytes(96_000), b"\0\1" * 48_000
-    told = [silence.is_to_be_told(part) for part in [second] * 9 + [noise] + [second] * 30]
-    assert told.count(True) == 1
-    assert told.index(True) == 19
-
-
 def test_the_silence_of_a_muted_microphone_is_a_line(card: VirtualSoundCard) -> None:
     with start_server(card) as sender:
         sender.wait_for("nothing but zeros for 10 s")

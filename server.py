@@ -283,17 +283,14 @@ MAX_NEW_FOLDERS = common.MAX_BATCH_ENTRIES + MAX_FOLDER_DEPTH
 # The permissions of a folder made here, until all that is in it has arrived and its own are told.
 # On Linux the sticky bit tells it from a folder that is to stay so, also after a restart.
 UNFINISHED_MODE = 0o1700
-CLOSE_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
 # With O_PATH, where the system has it, permission to search a folder is enough.
 FOLDER_FLAGS = (
     getattr(os, "O_PATH", os.O_RDONLY)
     | getattr(os, "O_DIRECTORY", 0)
     | getattr(os, "O_NOFOLLOW", 0)
-    | CLOSE_ON_EXEC
 )
 FILE_FLAGS = (
     os.O_RDWR
-    | CLOSE_ON_EXEC
     | getattr(os, "O_BINARY", 0)
     | getattr(os, "O_NOFOLLOW", 0)
     | getattr(os, "O_NONBLOCK", 0)
@@ -379,7 +376,7 @@ class Folder:
         if not HAS_OPEN_FOLDERS:
             yield from (name for name in os.listdir(self.path) if name.endswith(suffix))
             return
-        descriptor = os.open(".", os.O_RDONLY | CLOSE_ON_EXEC, dir_fd=self.descriptor)
+        descriptor = os.open(".", os.O_RDONLY, dir_fd=self.descriptor)
         try:
             with os.scandir(descriptor) as entries:
                 yield from (each.name for each in entries if each.name.endswith(suffix))
@@ -626,7 +623,7 @@ class PartialFile:
     def create_nameless(cls, folder: Folder, place: Place, mode: int) -> PartialFile:
         """Make an empty one with these permissions, without a name if that can be."""
         if NAMELESS and folder.device not in place.disk.without_nameless:
-            flags = NAMELESS | os.O_RDWR | CLOSE_ON_EXEC
+            flags = NAMELESS | os.O_RDWR
             try:
                 return cls(folder, os.open(".", flags, mode, dir_fd=folder.descriptor), "", place)
             except OSError as error:
@@ -1088,12 +1085,10 @@ def remove_old_leftover(name: str, dir_fd: int | None) -> None:
             found = os.fstat(descriptor)
             is_old = found.st_mtime < time.time() - LEFTOVER_LIFE_S
             is_free = is_old and is_own_file(found) and lock_file(descriptor)
-            if is_free and sys.platform != "win32":  # which removes no file that is open
-                os.unlink(name, dir_fd=dir_fd)
         finally:
-            os.close(descriptor)
-        if is_free and sys.platform == "win32":
-            os.unlink(name)
+            os.close(descriptor)  # Windows removes no file that is open
+        if is_free:
+            os.unlink(name, dir_fd=dir_fd)
 
 
 def is_own_file(found: os.stat_result) -> bool:

@@ -131,10 +131,6 @@ class Refused(SocketPairError):
     """A file that is not taken, and why; the others of its client are."""
 
 
-class GivenUp(SocketPairError):
-    """The client does not send a file to its end; it has told its user why, and nobody else."""
-
-
 # --- names ----------------------------------------------------------------------------------
 
 # Linux's own limit, to bound what a client can make the server work through.
@@ -281,7 +277,7 @@ MAX_OPEN_FOLDERS = 32
 # By one batch: one for each entry, and those above the first.
 MAX_NEW_FOLDERS = common.MAX_BATCH_ENTRIES + MAX_FOLDER_DEPTH
 # The permissions of a folder made here, until all that is in it has arrived and its own are told.
-# On Linux the sticky bit tells it from a folder that is to stay so, also after a restart.
+# The sticky bit tells it from a folder that is to stay so, also after a restart.
 UNFINISHED_MODE = 0o1700
 # With O_PATH, where the system has it, permission to search a folder is enough.
 FOLDER_FLAGS = (
@@ -341,6 +337,8 @@ class Folder:
         """Make a folder in it, unless something has that name."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.at(name), mode, dir_fd=self.descriptor)
+            if sys.platform == "darwin" and mode & stat.S_ISVTX:  # which mkdir() leaves out there
+                os.chmod(self.at(name), mode, dir_fd=self.descriptor)
 
     def stat(self, name: str) -> os.stat_result:
         """Return what is known of a name in it; a link is not followed."""
@@ -482,10 +480,7 @@ class Folders:
         if self._new_left < 0:
             raise Refused("too many new folders at once")
         folder.make(name, mode)
-        made = folder.enter(name)
-        if mode == UNFINISHED_MODE:
-            self._disk.unfinished.note(made.identity, True)
-        return made
+        return folder.enter(name)
 
 
 # --- partial files --------------------------------------------------------------------------
@@ -884,10 +879,10 @@ class Recent(Generic[K, V]):
         with self._lock:
             return self._values.get(key, default)
 
-    def forget(self, key: K) -> bool:
-        """Forget one; return whether it was there."""
+    def forget(self, key: K) -> None:
+        """Forget one, if it is there."""
         with self._lock:
-            return self._values.pop(key, None) is not None
+            self._values.pop(key, None)
 
 
 class RateLimiter:
@@ -1179,7 +1174,6 @@ class Disk:
         os.umask(self.umask)
         self.rules: dict[int, NameRules] = {}  # by file system, where stricter than usual
         self.without_nameless: set[int] = set()  # file systems on which each file has a name
-        self.unfinished: Recent[tuple[int, int], bool] = Recent()  # folders made here
         self.numbers: Recent[tuple[tuple[int, int], str], int] = Recent()  # next for a taken name
         self.leases = Leases()
         self.digests = Digests()
@@ -1608,8 +1602,8 @@ class Content:
     def read(self, blocks: Blocks) -> bytes:
         """Hand all of it to `blocks`; return the client's SHA-256 of the whole.
 
-        Blocks until all is there. Raises GivenUp, ProtocolError, whatever `blocks` raises, and
-        ConnectionLost once it has handed over all that had come.
+        Blocks until all is there. Raises Refused where the client gives up, ProtocolError, whatever
+        `blocks` raises, and ConnectionLost once it has handed over all that had come.
         """
         while self.has_more():
             block = blocks.take()[: self._segment_left]
@@ -1624,13 +1618,13 @@ class Content:
     def has_more(self) -> bool:
         """Return whether bytes of it come next; blocks until that is known.
 
-        Raises GivenUp, ProtocolError and ConnectionLost.
+        Raises Refused, ProtocolError and ConnectionLost.
         """
         while not (self._segment_left or self._has_ended):
             length = self._connection.read_length(self._ahead)
             if length == common.GIVEN_UP:
                 self.is_over = True
-                raise GivenUp("the client cannot read it, or it has changed there")
+                raise Refused("the client cannot read it, or it has changed there")
             if length == common.END_OF_FILE:
                 self._has_ended = True
             elif length == common.STILL_HERE:
@@ -1651,7 +1645,7 @@ class Content:
 
     def pass_over(self) -> None:
         """Read and drop the rest."""
-        with contextlib.suppress(GivenUp), Blocks(lambda view: None) as blocks:
+        with contextlib.suppress(Refused), Blocks(lambda view: None) as blocks:
             self.read(blocks)
 
 
@@ -2001,7 +1995,7 @@ class Reception:
         try:
             content.has_more()  # nothing is made here for a file of which nothing comes
             outcome = self._receive_file(batch, wanted, content)
-        except (Refused, GivenUp, OSError) as error:
+        except (Refused, OSError) as error:
             outcome = batch.fail(entry.path, error)
             self.kept = ""  # the conversation goes on
         self._results.append((index, outcome))
@@ -2016,7 +2010,7 @@ class Reception:
         try:
             folder = batch.folders.make(entry.path, making_mode(entry))
             mode = None
-            if disk.unfinished.forget(folder.identity) or folder.is_unfinished:
+            if folder.is_unfinished:
                 mode = (mode_of(entry) | stat.S_IRWXU) & ~disk.umask | folder.heritage
             folder.finish(entry.mtime_ns, mode)
             return Outcome("saved", disk.rules_in(folder).fit(name_of(entry)))
@@ -2024,7 +2018,7 @@ class Reception:
             return batch.fail(entry.path, error)
 
     def _receive_file(self, batch: Batch, wanted: Wanted, content: Content) -> Outcome:
-        """Take a file's bytes and give it its name; raises OSError, Refused and GivenUp."""
+        """Take a file's bytes and give it its name; raises OSError and Refused."""
         with self._signs:
             under_way = self._begin(batch, wanted)
         self.large = under_way if is_large(wanted.entry) else None

@@ -9,7 +9,7 @@ In the order of the file; to follow a run, begin at `main`, at its end:
 names                 ``split_path``; ``NameRules``: the nearest name that a system can hold
 folders               ``Folder``, kept open; ``Folders``: nothing outside the root
 partial files         ``PartialFile``: until complete and given a name; ``Leases``: who has which
-what clients share    ``Disk``: what is known of it; ``Space``, ``Digests``, ``Turns`` and
+what clients share    ``Store``: where files go; ``Space``, ``Digests``, ``Turns`` and
                       ``RateLimiter`` bound what each of them may cost
 looking up            ``LookUp``: what is here already; ``Here``: and the same at the client
 one file              ``UnderWay``, until it has its name; ``Content``: its bytes
@@ -406,8 +406,8 @@ class Folders:
     outside, whatever else happens in there meanwhile.
     """
 
-    def __init__(self, disk: Disk) -> None:
-        self._disk = disk
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._open: OrderedDict[str, Folder] = OrderedDict()
         self._missing: set[str] = set()
         self._new_left = MAX_NEW_FOLDERS
@@ -450,7 +450,7 @@ class Folders:
     def _root(self, mode: int | None) -> Folder | None:
         if "" in self._open:
             return self._open[""]
-        root = self._disk.root
+        root = self._store.root
         if mode is not None:
             os.makedirs(root, exist_ok=True)
         try:
@@ -462,7 +462,7 @@ class Folders:
     def _enter(self, folder: Folder, offered: str, mode: int | None) -> Folder | None:
         """Open a folder in another, or make it, under the nearest name that it can have."""
         try:
-            return self._disk.with_fitting(
+            return self._store.with_fitting(
                 folder, offered, lambda name: self._enter_or_make(folder, name, mode)
             )
         except OSError as error:
@@ -571,11 +571,11 @@ class Leases:
 
 
 class Place(NamedTuple):
-    """What a partial file is to become, for whom, and on which disk."""
+    """What a partial file is to become, for whom, and where."""
 
     name: str
     holder: Reception
-    disk: Disk
+    store: Store
 
     def new_hidden_name(self) -> str:
         """Return a name for a partial file that none has had."""
@@ -617,13 +617,13 @@ class PartialFile:
     @classmethod
     def create_nameless(cls, folder: Folder, place: Place, mode: int) -> PartialFile:
         """Make an empty one with these permissions, without a name if that can be."""
-        if NAMELESS and folder.device not in place.disk.without_nameless:
+        if NAMELESS and folder.device not in place.store.without_nameless:
             flags = NAMELESS | os.O_RDWR
             try:
                 return cls(folder, os.open(".", flags, mode, dir_fd=folder.descriptor), "", place)
             except OSError as error:
                 if error.errno in NO_NAMELESS:
-                    place.disk.without_nameless.add(folder.device)
+                    place.store.without_nameless.add(folder.device)
         return cls.create(folder, place)
 
     @classmethod
@@ -653,7 +653,7 @@ class PartialFile:
 
     def _take_lease(self, name: str, since: float) -> bool:
         file = (self.folder.identity, name)
-        if self._place.disk.leases.take(file, self._place.holder, since):
+        if self._place.store.leases.take(file, self._place.holder, since):
             self._lease = file
         return self._lease is not None
 
@@ -711,7 +711,7 @@ class PartialFile:
             return
         if self.name:  # without, it was made with them
             with contextlib.suppress(OSError):
-                os.fchmod(self.descriptor, mode & ~self._place.disk.umask)
+                os.fchmod(self.descriptor, mode & ~self._place.store.umask)
         set_times(self.descriptor, mtime_ns)
 
     # ending
@@ -778,7 +778,7 @@ class PartialFile:
         except OSError as error:
             if error.errno not in NO_HARD_LINKS:
                 raise
-            self._place.disk.without_nameless.add(self.folder.device)
+            self._place.store.without_nameless.add(self.folder.device)
             self._copy()
         else:
             self.name = name
@@ -833,12 +833,13 @@ class PartialFile:
                 os.close(descriptor)
         finally:
             if lease:
-                self._place.disk.leases.release(lease)
+                self._place.store.leases.release(lease)
 
 
 # --- what clients share ---------------------------------------------------------------------
 
 MAX_REMEMBERED = 10_000  # of each kind; a few hundred bytes each
+MAX_SETTLED = 100_000
 MAX_KNOWN_FOLDERS = 500  # with the leftovers in them
 MAX_LEFTOVERS = 1_000  # that count in one folder, those of the client's own address first
 LEFTOVER_LIFE_S = 7 * 24 * 3600.0
@@ -1165,11 +1166,13 @@ def reserve_of(total: int) -> int:
     return min(RESERVE_BYTES, total // RESERVE_SHARE)
 
 
-class Disk:
-    """What is known of the root that files go to, and shared by all connections."""
+class Store:
+    """Where files go, what is known of the disk there, and who sends just now. For any thread."""
 
-    def __init__(self, root: str) -> None:
-        self.root = os.path.realpath(root)
+    def __init__(self, folder: str, overwrite: bool = False) -> None:
+        self.folder = folder
+        self.overwrite = overwrite
+        self.root = os.path.realpath(folder)
         self.umask = os.umask(0o077)  # asking for it sets it, for all threads
         os.umask(self.umask)
         self.rules: dict[int, NameRules] = {}  # by file system, where stricter than usual
@@ -1184,6 +1187,11 @@ class Disk:
         self.space = Space()
         self.mismatches = RateLimiter(FREE_MISMATCHES, MISMATCH_SPACING_S)
         self.looking_up = Turns()
+        # By run, device and inode: the files that a client has been told it has here.
+        self.settled: Recent[tuple[str, int, int], bool] = Recent(MAX_SETTLED)
+        self.log = LimitedLog()
+        self._receptions: set[Reception] = set()
+        self._lock = threading.Lock()
 
     def rules_in(self, folder: Folder) -> NameRules:
         """Return what is known of the names that `folder` takes."""
@@ -1237,6 +1245,32 @@ class Disk:
                 os.close(descriptor)
         return ""
 
+    @contextlib.contextmanager
+    def attend(self, reception: Reception) -> Iterator[None]:
+        """Count a client in inside the ``with`` block."""
+        with self._lock:
+            self._receptions.add(reception)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._receptions.discard(reception)
+
+    def has_large_arrival(self) -> bool:
+        """Return whether a large file is arriving just now."""
+        with self._lock:
+            return any(each.large for each in self._receptions)
+
+    def describe_arrivals(self) -> str:
+        """Return what is arriving just now, in a line."""
+        with self._lock:
+            return "; ".join(filter(None, [each.describe() for each in self._receptions]))
+
+    def spell(self, folder: Folder, name: str) -> str:
+        """Return a path in a line of the log."""
+        below = folder.path[len(os.path.join(self.root, "")) :]
+        return spell_path(os.path.join(self.folder, below + name))
+
 
 # --- looking up -----------------------------------------------------------------------------
 
@@ -1289,14 +1323,14 @@ class LookedUp(NamedTuple):
         lengths = {each.size for each in self.partials}
         return sorted(lengths | {self.size} if self.candidates else lengths)
 
-    def read(self, disk: Disk, on_progress: Callable[[int], object]) -> Here:
+    def read(self, store: Store, on_progress: Callable[[int], object]) -> Here:
         """Return the SHA-256 of all that is here; blocks until it is read."""
         beginnings = {}
         for each in self.partials:
             with contextlib.suppress(OSError, FileShrunk):  # as good as different
-                beginnings[each] = disk.digests.read(each.descriptor, each.size, on_progress)
+                beginnings[each] = store.digests.read(each.descriptor, each.size, on_progress)
         names = {
-            name: disk.read_finished(self.folder, name, self.size, on_progress)
+            name: store.read_finished(self.folder, name, self.size, on_progress)
             for name in self.candidates
         }
         return Here(beginnings, names)
@@ -1332,7 +1366,7 @@ class LookUp:
 
     def __init__(self, batch: Batch, since: float) -> None:
         self._batch = batch
-        self._disk = batch.store.disk
+        self._store = batch.store
         self._since = since  # the client has connected, a time.monotonic()
         self._began_s = time.monotonic()
         # By path: partial files, and finished ones by their names.
@@ -1353,7 +1387,9 @@ class LookUp:
         if entry.path not in self._found:
             # Partial files first: one that gets its name meanwhile is a finished one then.
             left = list(self._reopen_partials(folder, name))
-            there = self._disk.with_fitting(folder, name, lambda name: self._finished(folder, name))
+            there = self._store.with_fitting(
+                folder, name, lambda name: self._finished(folder, name)
+            )
             self._found[entry.path] = left, there
         partials, finished = self._found[entry.path]
         alike = [each for each, found in finished.items() if found.st_size == entry.size]
@@ -1364,8 +1400,8 @@ class LookUp:
 
     def _reopen_partials(self, folder: Folder, name: str) -> Iterator[PartialFile]:
         """Open what earlier runs have left of a file."""
-        place = Place(name, self._batch.client, self._disk)
-        for hidden in self._disk.find_leftovers(folder, place, self._since):
+        place = Place(name, self._batch.client, self._store)
+        for hidden in self._store.find_leftovers(folder, place, self._since):
             is_own = has_tag(hidden, place.holder.tag)
             if not self._open_left[is_own]:
                 continue
@@ -1377,12 +1413,12 @@ class LookUp:
     def _finished(self, folder: Folder, name: str) -> dict[str, os.stat_result]:
         """Return the finished files of a name, and of that with a number."""
         finished = {}
-        for number, each in self._disk.numbered(folder, name, MAX_NUMBERED):
+        for number, each in self._store.numbered(folder, name, MAX_NUMBERED):
             try:
                 found = folder.stat(each)
             except FileNotFoundError:
                 if number:
-                    self._disk.numbers.note((folder.identity, name), number)
+                    self._store.numbers.note((folder.identity, name), number)
                 break
             if stat.S_ISREG(found.st_mode):
                 finished[each] = found
@@ -1455,7 +1491,7 @@ class UnderWay:
         self.entry = wanted.entry
         self.partial = partial
         self._batch = batch
-        self._disk = batch.store.disk
+        self._store = batch.store
         self._device = wanted.device
         self._different = wanted.different
         self._offset = partial.size
@@ -1469,13 +1505,13 @@ class UnderWay:
     def write(self, view: memoryview) -> None:
         """Write and hash its next bytes; blocks until done. Raises OSError."""
         if self.entry.size is None:
-            self._disk.space.take(self._batch.claims, self.partial.folder, len(view))
+            self._store.space.take(self._batch.claims, self.partial.folder, len(view))
         self.partial.write(view)
         self._release_space(len(view), used=len(view))
 
     def _release_space(self, count: int, used: int = 0) -> None:
         if self._device is not None:
-            self._disk.space.release(self._batch.claims, self._device, count, used)
+            self._store.space.release(self._batch.claims, self._device, count, used)
 
     # the end
 
@@ -1490,7 +1526,7 @@ class UnderWay:
         self.partial.flush()
         self.partial.set_metadata(self.entry.mtime_ns, mode_of(self.entry))
         try:
-            return self._disk.with_fitting(
+            return self._store.with_fitting(
                 self.partial.folder, name_of(self.entry), self._take_name
             )
         except FileNotFoundError:
@@ -1502,9 +1538,9 @@ class UnderWay:
         folder = self.partial.folder
         if self.partial.move_to(name) or self._replace(name):
             return self._batch.settle("saved", folder, name)
-        for number, each in self._disk.numbered(folder, name, MAX_CANDIDATES):
+        for number, each in self._store.numbered(folder, name, MAX_CANDIDATES):
             if number and self.partial.move_to(each):
-                self._disk.numbers.note((folder.identity, name), number + 1)
+                self._store.numbers.note((folder.identity, name), number + 1)
                 break
             if self._is_same(each):
                 self.partial.discard()
@@ -1520,11 +1556,11 @@ class UnderWay:
 
     def _is_same(self, name: str) -> bool:
         """Return whether a finished file has the same content: if not, that was a guess at it."""
-        guesses, host = self._disk.mismatches, self._batch.client.host
+        guesses, host = self._store.mismatches, self._batch.client.host
         if name in self._different or guesses.reserve(host) is None:
             return False
         folder, size = self.partial.folder, self.partial.size
-        found = self._disk.read_finished(folder, name, size, lambda _: None)
+        found = self._store.read_finished(folder, name, size, lambda _: None)
         is_same = found == self.partial.digest.hexdigest()
         if is_same or not found:
             guesses.give_back(host, 1)
@@ -1662,47 +1698,6 @@ SIGN_SPACING_S = 0.25
 MAX_COMPARISON_WAIT_S = 300.0
 # Looking up takes one part in so many more, while a large file arrives.
 LOOKING_UP_SHARE = 4
-MAX_SETTLED = 100_000
-
-
-class Store:
-    """Where files go, whether they replace others, and who sends just now. For any thread."""
-
-    def __init__(self, folder: str, overwrite: bool = False) -> None:
-        self.folder = folder
-        self.overwrite = overwrite
-        self.disk = Disk(folder)
-        # By run, device and inode: the files that a client has been told it has here.
-        self.settled: Recent[tuple[str, int, int], bool] = Recent(MAX_SETTLED)
-        self.log = LimitedLog()
-        self._receptions: set[Reception] = set()
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def attend(self, reception: Reception) -> Iterator[None]:
-        """Count a client in inside the ``with`` block."""
-        with self._lock:
-            self._receptions.add(reception)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._receptions.discard(reception)
-
-    def has_large_arrival(self) -> bool:
-        """Return whether a large file is arriving just now."""
-        with self._lock:
-            return any(each.large for each in self._receptions)
-
-    def describe_arrivals(self) -> str:
-        """Return what is arriving just now, in a line."""
-        with self._lock:
-            return "; ".join(filter(None, [each.describe() for each in self._receptions]))
-
-    def spell(self, folder: Folder, name: str) -> str:
-        """Return a path in a line of the log."""
-        below = folder.path[len(os.path.join(self.disk.root, "")) :]
-        return spell_path(os.path.join(self.folder, below + name))
 
 
 def spell_path(path: str) -> str:
@@ -1744,7 +1739,7 @@ class Batch:
     def __init__(self, store: Store, reception: Reception, run: str) -> None:
         self.store = store
         self.client = reception
-        self.folders = Folders(store.disk)
+        self.folders = Folders(store)
         self.partials: list[PartialFile] = []  # left by earlier runs
         self.differed = False
         self._run = run
@@ -1786,7 +1781,7 @@ class Batch:
 
         They count as guesses at what is here until they are the same. Raises ProtocolError.
         """
-        guesses = self.store.disk.mismatches
+        guesses = self.store.mismatches
         wait_s = guesses.reserve(self.client.host, MAX_COMPARISON_WAIT_S, number)
         if wait_s is None:
             raise ProtocolError("too much that differs came from this address: try again later")
@@ -1803,7 +1798,7 @@ class Batch:
             folder = self.folders.find(folder_of(wanted.entry)) or self.folders.find("")
             if folder is None:
                 return wanted
-            self.store.disk.space.promise(self.claims, folder, needed)
+            self.store.space.promise(self.claims, folder, needed)
         except (Refused, OSError) as error:
             return self.fail(wanted.entry.path, error)
         return wanted._replace(device=folder.device)
@@ -1812,9 +1807,9 @@ class Batch:
         """Release all that is still held or promised, and log how much was left out."""
         for partial in self.partials:
             partial.keep()
-        self.store.disk.space.forget(self.claims)
+        self.store.space.forget(self.claims)
         if self._guesses and not self.differed:
-            self.store.disk.mismatches.give_back(self.client.host, self._guesses)
+            self.store.mismatches.give_back(self.client.host, self._guesses)
         for (level, kind), lines in self._lines.items():
             if lines > LINES_A_BATCH:
                 more = f"{self.client.peer} and {lines - LINES_A_BATCH} more {kind}"
@@ -1860,7 +1855,7 @@ class Reception:
 
     def aside(self) -> contextlib.AbstractContextManager[None]:
         """Let others have its turn inside the ``with`` block; for its own thread, in a turn."""
-        return self._store.disk.looking_up.aside(self._who)
+        return self._store.looking_up.aside(self._who)
 
     def describe(self) -> str:
         """Return what is arriving, a large file or many, and from where. For any thread."""
@@ -1895,7 +1890,7 @@ class Reception:
 
         It takes no more than a share of the time while a large file arrives from somebody.
         """
-        turns = self._store.disk.looking_up
+        turns = self._store.looking_up
         with turns.turn(self._who):
             try:
                 yield
@@ -1964,7 +1959,7 @@ class Reception:
         lengths = [(index, each.held()) for index, each in held.items()]
         self._connection.send(common.Held(lengths))
         with self._signs:
-            here = [each.read(self._store.disk, self._signs.check) for each in held.values()]
+            here = [each.read(self._store, self._signs.check) for each in held.values()]
         same = {}
         for (index, each), its, checksums in zip(
             held.items(), here, self._receive_prefixes(len(held)), strict=True
@@ -2006,14 +2001,14 @@ class Reception:
 
     def _finish_folder(self, batch: Batch, entry: Entry) -> Outcome:
         """Make an offered folder, or find it there; it comes after all that is in it."""
-        disk = self._store.disk
+        store = self._store
         try:
             folder = batch.folders.make(entry.path, making_mode(entry))
             mode = None
             if folder.is_unfinished:
-                mode = (mode_of(entry) | stat.S_IRWXU) & ~disk.umask | folder.heritage
+                mode = (mode_of(entry) | stat.S_IRWXU) & ~store.umask | folder.heritage
             folder.finish(entry.mtime_ns, mode)
-            return Outcome("saved", disk.rules_in(folder).fit(name_of(entry)))
+            return Outcome("saved", store.rules_in(folder).fit(name_of(entry)))
         except (Refused, OSError) as error:
             return batch.fail(entry.path, error)
 
@@ -2058,13 +2053,13 @@ class Reception:
             partial = self._create(batch.folders.make(path, mode), entry)
         under_way = UnderWay(batch, wanted, partial)
         if under_way.bytes_left >= LARGE_BYTES:
-            name = self._store.disk.rules_in(partial.folder).fit(name_of(entry))
+            name = self._store.rules_in(partial.folder).fit(name_of(entry))
             shown = self._store.spell(partial.folder, name)
             log.info(f"{self.peer} begins to send {under_way.describe_rest()}: {shown}")
         return under_way
 
     def _create(self, folder: Folder, entry: Entry) -> PartialFile:
-        place = Place(name_of(entry), self, self._store.disk)
+        place = Place(name_of(entry), self, self._store)
         if is_large(entry):
             return PartialFile.create(folder, place)
         return PartialFile.create_nameless(folder, place, mode_of(entry))
@@ -3945,7 +3940,7 @@ def attend_folder(store: Store, console: Console) -> None:
     """Show what arrives, and remove old leftovers now and then, until Ctrl+C; blocks."""
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            remove_old_leftovers(store.disk.root)
+            remove_old_leftovers(store.root)
             sweep = Deadline(SWEEP_INTERVAL_S)
             while wait_s := sweep.remaining():
                 if console.has_status:

@@ -109,13 +109,13 @@ def test_a_server_that_cannot_wait_for_clients_just_now_takes_them_later(
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors")
 def test_folders_that_cannot_be_entered_are_closed_at_once(inbox: Path) -> None:
     make_file(inbox / "a" / "b" / "file", 1)
-    disk = server.Disk(str(inbox))
+    store = server.Store(str(inbox))
     before = len(os.listdir("/proc/self/fd"))
     gc.disable()
     try:
         for number in range(50):
             with contextlib.suppress(server.Refused):
-                server.Folders(disk).find(f"a/b/file/{number}")
+                server.Folders(store).find(f"a/b/file/{number}")
             assert len(os.listdir("/proc/self/fd")) <= before + 1
     finally:
         gc.enable()
@@ -184,7 +184,7 @@ def test_nobody_waits_for_a_look_up_that_waits_for_a_file_in_use(
         user.send(frame(b"the beginning"))
         wait_for(lambda: partials(inbox))
         waiting.greet().send(message("offer", entries=[film]))
-        wait_for(lambda: store.disk.leases._changed._waiters)  # type: ignore[attr-defined]
+        wait_for(lambda: store.leases._changed._waiters)  # type: ignore[attr-defined]
         assert other.greet().send_file("small", b"?") == {"saved": "small"}
         user.hang_up()
         assert waiting.receive()["type"] == "held"

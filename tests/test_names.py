@@ -14,10 +14,10 @@ from common import PARTIAL_SUFFIX
 from server import (
     SHORT_NAME_BYTES,
     USUAL_RULES,
-    Disk,
     Folders,
     NameRules,
     Refused,
+    Store,
     partial_stem,
     split_path,
 )
@@ -78,7 +78,7 @@ def test_every_path_is_refused_or_ends_inside_the_folder(path: str) -> None:
         os.mkdir(root)
         try:
             parts = split_path(path)
-            folder = Folders(Disk(root)).make("/".join(parts[:-1]), 0o777)
+            folder = Folders(Store(root)).make("/".join(parts[:-1]), 0o777)
             target = os.path.join(folder.path, USUAL_RULES.fit(parts[-1]))
             with open(target, "xb"):
                 pass

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common import PARTIAL_SUFFIX
-from server import RELEASE_TIMEOUT_S, Disk, Folder, Folders, PartialFile, Place, Reception, Refused
+from server import RELEASE_TIMEOUT_S, Folder, Folders, PartialFile, Place, Reception, Refused, Store
 from support import as_root, linux, posix
 
 
@@ -46,7 +46,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def folders_in(root: Path) -> Folders:
-    return Folders(Disk(str(root)))
+    return Folders(Store(str(root)))
 
 
 def open_root(root: Path) -> Folder:
@@ -54,7 +54,7 @@ def open_root(root: Path) -> Folder:
 
 
 def place_of(root: Path, name: str, client: Client | None = None) -> Place:
-    return Place(name, client or Client(), Disk(str(root)))
+    return Place(name, client or Client(), Store(str(root)))
 
 
 # --- symbolic links -------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_a_partial_file_is_hidden_and_found_again(root: Path, name: str) -> None
     (found,) = os.listdir(root)
     assert found.startswith(".")
     assert found.endswith(PARTIAL_SUFFIX)
-    assert place.disk.find_leftovers(folder, place, 0.0) == [found]
+    assert place.store.find_leftovers(folder, place, 0.0) == [found]
     assert (root / found).stat().st_mode & 0o077 == 0, "nobody else may read it"
     reopened = PartialFile.reopen(folder, found, place, 0.0)
     assert reopened is not None
@@ -209,7 +209,7 @@ def test_a_partial_file_in_use_is_not_opened_again(root: Path) -> None:
     place = place_of(root, "x")
     folder = open_root(root)
     partial = PartialFile.create(folder, place)
-    again = Place(place.name, Client(), place.disk)
+    again = Place(place.name, Client(), place.store)
     assert PartialFile.reopen(folder, partial.name, again, 0.0) is None
     elsewhere = place_of(root, "x")  # another server
     assert PartialFile.reopen(folder, partial.name, elsewhere, 0.0) is None
@@ -224,7 +224,7 @@ def test_a_partial_file_in_use_is_not_opened_again(root: Path) -> None:
 def test_a_silent_client_is_ended_for_the_next_one(root: Path) -> None:
     place = place_of(root, "x", Client(silent=10.0))
     partial = PartialFile.create(open_root(root), place)
-    again = Place(place.name, Client(), place.disk)
+    again = Place(place.name, Client(), place.store)
     assert PartialFile.reopen(open_root(root), partial.name, again, 0.0) is None
     assert isinstance(place.holder, Client)
     assert place.holder.has_ended
@@ -235,11 +235,11 @@ def test_what_came_within_the_tick_of_a_coarse_clock_is_found(root: Path) -> Non
     """As of FAT, on which a folder keeps its time for up to two seconds, whatever comes into it."""
     place, ago_ns = place_of(root, "x"), time.time_ns() - 10**9
     os.utime(root, ns=(ago_ns, ago_ns))
-    assert place.disk.find_leftovers(open_root(root), place, time.monotonic()) == []
+    assert place.store.find_leftovers(open_root(root), place, time.monotonic()) == []
     partial = PartialFile.create(open_root(root), place)
     partial.close()
     os.utime(root, ns=(ago_ns, ago_ns))
-    found = place.disk.find_leftovers(open_root(root), place, time.monotonic())
+    found = place.store.find_leftovers(open_root(root), place, time.monotonic())
     assert found == [partial.name]
 
 
@@ -254,7 +254,7 @@ def test_a_client_that_is_ended_has_time_to_release_what_it_holds(root: Path) ->
     place = place_of(root, "x", Ending(silent=10.0))
     partial = PartialFile.create(open_root(root), place)
     partial.write(memoryview(b"what has come"))
-    again = Place(place.name, Client(), place.disk)
+    again = Place(place.name, Client(), place.store)
     since = time.monotonic() - RELEASE_TIMEOUT_S
     reopened = PartialFile.reopen(open_root(root), partial.name, again, since)
     assert reopened is not None
@@ -273,7 +273,7 @@ def test_what_is_about_to_replace_a_file_is_in_use(root: Path) -> None:
 
     class Watched(Folder):
         def replace(self, name: str, target: str) -> None:
-            again = Place(place.name, Client(), place.disk)
+            again = Place(place.name, Client(), place.store)
             found.append(PartialFile.reopen(folder, name, again, 0.0))
             super().replace(name, target)
 
@@ -282,7 +282,7 @@ def test_what_is_about_to_replace_a_file_is_in_use(root: Path) -> None:
     assert found == [None]
     assert os.listdir(root) == ["x"]
     assert (root / "x").read_bytes() == b"new"
-    assert (root / "x").stat().st_mode & 0o777 == 0o644 & ~place.disk.umask
+    assert (root / "x").stat().st_mode & 0o777 == 0o644 & ~place.store.umask
 
 
 def test_a_partial_file_is_in_use_from_the_moment_that_it_is_there(root: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_partial_file_is_in_use_from_the_moment_that_it_is_there(root: Path) -
         def open_file(self, name: str, flags: int = 0) -> int:
             descriptor = super().open_file(name, flags)
             if flags & os.O_CREAT:
-                again = Place(place.name, Client(), place.disk)
+                again = Place(place.name, Client(), place.store)
                 found.append(PartialFile.reopen(open_root(root), name, again, 0.0))
             return descriptor
 

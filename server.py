@@ -2247,13 +2247,14 @@ class PacedInput:
         start_s = due_s = common.clock_s()
         try:
             while samples := self._read(block_bytes):
-                due_s += audio.frames_of(samples) / audio.rate
+                frames = audio.frames_of(samples)  # without a last one that is incomplete
+                due_s += frames / audio.rate
                 late_s = common.clock_s() - due_s
                 if late_s > PACING_SLACK_S:
                     due_s += late_s
                 elif late_s < 0:
                     time.sleep(-late_s)
-                self.captured.put(samples)
+                self.captured.put(samples[: frames * audio.frame_bytes])
             if due_s == start_s:  # whoever was to write there has failed, most likely
                 self.captured.end(f"there was no sound on {self.name}", failed=True)
             else:
@@ -2261,11 +2262,6 @@ class PacedInput:
         except Exception as error:  # noqa: BLE001  (is told)
             reason = describe_error(error)
             self.captured.end(f"{self.name} cannot be read any further ({reason})", failed=True)
-
-
-def whole_frames(samples: bytes, audio: AudioFormat) -> bytes:
-    """Return `samples` without a last frame that is incomplete."""
-    return samples[: audio.frames_of(samples) * audio.frame_bytes]
 
 
 def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
@@ -2283,9 +2279,7 @@ def open_standard_input(audio: AudioFormat) -> PacedInput:
         raise SocketPairError(
             "--input - is for another program or a file, not for a terminal: add | or <"
         )
-    file = sys.stdin.buffer
-    read = lambda size: whole_frames(file.read(size), audio)  # noqa: E731
-    return PacedInput("standard input", read, CaptureQueue(audio))
+    return PacedInput("standard input", sys.stdin.buffer.read, CaptureQueue(audio))
 
 
 # --- sound: files ---------------------------------------------------------------------------
@@ -2576,15 +2570,14 @@ class SoundLoop:
     """A sound file over and over, without a gap, read some way ahead by a thread of its own."""
 
     def __init__(self, sound: SoundFile) -> None:
-        self._sound = sound
         self._parts: queue.Queue[bytes | Exception] = queue.Queue(READ_AHEAD_PARTS)
         self._unread = b""
         self._error: Exception | None = None
-        threading.Thread(target=self._read_ahead, name="sound file", daemon=True).start()
+        threading.Thread(target=self._read_ahead, args=(sound,), daemon=True).start()
 
-    def _read_ahead(self) -> None:
+    def _read_ahead(self, sound: SoundFile) -> None:
         try:
-            for part in over_and_over(self._sound):
+            for part in over_and_over(sound):
                 self._parts.put(part)
         except Exception as error:  # noqa: BLE001  (whoever reads raises it)
             self._parts.put(error)
@@ -2598,7 +2591,6 @@ class SoundLoop:
             else:
                 self._unread += part
         samples, self._unread = self._unread[:size], self._unread[size:]
-        samples = whole_frames(samples, self._sound.audio)
         if self._error and not samples:
             raise self._error
         return samples

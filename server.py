@@ -2313,7 +2313,8 @@ WAV_FORMAT = struct.Struct("<HHIIHH")
 WAV_FORMAT_BYTES = 40  # with what WAVE_FORMAT_EXTENSIBLE has more
 WAV_PCM, WAV_EXTENSIBLE = 1, 0xFFFE
 WAV_ENCODINGS = {2: "ADPCM", 3: "floating-point", 6: "A-law", 7: "mu-law", 17: "ADPCM", 85: "MP3"}
-# What recorders write for a size that they do not know yet: this or more, or 0.
+# What recorders write for a size that they do not know yet, and were killed before: this or more,
+# or 0.
 WAV_UNKNOWN_BYTES = 0x7FFF_0000
 # Their headers tell the exact length: with less than that decoded, such a file is broken.
 EXACT_CODECS = ("flac", "alac", "wavpack", "tta", "ape")
@@ -2344,11 +2345,8 @@ class PlainWav:
         broken, after all that could be read, and OSError.
         """
         with open(self._path, "rb", buffering=0) as file:
-            left = self._size
-            if left is None:
-                left = os.fstat(file.fileno()).st_size - self._start
-            left -= left % self.audio.frame_bytes
             file.seek(self._start)
+            left = self._size - self._size % self.audio.frame_bytes
             while left:
                 samples = file.read(min(READ_BYTES, left))
                 if not samples:
@@ -2358,8 +2356,8 @@ class PlainWav:
                 yield samples
 
 
-def find_wav_samples(file: BinaryIO) -> tuple[AudioFormat, int, int | None]:
-    """Return the format of a WAV file's 16-bit PCM, where it starts, and its bytes if it is told.
+def find_wav_samples(file: BinaryIO) -> tuple[AudioFormat, int, int]:
+    """Return the format of a WAV file's 16-bit PCM, where it starts, and how many bytes it has.
 
     Raises NotPlainWav where there is none.
     """
@@ -2373,8 +2371,9 @@ def find_wav_samples(file: BinaryIO) -> tuple[AudioFormat, int, int | None]:
         if kind == b"fmt ":
             audio = parse_wav_format(file.read(min(size, WAV_FORMAT_BYTES)))
         elif kind == b"data" and audio and file.read(1):
-            file.seek(start)
-            return audio, start, known_wav_size(file, size)
+            if size == 0 or size >= WAV_UNKNOWN_BYTES:
+                size = os.fstat(file.fileno()).st_size - start
+            return audio, start, size
         file.seek(start + size + size % 2)
     raise NotPlainWav("WAV without samples")
 
@@ -2396,17 +2395,6 @@ def parse_wav_format(fields: bytes) -> AudioFormat:
     if rate not in common.SAMPLE_RATES or channels not in common.CHANNEL_COUNTS:
         raise NotPlainWav(f"WAV with {audio.describe()}, which is out of range")
     return audio
-
-
-def known_wav_size(file: BinaryIO, size: int) -> int | None:
-    """Return `size`, or None where a recorder was killed before it could write the true one.
-
-    `file` is where the samples begin.
-    """
-    there = os.fstat(file.fileno()).st_size - file.tell()
-    if (size == 0 or size >= WAV_UNKNOWN_BYTES) and size != there:
-        return None
-    return size
 
 
 def describe_content(beginning: bytes) -> str:

@@ -526,8 +526,8 @@ class Leases:
         self._holders: dict[FileName, Reception] = {}
         self._changed = threading.Condition()
 
-    def take(self, file: FileName, holder: Reception, since: float) -> bool:
-        """Have `holder` use a file; return False if another does, and goes on doing so.
+    def take(self, file: FileName, holder: Reception, since: float) -> FileName | None:
+        """Have `holder` use a file, and return it; None if another does, and goes on doing so.
 
         Blocks until some seconds after `since`, a time.monotonic(): a client that was cut off
         comes back at once, perhaps before its old connection has been found broken. One that has
@@ -536,11 +536,11 @@ class Leases:
         with self._changed:
             if file not in self._holders:
                 self._holders[file] = holder
-                return True
+                return file
         with holder.aside():
             return self._wait_and_take(file, holder, since)
 
-    def _wait_and_take(self, file: FileName, holder: Reception, since: float) -> bool:
+    def _wait_and_take(self, file: FileName, holder: Reception, since: float) -> FileName | None:
         with self._changed:
             while (other := self._holders.get(file)) is not None:
                 silent_s, waited_s = other.silent_s(), time.monotonic() - since
@@ -548,14 +548,14 @@ class Leases:
                 if silent_s < waited_s:  # it is alive
                     left_s = RELEASE_TIMEOUT_S - waited_s
                 if other is holder or left_s <= 0:
-                    return False
+                    return None
                 if silent_s < SILENT_S:
                     left_s = min(left_s, SILENT_S - silent_s)
                 else:
                     other.end()
                 self._changed.wait(left_s)
             self._holders[file] = holder
-        return True
+        return file
 
     def release(self, file: FileName) -> None:
         """Note that a file is not used any more."""
@@ -634,22 +634,15 @@ class PartialFile:
 
     def _open(self, flags: int, since: float) -> bool:
         """Open it and keep others out; return False, and leave it closed, if one has it."""
-        try:
-            if self._take_lease(self.name, since):
+        with contextlib.ExitStack() as closing:
+            closing.callback(self.close)
+            file, place = (self.folder.identity, self.name), self._place
+            self._lease = place.store.leases.take(file, place.holder, since)
+            if self._lease:
                 self.descriptor = self.folder.open_file(self.name, flags)
-                if lock_file(self.descriptor) and self.folder.has(self.name):
-                    return True
-        except BaseException:
-            self.close()
-            raise
-        self.close()
-        return False
-
-    def _take_lease(self, name: str, since: float) -> bool:
-        file = (self.folder.identity, name)
-        if self._place.store.leases.take(file, self._place.holder, since):
-            self._lease = file
-        return self._lease is not None
+                if lock_file(self.descriptor):
+                    closing.pop_all()
+        return self.descriptor >= 0
 
     def _is_in_place(self) -> bool:
         """Return whether it still has its hidden name, and no other.
@@ -764,8 +757,9 @@ class PartialFile:
         """Give it a hidden name, if it has none, and keep others out of it."""
         if self.name:
             return
-        name = self._place.new_hidden_name()
-        self._take_lease(name, time.monotonic())
+        place, name = self._place, self._place.new_hidden_name()
+        file = (self.folder.identity, name)
+        self._lease = place.store.leases.take(file, place.holder, time.monotonic())
         lock_file(self.descriptor)
         try:
             self._link(name)

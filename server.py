@@ -3375,6 +3375,7 @@ MAX_LISTENERS = 2_000
 MAX_PENDING = 256
 # So long without progress, a client is idle: it gives way to others, and is not waited for.
 IDLE_S = 10.0
+IDLE_CHECK_S = 0.5
 ACCEPT_RETRY_S = 0.1
 # Lines of the log about clients that are turned away, at once and for good.
 TURNED_AWAY_LINES = 50
@@ -3475,19 +3476,11 @@ class Clients:
         deadline = Deadline(seconds)
         with self._changed:
             while self._clients and deadline.remaining():
-                idle_s = [self._evict_if_idle(client) for client in self._served()]
-                left_s = min(IDLE_S - max(idle_s, default=0.0), deadline.remaining())
+                for client in self._served():
+                    if client.connection.idle_s() >= IDLE_S:
+                        client.evict("the server stops, and it was idle")
                 # Windows lets Ctrl+C through only in between.
-                self._changed.wait(min(left_s, 0.5) if sys.platform == "win32" else left_s)
-
-    @staticmethod
-    def _evict_if_idle(client: Client) -> float:
-        """Evict an idle client; return for how long one has been idle that is not yet."""
-        idle_s = client.connection.idle_s()
-        if idle_s < IDLE_S:
-            return idle_s
-        client.evict("the server stops, and it was idle")
-        return 0.0
+                self._changed.wait(min(IDLE_CHECK_S, deadline.remaining()))
 
     def _pending(self) -> list[Client]:
         return [each for each in self._clients if not each.is_served and not each.eviction]

@@ -3552,14 +3552,15 @@ class Server:
         """Wait for connections, and take one from each socket that has some; False to stop."""
         try:
             ready = [key.fileobj for key, _ in self._selector.select()]
+            if self._woken in ready:
+                return False
             for sock in self._endpoint.sockets:
                 if sock in ready:
                     self._accept(sock)
         except (OSError, MemoryError) as error:  # the machine is at an end, of descriptors perhaps
             self._turned_away.write(f"a connection cannot be accepted: {describe_error(error)}")
             time.sleep(ACCEPT_RETRY_S)
-            return True
-        return self._woken not in ready
+        return True
 
     def _accept(self, listening: socket.socket) -> None:
         """Take one connection, and give it its thread. Raises OSError and MemoryError."""

@@ -679,9 +679,9 @@ class PartialFile:
             os.ftruncate(self.descriptor, left)
             self.size = left
 
-    def is_untouched(self) -> bool:
-        """Return whether no other program has made it longer or shorter: by its name one could."""
-        return not self.name or os.fstat(self.descriptor).st_size == self.size
+    def is_touched(self) -> bool:
+        """Return whether another program has made it longer or shorter: by its name one could."""
+        return os.fstat(self.descriptor).st_size != self.size
 
     def flush(self) -> None:
         """Have it written to where it stays, if that is a network's: errors may be told only then.
@@ -1509,7 +1509,7 @@ class UnderWay:
             checksum != self.partial.digest.digest()
         ):
             raise Refused("its SHA-256 does not match: it changed while it was sent")
-        if not self.partial.is_untouched():
+        if self.partial.is_touched():
             raise Refused("another program writes to its hidden file here")
         self.partial.flush()
         self.partial.set_metadata(self.entry.mtime_ns, mode_of(self.entry))
@@ -2752,7 +2752,7 @@ class Listener:
 
     A block that was begun is always finished, so that the client can tell where the next one
     starts. The broadcaster's thread calls `offer`, `end` and `lose`; the client's own thread
-    `take_requests`, then `stop`, and `finish` after that.
+    `take_requests`, then `stop`.
     """
 
     def __init__(self, connection: Connection, encoding: Encoding) -> None:
@@ -2838,11 +2838,6 @@ class Listener:
             if self._allowed.reserve() is None:
                 raise ProtocolError("it asks for the time too often")
             self._requests.append((request.asked_ns, common.clock_ns()))
-
-    def finish(self, reason: str) -> None:
-        """Send what is unsent, and why the sound ended; blocks a while. Raises ConnectionLost."""
-        with self.connection.limit(LISTENER_TIMEOUT_S):
-            self.connection.write(common.StreamEnd(reason).encode())
 
 
 class Broadcaster:
@@ -2978,7 +2973,8 @@ def handle_audio_client(
         broadcaster.remove(listener)
         reason = listener.loss
         if reason is None:
-            listener.finish(broadcaster.captured.end_reason)
+            with connection.limit(LISTENER_TIMEOUT_S):  # for what is unsent before it
+                connection.write(common.StreamEnd(broadcaster.captured.end_reason).encode())
             reason = "the sound has ended"
         write(f"left ({reason})" if reason else "left")
     except (OSError, SocketPairError) as error:

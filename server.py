@@ -3533,16 +3533,16 @@ class Server:
         self.clients.drop_pending()
         if self._thread.is_alive():
             self._thread.join()
-        for sock in self._endpoint.sockets:
+        self._selector.close()
+        for sock in (self._woken, *self._endpoint.sockets):
             sock.close()
         self.clients.drop_pending()
         self._advertising.close()
 
     def _accept_all(self) -> None:
         """Accept until `stop`: the whole life of the accepting thread."""
-        with self._woken, self._selector:
-            while self._accept_ready():
-                pass
+        while self._accept_ready():
+            pass
 
     def _accept_ready(self) -> bool:
         """Wait for connections, and take one from each socket that has some; False to stop."""

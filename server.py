@@ -2875,9 +2875,9 @@ class Broadcaster:
         audio = self.captured.audio
         if audio.channels not in common.OPUS_CHANNELS:
             raise Refused(f"this server's {audio.describe()} cannot be had as Opus: without --opus")
-        others = self._opus().keys() - {common.DEFAULT_OPUS_KBIT}
-        if len(others) >= MAX_OPUS_RATES and kbit not in {*others, common.DEFAULT_OPUS_KBIT}:
-            rates = ", ".join(map(str, sorted({*others, common.DEFAULT_OPUS_KBIT})))
+        used = {*self._opus(), common.DEFAULT_OPUS_KBIT}
+        if len(used) > MAX_OPUS_RATES and kbit not in used:
+            rates = ", ".join(map(str, sorted(used)))
             raise Refused(f"this server can encode Opus at no more bit rates than {rates}")
         try:
             import av  # noqa: PLC0415  (only a listener with --opus needs it)

@@ -544,16 +544,13 @@ class Leases:
         with self._changed:
             while (other := self._holders.get(file)) is not None:
                 silent_s, waited_s = other.silent_s(), time.monotonic() - since
-                left_s = TAKEOVER_TIMEOUT_S - waited_s
-                if silent_s < waited_s:  # it is alive
-                    left_s = RELEASE_TIMEOUT_S - waited_s
-                if other is holder or left_s <= 0:
-                    return None
-                if silent_s < SILENT_S:
-                    left_s = min(left_s, SILENT_S - silent_s)
-                else:
+                if silent_s >= SILENT_S:
                     other.end()
-                self._changed.wait(left_s)
+                limit_s = RELEASE_TIMEOUT_S if silent_s < waited_s else TAKEOVER_TIMEOUT_S
+                if other is holder or waited_s >= limit_s:
+                    return None
+                until_silent_s = SILENT_S - silent_s if silent_s < SILENT_S else math.inf
+                self._changed.wait(min(until_silent_s, limit_s - waited_s))
             self._holders[file] = holder
         return file
 

@@ -3199,8 +3199,10 @@ def find_own_address(families: Sequence[socket.AddressFamily]) -> str | None:
 
 def make_code() -> str:
     """Return a new pairing code of 40 random bits, as ``KQ7M-2XFD``."""
-    code = "".join(secrets.choice(CODE_ALPHABET) for _ in range(common.CODE_LENGTH))
-    return f"{code[:4]}-{code[4:]}"
+    while True:
+        code = "".join(secrets.choice(CODE_ALPHABET) for _ in range(common.CODE_LENGTH))
+        if not common.find_weakness(code):  # one in ten has no digit, and looks like a word
+            return f"{code[:4]}-{code[4:]}"
 
 
 class Endpoint(NamedTuple):

@@ -2960,9 +2960,7 @@ def handle_audio_client(
 
     listener = None
     try:
-        # How much the system may keep for a slow listener: what waits there is late.
-        audio = broadcaster.captured.audio
-        size = max(MIN_SEND_BUFFER_BYTES, audio.frames_in(SEND_BUFFER_MS) * audio.frame_bytes)
+        size = send_buffer_bytes(broadcaster.captured.audio)
         connection.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         listener = broadcaster.add(connection, opus_kbit)
         write("listening")
@@ -2979,6 +2977,11 @@ def handle_audio_client(
     finally:
         if listener:
             broadcaster.remove(listener)
+
+
+def send_buffer_bytes(audio: AudioFormat) -> int:
+    """Return how much the system may keep for a slow listener: what waits there is late."""
+    return max(MIN_SEND_BUFFER_BYTES, audio.frames_in(SEND_BUFFER_MS) * audio.frame_bytes)
 
 
 # --- who may connect ------------------------------------------------------------------------

@@ -324,7 +324,7 @@ def test_listeners_that_come_and_go_have_a_bounded_number_of_lines_in_the_log(
 def test_a_slow_listener_gets_whole_blocks_and_misses_whole_blocks() -> None:
     near, far = socket_pair()
     with common.Connection(near, "near") as sending, common.Connection(far, "far") as reading:
-        sending.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, server.MIN_SEND_BUFFER_BYTES)
+        sending.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, server.send_buffer_bytes(MONO))
         listener = server.Listener(sending, server.PcmEncoding(MONO))
         data = {number: bytes([number % 256]) * 20_000 for number in range(2_000)}
         for number, samples in data.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common import LENGTH, MAX_FRAME_BYTES, MAX_HELD_LENGTHS, PARTIAL_SUFFIX, STILL_HERE
-from server import FREE_MISMATCHES, MAX_ALIKE
+from server import FREE_MISMATCHES, MAX_ALIKE, MAX_OPEN_PARTIALS
 from support import (
     MIB,
     RawClient,
@@ -124,7 +124,7 @@ def test_no_number_of_partial_files_has_a_client_asked_more_than_it_answers(
         while held["type"] == "hashing":
             held = client.receive()
         ((_, lengths),) = held["entries"]
-        assert MAX_HELD_LENGTHS // 2 < len(lengths) <= MAX_HELD_LENGTHS
+        assert MAX_OPEN_PARTIALS < len(lengths) <= MAX_HELD_LENGTHS
 
 
 def test_a_false_offer_does_not_remove_what_another_may_continue(server: Server) -> None:

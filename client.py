@@ -2498,6 +2498,7 @@ class ServerClock:
 
 MAX_DELAY_MS = 2_000
 NEED_WINDOWS = 10  # of a second each, over which the network's need is looked at
+OUTAGE_S = 1.0  # what is later is no need of the network's, unless it mostly is
 UNTOLD_S = 2.0  # it may be silent for a moment after it has started, or run dry
 # Reads are regular that are off by no more in the mean; what a card tells is something else than
 # before where that is off by more.
@@ -2683,8 +2684,10 @@ class InStep:
     @property
     def needed_s(self) -> float:
         """How long after its capture a sample frame can be played on this network and card."""
-        worst_age_s = max(self._worst_ages_s, default=0.0)
-        return worst_age_s + self.leaving.ahead_s + self.leaving.block_s
+        ages_s = sorted(self._worst_ages_s) or [0.0]
+        usual_s = ages_s[(len(ages_s) - 1) // 2]
+        network_s = max(age_s for age_s in ages_s if age_s <= max(usual_s, OUTAGE_S))
+        return network_s + self.leaving.ahead_s + self.leaving.block_s
 
 
 class SyncedPlayout(Playout):

@@ -2929,7 +2929,8 @@ class StepAdvice:
         needed_s = step.needed_s
         if needed_s > step.after_s:
             self._has_told_of_need = True
-            sync_ms = math.ceil((needed_s - step.delay_s) * 100) * 10
+            # And some more: it is the worst of a few seconds, and larger blocks need a little more.
+            sync_ms = math.ceil((needed_s - step.delay_s) * 100 + 1) * 10
             self._console.complain(
                 f"this player cannot keep {step.after_s * 1000:.0f} ms, as its network and sound "
                 f"card need {needed_s * 1000:.0f}: --sync {sync_ms} on the server would do"

@@ -17,7 +17,7 @@ local network        ``Announced``: what a server tells it; ``open_network``
 blocks and checksum  ``Blocks``; ``BlockPipeline``, where a second thread consumes them while the
                      next is filled; ``calculate_checksum``: SHA-256 of a file or its beginning
 sound card           in five rooms: the *devices*, and what opens them: ``SoundSystem``, which is
-                     *PortAudio*, or ``JackSystem``, PortAudio in a process that *JACK* may end;
+                     *PortAudio*, or ``JackProcess``, PortAudio in a process that *JACK* may end;
                      one *in use*: ``SoundCard``; the *last words* of a C library
 console              ``Console``: lines and the status line; ``LevelMeter``
 command line         arguments of both scripts, and ``run``, which turns every end
@@ -49,7 +49,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TextIO, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, overload
 
 if TYPE_CHECKING:
     import ssl
@@ -2285,20 +2285,13 @@ class Device(NamedTuple):
 def meant_devices(wanted: str, devices: Sequence[Device]) -> list[Device]:
     """Return those of `devices` that `wanted` means: none, one, or several that it is a part of.
 
-    An exact name wins over a number, and that over a part of a name, case ignored. Windows shows
-    one device through several sound systems: the first that has any is meant.
+    A whole name or a number wins over a part of a name; case is ignored. Windows shows one device
+    through several sound systems: the first that has any is meant.
     """
     folded = wanted.casefold()
-    for is_meant in (
-        lambda device: device.name == wanted,
-        lambda device: device.name.casefold() == folded,
-        lambda device: str(device.number) == wanted,
-    ):
-        for device in devices:
-            if is_meant(device):
-                return [device]
-    if wanted.isdecimal():
-        return []
+    exact = [d for d in devices if folded in (d.name.casefold(), str(d.number))]
+    if exact or wanted.isdecimal():
+        return exact[:1]
     parts = [device for device in devices if folded in device.name.casefold()]
     return [device for device in parts if device.host_api == parts[0].host_api]
 
@@ -2474,10 +2467,13 @@ class SoundSystem:
 
 # --- sound card: JACK -----------------------------------------------------------------------
 
+JACK = "JACK Audio Connection Kit"  # as PortAudio calls that sound system
 # What keeps PortAudio from JACK's library, and from PipeWire's that stands in for it.
 WITHOUT_JACK = {"JACK_DEFAULT_SERVER": "none", "PIPEWIRE_NOJACK": "1"}
 JACK_START_S = 10.0
-JACK_HEADER = struct.Struct("!Id?")  # of a block: its BlockInfo
+JACK_PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv[1]); import common; common.run(common.serve_jack)"
+)
 
 
 @functools.cache
@@ -2495,46 +2491,53 @@ def hide_jack() -> dict[str, str]:
 class JackProcess:
     """A process of its own in which PortAudio uses JACK: what ends it does not end this one.
 
-    It runs `serve_jack`, and ends with `close`, or with this process. Once it has answered to a
-    request to open a device, sound flows through it as through a stream of PyAudio's.
+    It runs `serve_jack`, and ends with `close`, or with this process. `request` is a Direction, to
+    learn its `devices`; or also a Device, an AudioFormat and the length of a block in milliseconds,
+    to open that one: then sound flows through it as through a stream of PyAudio's. Raises
+    AudioUnavailable with its words.
     """
 
-    def __init__(self, request: Mapping[str, Any]) -> None:
+    def __init__(self, *request: Direction | Device | AudioFormat | float) -> None:
         import multiprocessing.connection  # noqa: PLC0415  (only JACK needs them)
         import subprocess  # noqa: PLC0415
 
+        folder = os.path.dirname(os.path.abspath(__file__))
         with portaudio_errors():
             self._link, far = multiprocessing.Pipe()
             with far:
                 self._process = subprocess.Popen(
-                    [sys.executable, os.path.abspath(__file__), json.dumps(request)],
+                    [sys.executable, "-c", JACK_PROGRAM, folder],
                     stdin=far.fileno(),
                     stdout=2,
                     env=hide_jack(),
                     start_new_session=True,  # Ctrl+C is for this process
                 )
-
-    def receive_answer(self) -> Any:
-        """Return what it answers to the request; raises AudioUnavailable with its words."""
         try:
+            self.devices = self._ask(request)
+        except BaseException:
+            self.close()
+            raise
+
+    def _ask(self, request: object) -> list[Device]:
+        try:
+            self._link.send(request)
             if not self._link.poll(JACK_START_S):
                 raise AudioUnavailable(f"JACK does not answer within {JACK_START_S:.0f} s")
-            answer = json.loads(self._link.recv_bytes())
+            answer = self._link.recv()
         except (EOFError, OSError):
             raise AudioUnavailable("JACK does not work: what speaks to it has ended") from None
-        if "problem" in answer:
-            raise AudioUnavailable(answer["problem"])
-        return answer["devices"]
+        if isinstance(answer, AudioUnavailable):
+            raise answer
+        devices: list[Device] = answer
+        return devices
 
     def exchange_blocks(self, exchange: Exchange) -> None:
         """Call `exchange` for every block of the stream that is open there; blocks till its end."""
         with contextlib.suppress(EOFError, OSError):
             while True:
-                block = self._link.recv_bytes()
-                info = BlockInfo(*JACK_HEADER.unpack_from(block))
-                played = exchange(block[JACK_HEADER.size :] or None, info)
+                played = exchange(*self._link.recv())
                 if played is not None:
-                    self._link.send_bytes(played)
+                    self._link.send(played)
 
     def is_active(self) -> bool:
         """Return whether it has not ended."""
@@ -2546,103 +2549,71 @@ class JackProcess:
         self._process.wait()
 
 
-class JackSystem:
-    """The devices that PortAudio has only where it uses JACK, in addition to those `known`."""
-
-    def __init__(self, known: Sequence[Device]) -> None:
-        self._known = known
-
-    def restart(self) -> None:
-        """Nothing to do: each stream has a PortAudio of its own."""
-
-    def devices(self, direction: Direction) -> list[Device]:
-        """Return those devices, numbered after the known ones; blocks while PortAudio starts."""
-        if sys.platform in ("win32", "darwin"):
-            return []
-        try:
-            with contextlib.closing(JackProcess({"direction": direction})) as process:
-                found = [Device(*fields) for fields in process.receive_answer()]
-        except AudioUnavailable:
-            return []
-        first = max((device.number for device in self._known), default=-1) + 1
-        new = [device for device in found if not device.among(self._known)]
-        new.sort(key=lambda device: device.host_api == "ALSA")  # whose JACK part is a bridge
-        return [device._replace(number=first + place) for place, device in enumerate(new)]
-
-    def open(self, direction: Direction, device: Device, settings: StreamSettings) -> JackProcess:
-        """Open the device in a process of its own; raises AudioUnavailable with its words."""
-        how = {"audio": settings.audio, "block_ms": settings.block_ms}
-        process = JackProcess({"direction": direction, "device": device, **how})
-        exchanging = functools.partial(process.exchange_blocks, settings.exchange)
-        try:
-            process.receive_answer()
-            threading.Thread(target=exchanging, name="JACK", daemon=True).start()
-        except BaseException:
-            process.close()
-            raise
-        return process
-
-    def close(self) -> None:
-        """Nothing to do: streams are closed one by one."""
+def find_jack_devices(direction: Direction, others: Sequence[Device]) -> list[Device]:
+    """Return JACK's devices, numbered after the `others`; blocks while PortAudio starts."""
+    if sys.platform in ("win32", "darwin"):
+        return []
+    try:
+        with contextlib.closing(JackProcess(direction)) as process:
+            found = [device for device in process.devices if device.host_api == JACK]
+    except AudioUnavailable:
+        return []
+    first = max((device.number for device in others), default=-1) + 1
+    return [device._replace(number=first + place) for place, device in enumerate(found)]
 
 
-def serve_jack(argv: Sequence[str]) -> int:
-    """Be the other process of a JackProcess: answer a request, and exchange blocks if it opens.
+def open_jack_device(direction: Direction, device: Device, settings: StreamSettings) -> JackProcess:
+    """Do what `SoundSystem.open` does, where the device is JACK's."""
+    process = JackProcess(direction, device, settings.audio, settings.block_ms)
+    exchanging = functools.partial(process.exchange_blocks, settings.exchange)
+    threading.Thread(target=exchanging, name="JACK", daemon=True).start()
+    return process
+
+
+def serve_jack(_argv: Sequence[str]) -> int:
+    """Be the other process of a JackProcess: answer its request, and exchange blocks if it opens.
 
     The other side is connected to standard input. Returns once the stream has died; PortAudio is
     never ended, as that is what a lost JACK server does not allow.
     """
     from multiprocessing.connection import Connection  # noqa: PLC0415
 
-    link, request = Connection(sys.stdin.fileno()), json.loads(argv[0])
-    threading.Thread(target=end_with_peer, args=(link.fileno(),), daemon=True).start()
-    direction = Direction(*request["direction"])
+    link = Connection(sys.stdin.fileno())
+    direction, *how = link.recv()
     try:
-        system = SoundSystem()
-        if "device" not in request:
-            answer(link, {"devices": system.devices(direction)})
-            return EXIT_OK
-        return exchange_until_lost(link, system, direction, request)
+        if how:
+            exchange_until_lost(link, direction, *how)
+        else:
+            link.send(SoundSystem().devices(direction))
     except AudioUnavailable as error:
-        answer(link, {"problem": str(error)})
-        return EXIT_FAILED
-
-
-def answer(link: PipeConnection, message: Mapping[str, Any]) -> None:
-    """Send what `JackProcess.receive_answer` waits for."""
-    link.send_bytes(json.dumps(message).encode())
+        link.send(error)
+    return EXIT_OK
 
 
 def exchange_until_lost(
-    link: PipeConnection, system: SoundSystem, direction: Direction, request: Mapping[str, Any]
-) -> int:
-    """Exchange blocks with the other process until the stream dies; return the exit status."""
+    link: PipeConnection, direction: Direction, device: Device, audio: AudioFormat, block_ms: float
+) -> None:
+    """Exchange blocks with the other process until the stream dies, or that process has ended."""
     answered = threading.Event()
 
     def exchange(samples: bytes | None, info: BlockInfo) -> bytes | None:
         answered.wait()
         try:
-            link.send_bytes(JACK_HEADER.pack(*info) + (samples or b""))
-            return link.recv_bytes() if direction == SPEAKER else None
-        except (EOFError, OSError):  # the other process has ended
+            link.send((samples, info))
+            played: bytes | None = link.recv() if direction == SPEAKER else None
+        except (EOFError, OSError):
             os._exit(EXIT_OK)
+        return played
 
-    device, audio = Device(*request["device"]), AudioFormat(*request["audio"])
-    stream = system.open(direction, device, StreamSettings(audio, request["block_ms"], exchange))
-    answer(link, {"devices": [device]})
+    settings = StreamSettings(audio, block_ms, exchange)
+    stream = SoundSystem().open(direction, device, settings)
+    link.send([device])
     answered.set()
+    hang_up = select.poll()
+    hang_up.register(link.fileno(), 0)
     with contextlib.suppress(OSError):
-        while stream.is_active():
-            time.sleep(CARD_CHECK_S)
-    return EXIT_FAILED
-
-
-def end_with_peer(descriptor: int) -> None:
-    """End this process once the other end of a socket has been closed; blocks until then."""
-    poller = select.poll()
-    poller.register(descriptor, 0)  # which leaves the hang-up
-    poller.poll()
-    os._exit(EXIT_OK)
+        while stream.is_active() and not hang_up.poll(CARD_CHECK_S * 1000):
+            pass
 
 
 # --- sound card: in use ---------------------------------------------------------------------
@@ -2655,196 +2626,56 @@ CARD_CLOSE_S = 1.0
 # A card that has so many gaps within so long has too small a buffer for its machine.
 GAPS, GAPS_S = 4, 30.0
 
-System = SoundSystem | JackSystem
 Stream = Any  # PyAudio's, whose methods raise OSError once it has died; or a JackProcess
 
 
-class Closing:
-    """A request to a sound card's thread to close the card, and to end."""
+class OpenCard:
+    """A card's stream, as it was asked for, and when sound last flowed.
 
-
-Request = StreamSettings | Closing
-
-
-class Flow:
-    """One stream's sound, and when it last flowed.
-
-    PortAudio's thread calls `exchange`; all else is for the thread that watches. Where the device
+    PortAudio's thread exchanges blocks; all else is for the thread that watches. Where the device
     was away since `lost_s`, `settings` say who is told.
     """
 
-    def __init__(self, settings: StreamSettings, lost_s: float | None) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        open_stream: Callable[[StreamSettings], Stream],
+        settings: StreamSettings,
+        lost_s: float | None = None,
+    ) -> None:
+        self.settings = settings
+        self.has_begun = False
+        self.last_s = clock_s()
         self._lost_s = lost_s
         self._gaps_s: deque[float] = deque(maxlen=GAPS)
-        self.has_begun = False
-        self.last_s = self._checked_s = self._stood_s = clock_s()
+        self._stream = open_stream(settings._replace(exchange=self._exchange))
 
-    def exchange(self, samples: bytes | None, info: BlockInfo) -> bytes | None:
+    def _exchange(self, samples: bytes | None, info: BlockInfo) -> bytes | None:
         """Pass a block on."""
         self.last_s = clock_s()
         if not self.has_begun and self._lost_s is not None:
-            self._settings.on_return(self.last_s - self._lost_s)
+            self.settings.on_return(self.last_s - self._lost_s)
         self.has_begun = True
         if info.is_after_gap:
             self._gaps_s.append(self.last_s)
-        return self._settings.exchange(samples, info)
-
-    def has_many_gaps(self) -> bool:
-        """Return whether the card has just run dry again and again."""
-        gaps_s = list(self._gaps_s)
-        return len(gaps_s) == GAPS and gaps_s[-1] - gaps_s[0] < GAPS_S
-
-    def has_stopped(self) -> bool:
-        """Return whether no sound has flowed for too long, while this process ran."""
-        now_s = clock_s()
-        if now_s - self._checked_s > CARD_TIMEOUT_S:
-            self._stood_s = now_s  # it was this process, or the machine, that stood still
-        self._checked_s = now_s
-        return now_s - max(self.last_s, self._stood_s) > CARD_TIMEOUT_S
-
-
-class OpenCard(NamedTuple):
-    """A stream and its sound, as it was requested."""
-
-    settings: StreamSettings
-    stream: Stream
-    flow: Flow
+        return self.settings.exchange(samples, info)
 
     def is_lost(self) -> bool:
         """Return whether the device has gone, or gives no sound."""
         try:
-            return self.flow.has_stopped() or not self.stream.is_active()
+            return clock_s() - self.last_s > CARD_TIMEOUT_S or not self._stream.is_active()
         except OSError:
             return True
+
+    def needs_longer_blocks(self) -> bool:
+        """Return whether it runs dry again and again, and its blocks may be longer."""
+        gaps_s, settings = list(self._gaps_s), self.settings
+        is_dry = len(gaps_s) == GAPS and gaps_s[-1] - gaps_s[0] < GAPS_S
+        return is_dry and settings.block_ms < settings.longest_block_ms
 
     def close(self) -> None:
         """Release the device; blocks while the sound system takes its time."""
         with contextlib.suppress(OSError):
-            self.stream.close()
-
-    def wants_longer_blocks(self) -> bool:
-        """Return whether it runs dry again and again, and its blocks may be longer."""
-        settings = self.settings
-        return settings.block_ms < settings.longest_block_ms and self.flow.has_many_gaps()
-
-    def is_decided(self) -> bool:
-        """Return whether sound has begun to flow, or will not."""
-        return self.flow.has_begun or self.is_lost()
-
-
-class CardKeeper(NamedTuple):
-    """Keeps one device open as it is asked to, and waits for the same one whenever it has gone.
-
-    One thread runs it, and only that calls PortAudio: a sound system that hangs holds up whoever
-    asks it. A request to open is answered: by the device, or what went wrong.
-    """
-
-    direction: Direction
-    system: System
-    device: Device
-    requests: queue.SimpleQueue[Request]
-    answers: queue.SimpleQueue[Device | Exception]
-    complain: Callable[[str], object]
-
-    def run(self) -> None:
-        """Do as requested, until the card is to be closed."""
-        request = self.requests.get()
-        while isinstance(request, StreamSettings):
-            request = self._keep_open(request)
-        self.system.close()
-
-    def _keep_open(self, settings: StreamSettings) -> Request:
-        """Keep the device open, and answer; return the next request."""
-        try:
-            card = self._open(settings)
-        except Exception as error:  # noqa: BLE001 - raised again by take_answer
-            self.answers.put(error)
-            return self.requests.get()
-        self.answers.put(self.device)
-        while (request := self._wait(functools.partial(self._is_to_be_opened_anew, card))) is None:
-            is_short = self._is_too_short(card)
-            following = self._lengthen(card) if is_short else self._bring_back(card)
-            if isinstance(following, Closing):
-                return following
-            card = following
-        card.close()
-        return request
-
-    def _is_to_be_opened_anew(self, card: OpenCard) -> bool:
-        return card.is_lost() or self._is_too_short(card)
-
-    def _is_too_short(self, card: OpenCard) -> bool:
-        """Return whether the buffer of a card that is there is, and can be larger: not JACK's."""
-        can_be_larger = isinstance(self.system, SoundSystem)
-        return can_be_larger and card.wants_longer_blocks() and not card.is_lost()
-
-    def _lengthen(self, card: OpenCard) -> OpenCard | Closing:
-        """Open a card with longer blocks; where that fails, do as `_bring_back`."""
-        card.close()
-        settings = card.settings._replace(block_ms=card.settings.longest_block_ms)
-        try:
-            longer = self._open(settings, card.flow.last_s)
-        except AudioUnavailable:
-            return self._bring_back(card)
-        self.complain(
-            f"{self._what} ran dry {GAPS} times in {GAPS_S:.0f} s: it gets "
-            f"{settings.block_ms:g} ms at once from now on"
-        )
-        return longer
-
-    def _bring_back(self, card: OpenCard) -> OpenCard | Closing:
-        """Wait for a card that has gone; return it, unless it is to be closed."""
-        # Told first: a sound system that hangs does not let the stream be closed.
-        option = self.direction.option
-        self.complain(f"{self._what} is gone: waiting for it ({option} would take another)")
-        card.close()
-        settings = card.settings
-        while not isinstance(found := self._look_for(settings, card.flow.last_s), Closing):
-            if isinstance(found, OpenCard):
-                self.complain(f"{self._what} is back")
-                return found
-            if found is not None and found.audio == self.device.own_format:
-                settings = found  # which it does once it is back
-                self.answers.put(self.device)
-            elif found is not None:
-                self.answers.put(AudioUnavailable(f"{self._what} is gone"))
-        return found
-
-    @property
-    def _what(self) -> str:
-        return f"the {self.direction.noun} {self.device.shown}"
-
-    def _open(self, settings: StreamSettings, lost_s: float | None = None) -> OpenCard:
-        flow = Flow(settings, lost_s)
-        watched = settings._replace(exchange=flow.exchange)
-        stream = self.system.open(self.direction, self.device, watched)
-        return OpenCard(settings, stream, flow)
-
-    def _wait(self, until: Callable[[], bool]) -> Request | None:
-        """Return a request once there is one, or None once `until` holds.
-
-        That is asked every ``CARD_CHECK_S``: PyAudio tells nobody that a stream has ended.
-        """
-        while not until():
-            with contextlib.suppress(queue.Empty):
-                return self.requests.get(timeout=CARD_CHECK_S)
-        return None
-
-    def _look_for(self, settings: StreamSettings, lost_s: float) -> OpenCard | Request | None:
-        """Try to open the device; return it if sound flows again, or a request, or in a while."""
-        with contextlib.suppress(Exception):  # whatever it was, it is tried again
-            self.system.restart()
-            card = self._open(settings, lost_s)
-            request = self._wait(card.is_decided)
-            if request is None and card.flow.has_begun:
-                return card
-            card.close()
-            if request is not None:
-                return request
-        with contextlib.suppress(queue.Empty):
-            return self.requests.get(timeout=CARD_RETRY_S)
-        return None
+            self._stream.close()
 
 
 class SoundCard:
@@ -2858,68 +2689,133 @@ class SoundCard:
     def __init__(
         self, direction: Direction, wanted: str | None, complain: Callable[[str], object]
     ) -> None:
-        self._requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[Device | Exception] = queue.SimpleQueue()
-
-        def keep() -> None:
-            try:
-                system, device = find_device(direction, wanted)
-            except Exception as error:  # noqa: BLE001 - raised again by take_answer
-                self._answers.put(error)
-                return
-            self._answers.put(device)
-            CardKeeper(direction, system, device, self._requests, self._answers, complain).run()
-
-        self._thread = threading.Thread(target=keep, name="sound card", daemon=True)
+        self._system, self.device = in_background(lambda: find_device(direction, wanted))
+        self._direction, self._complain = direction, complain
+        self._what = f"the {direction.noun} {self.device.shown}"
+        self._lock = threading.Lock()  # held by whoever calls PortAudio; guards what follows
+        self._card: OpenCard | None = None
+        # While the device is away: how it is to be opened, and since when.
+        self._away: tuple[StreamSettings, float] | None = None
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="sound card", daemon=True)
         self._thread.start()
-        self.device = take_answer(self._answers)
 
     def open(self, settings: StreamSettings) -> None:
-        """Let sound flow from now on.
+        """Let sound flow from now on, or once a device that is away is back.
 
         A card that is open is closed first; after a failure, another format can be tried.
         """
-        self._requests.put(settings)
-        take_answer(self._answers)
+        in_background(lambda: self._open(settings))
 
     def close(self) -> None:
         """Release the device, unless the sound system hangs. Idempotent."""
-        self._requests.put(Closing())
+        self._is_over.set()
         self._thread.join(CARD_CLOSE_S)
 
+    def _open(self, settings: StreamSettings) -> None:
+        with self._lock:
+            self._close_card()
+            if self._away is None:
+                self._card = OpenCard(self._open_stream, settings)
+            else:
+                self._away = settings, self._away[1]
 
-def take_answer(answers: queue.SimpleQueue[T | Exception]) -> T:
-    """Return the next of `answers`, or raise it; blocks until there is one, or Ctrl+C."""
+    def _open_stream(self, settings: StreamSettings) -> Stream:
+        if self.device.host_api == JACK:
+            return open_jack_device(self._direction, self.device, settings)
+        return self._system.open(self._direction, self.device, settings)
+
+    def _close_card(self) -> None:
+        card, self._card = self._card, None
+        if card is not None:
+            card.close()
+
+    # its thread, which has to look: PyAudio tells nobody that a stream has ended
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(CARD_CHECK_S if self._card else CARD_RETRY_S):
+            with self._lock:
+                self._look_after()
+        with self._lock:
+            self._close_card()
+            self._system.close()
+
+    def _look_after(self) -> None:
+        """Bring the device back where it has gone, and tell of both."""
+        card = self._card
+        if card is not None and not card.is_lost():
+            if self._away and card.has_begun:
+                self._away = None
+                self._complain(f"{self._what} is back")
+            elif card.needs_longer_blocks():
+                self._lengthen_blocks(card)
+        elif self._away:
+            self._open_anew(*self._away)
+        elif card is not None:
+            # Told first: a sound system that hangs does not let the stream be closed.
+            option = self._direction.option
+            self._complain(f"{self._what} is gone: waiting for it ({option} would take another)")
+            self._open_anew(card.settings, card.last_s)
+
+    def _lengthen_blocks(self, card: OpenCard) -> None:
+        settings = card.settings._replace(block_ms=card.settings.longest_block_ms)
+        self._complain(
+            f"{self._what} ran dry {GAPS} times in {GAPS_S:.0f} s: it gets "
+            f"{settings.block_ms:g} ms at once from now on"
+        )
+        self._open_anew(settings, card.last_s)
+
+    def _open_anew(self, settings: StreamSettings, lost_s: float) -> None:
+        """Try to; it is back once sound flows."""
+        self._away = settings, lost_s
+        self._close_card()
+        with contextlib.suppress(Exception):  # whatever it was, it is tried again
+            self._system.restart()
+            self._card = OpenCard(self._open_stream, settings, lost_s)
+
+
+def in_background(work: Callable[[], T]) -> T:
+    """Return what `work` returns, or raise what it raises.
+
+    It is done by a thread of its own, so that Ctrl+C gets through where a sound system hangs.
+    """
+    results: queue.SimpleQueue[T | Exception] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put(work())
+        except Exception as error:  # noqa: BLE001 - raised below
+            results.put(error)
+
+    threading.Thread(target=run, name="sound system", daemon=True).start()
     while True:
         with contextlib.suppress(queue.Empty):
-            answer = answers.get(timeout=0.5)  # Windows lets Ctrl+C through only in between
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
+            result = results.get(timeout=0.5)  # Windows lets Ctrl+C through only in between
+            if isinstance(result, Exception):
+                raise result
+            return result
 
 
-def find_device(direction: Direction, wanted: str | None) -> tuple[System, Device]:
-    """Return the device that `wanted` names or numbers, or the default, and what opens it.
+def find_device(direction: Direction, wanted: str | None) -> tuple[SoundSystem, Device]:
+    """Return the device that `wanted` names or numbers, or the default, and PortAudio.
 
     JACK is asked only where there is no such device without it. Raises AudioUnavailable where there
     is none or several, saying which.
     """
     hide_jack()
-    with contextlib.ExitStack() as closing:
-        system = closing.enter_context(contextlib.closing(SoundSystem()))
-        devices = system.devices(direction)
-        if found := choose_device(direction, wanted, devices):
-            closing.pop_all()
-            return system, found
-    jack = JackSystem(devices)
-    with_jack = jack.devices(direction)
-    if found := choose_device(direction, wanted, with_jack):
-        return jack, found
-    if wanted is None or not (devices or with_jack):
+    system = SoundSystem()
+    devices = system.devices(direction)
+    found = choose_device(direction, wanted, devices)
+    if found is None:
+        with_jack = find_jack_devices(direction, devices)
+        found = choose_device(direction, wanted, with_jack)
+        devices += with_jack
+    if found is not None:
+        return system, found
+    if wanted is None or not devices:
         raise AudioUnavailable(direction.none_found)
     raise AudioUnavailable(
-        f"no {direction.noun} matches {escape(wanted)!r}; there are: "
-        f"{describe_choice([*devices, *with_jack])}"
+        f"no {direction.noun} matches {escape(wanted)!r}; there are: {describe_choice(devices)}"
     )
 
 
@@ -2939,8 +2835,17 @@ def choose_device(
     return meant[0] if meant else None
 
 
-def describe_devices(direction: Direction, devices: Sequence[Device]) -> str:
-    """Return a table of `devices`, by their numbers, with a star at the first of them."""
+def list_devices(direction: Direction) -> int:
+    """Print the table of devices, JACK's too; return the exit status."""
+    say(in_background(lambda: describe_devices(direction)))
+    return EXIT_OK
+
+
+def describe_devices(direction: Direction) -> str:
+    """Return a table of the devices, by their numbers, with a star at the default one."""
+    hide_jack()
+    devices = SoundSystem().devices(direction)
+    devices += find_jack_devices(direction, devices)
     if not devices:
         return direction.none_found
     width = max(len(device.host_api) for device in devices)
@@ -2956,25 +2861,6 @@ def describe_devices(direction: Direction, devices: Sequence[Device]) -> str:
     return "\n".join(
         [*lines, f"* unless {direction.option} gives another's number or name, or a part of it"]
     )
-
-
-def list_devices(direction: Direction) -> int:
-    """Print the table of devices, JACK's too; return the exit status."""
-    tables: queue.SimpleQueue[str | Exception] = queue.SimpleQueue()
-
-    def make_table() -> None:
-        try:
-            hide_jack()
-            with contextlib.closing(SoundSystem()) as system:
-                devices = system.devices(direction)
-            with_jack = [*devices, *JackSystem(devices).devices(direction)]
-            tables.put(describe_devices(direction, with_jack))
-        except Exception as error:  # noqa: BLE001 - raised again by take_answer
-            tables.put(error)
-
-    threading.Thread(target=make_table, name="devices", daemon=True).start()
-    say(take_answer(tables))
-    return EXIT_OK
 
 
 # --- sound card: last words -----------------------------------------------------------------
@@ -3035,7 +2921,7 @@ def quiet_libraries(verbose: bool) -> None:
     pipe now; ``sys.stderr``, and so all that Python prints, goes to where it led before. What
     they said last is shown where one of them aborts the process.
     """
-    if verbose or not _is_descriptor_2(sys.stderr):
+    if verbose or sys.stderr is not sys.__stderr__:
         return
     sys.stderr.flush()
     real = os.dup(2)
@@ -3044,13 +2930,6 @@ def quiet_libraries(verbose: bool) -> None:
     os.close(words.descriptor)
     sys.stderr = open(real, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
     words.show_at_abort(real)
-
-
-def _is_descriptor_2(stream: TextIO) -> bool:
-    try:
-        return stream.fileno() == 2
-    except (OSError, ValueError):  # replaced by something that is no file
-        return False
 
 
 # --- console --------------------------------------------------------------------------------
@@ -3532,7 +3411,3 @@ def flush_outputs() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
-
-
-if __name__ == "__main__":
-    run(serve_jack)

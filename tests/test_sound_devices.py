@@ -109,7 +109,7 @@ def test_a_device_that_cannot_be_opened_is_a_line(many: VirtualSoundCard) -> Non
         ("none of them", []),
     ],
 )
-def test_a_wanted_name_means_the_exact_one_else_a_number_else_a_part(
+def test_a_wanted_name_means_the_exact_one_or_a_number_else_a_part(
     wanted: str, numbers: list[int]
 ) -> None:
     devices = [
@@ -165,7 +165,7 @@ def test_where_no_other_process_can_be_started_there_is_no_jack() -> None:
     # In a process of its own, as JACK is then hidden from all of it.
     program = (
         "import sys, common; sys.executable = '/nowhere/python';"
-        "print(common.JackSystem([]).devices(common.SPEAKER))"
+        "print(common.find_jack_devices(common.SPEAKER, []))"
     )
     command = [sys.executable, "-c", program]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -3634,7 +3634,7 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
     sound = parser.add_argument_group("audio mode")
     sound.add_argument(
         "--output",
-        type=common.device_name,
+        type=common.name_given,
         metavar="SPEAKER",
         help="a loudspeaker's name or number, a file (.wav .flac .opus), or - for raw 16-bit PCM",
     )

@@ -3096,8 +3096,7 @@ EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 MAX_USAGE_CHARS = 5_000  # of what is wrong with arguments, which may be shown once more
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-FLUSH_TIMEOUT_S = 2.0
-POKE_WAITS_S = (0.02, 0.2)  # after a signal
+HELP_COLUMNS = 78
 
 
 class Parser(argparse.ArgumentParser):
@@ -3109,21 +3108,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: error: {escape(message, MAX_USAGE_CHARS)}{hint}\n")
 
 
-def help_columns() -> int:
-    """Return how wide the help is; argparse would import shutil for that, at every start."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # no terminal
-        return max(40, os.get_terminal_size(sys.stdout.fileno()).columns - 2)
-    return 78
-
-
 def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     """Return a parser with the arguments that both scripts have; the caller checks the mode."""
     parser = Parser(
         description=description,
         epilog=examples,
-        formatter_class=functools.partial(
-            argparse.RawDescriptionHelpFormatter, width=help_columns()
-        ),
+        # With no width, argparse would import shutil at every start.
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=HELP_COLUMNS),
     )
     parser.add_argument(
         "mode",
@@ -3152,7 +3143,7 @@ def ask_mode(data_on_stdout: bool = False) -> str:
 def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> None:
     """Add --host, --port, --code and --open."""
     parser.add_argument(
-        "--host", type=host_name, default=DEFAULT_HOST, help=f"{host_help} (%(default)s)"
+        "--host", type=name_given, default=DEFAULT_HOST, help=f"{host_help} (%(default)s)"
     )
     parser.add_argument(
         "--port", type=number(int, 0, 65_535), default=DEFAULT_PORT, help="the port (%(default)s)"
@@ -3195,40 +3186,14 @@ def pairing_code(text: str) -> str:
     try:
         return normalize_code(text)
     except ValueError as error:
-        hint = "; with a space in it, quote it" if len(text) < CODE_LENGTH else ""
-        raise argparse.ArgumentTypeError(f"{error}{hint}") from None
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def host_name(text: str) -> str:
-    """Return `text` as what a machine is called, for argparse, which also gives it the default."""
-    if not text:
-        raise argparse.ArgumentTypeError("an empty name: no machine has it")
-    if text.lower().startswith("fe80:") and "%" not in text:
-        raise argparse.ArgumentTypeError(f"{text} goes with its interface: {text}%eth0, say")
-    # Compiling a pattern takes a while, and most starts need none.
-    options = [] if text == DEFAULT_HOST else options_for_address(text)
-    if options[1:] not in ([], [text]):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is more than a host: did you mean {' '.join(options)}"
-        )
+def name_given(text: str) -> str:
+    """Return `text` as what a machine, a device or a folder is called, for argparse."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty name")
     return text
-
-
-def options_for_address(word: str) -> list[str]:
-    """Return the options that say what `word` does, if it is an address; none otherwise.
-
-    An address is written as a number, or as scp and URLs have it.
-    """
-    hosts = r"\[[\da-fA-F:]+(?:%[\w.-]+)?\]|[\w.-]+"
-    pattern = rf"(?:(\w+)://|([\w.-]+)@)?({hosts})(?::(\d+)?)?(?:[:/~].*)?"
-    found = re.fullmatch(pattern, word)
-    if found is None or (word.count(":") > 1 and "[" not in word and "://" not in word):
-        return []
-    scheme, user, host, port = found.groups()
-    is_number = host == "localhost" or re.fullmatch(r"\d+(\.\d+){3}|\[.*", host)
-    if not (scheme or user or port or is_number):
-        return []
-    return ["--host", host.strip("[]"), *(["--port", port] if port else [])]
 
 
 Number = TypeVar("Number", int, float)
@@ -3240,22 +3205,11 @@ def number(kind: type[Number], low: Number, high: Number) -> Callable[[str], Num
 
     def parse(text: str) -> Number:
         with contextlib.suppress(ValueError):
-            # Python's own numbers may have underscores and other scripts' digits.
-            if text.isascii() and "_" not in text and low <= (value := kind(text)) <= high:
+            if low <= (value := kind(text)) <= high:
                 return value
-        hint = ": the mode goes first" if text in MODES else ""
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a {noun} from {low:.10g} to {high:.10g}{hint}"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} from {low:.10g} to {high:.10g}")
 
     return parse
-
-
-def device_name(text: str) -> str:
-    """Return `text` as what a device, a file or standard input is named by, for argparse."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("an empty name: see --list-devices")
-    return text
 
 
 class Terminated(BaseException):
@@ -3280,18 +3234,12 @@ class Interrupts:
         """
         self._is_armed = True
         sys.unraisablehook = self._raise_again
-        if sys.platform != "win32":
-            poke_after_signals()
         signal.signal(signal.SIGINT, self._interrupt)
         signal.signal(signal.SIGTERM, self._interrupt)
 
     def arm(self) -> None:
         """Have the next signal raise its exception again."""
         self._is_armed = True
-
-    def disarm(self) -> None:
-        """Have every signal end the program at once from now on."""
-        self._is_armed = False
 
     def _interrupt(self, number: int, _frame: object) -> None:
         if not self._is_armed:
@@ -3310,30 +3258,6 @@ class Interrupts:
 
 
 INTERRUPTS = Interrupts()
-
-
-if sys.platform != "win32":
-
-    def poke_after_signals() -> None:
-        """Have a thread wake the main thread shortly after each signal.
-
-        Python notes a signal, and then the main thread goes to sleep in a system call all the
-        same, if it was just about to: without that, the signal would be lost until it wakes.
-        """
-        written, read = socket.socketpair()
-        written.setblocking(False)
-        signal.set_wakeup_fd(written.detach(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGURG, lambda _number, _frame: None)  # else it is ignored
-        threading.Thread(target=poke_main_thread, args=(read,), name="signals", daemon=True).start()
-
-    def poke_main_thread(signals: socket.socket) -> None:
-        """Interrupt what the main thread waits in, after each signal that `signals` tells of."""
-        main_thread = threading.main_thread().ident or 0  # never 0, as it runs
-        while numbers := signals.recv(100):
-            if signal.SIGINT in numbers or signal.SIGTERM in numbers:
-                for wait_s in POKE_WAITS_S:
-                    time.sleep(wait_s)
-                    signal.pthread_kill(main_thread, signal.SIGURG)
 
 
 def open_missing_streams() -> None:
@@ -3384,7 +3308,7 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
 
     Every other end also gets its status here: SocketPairError (1, with its line), Ctrl+C (130),
     SIGTERM (143), a closed standard output (1). The exit is immediate, so that a thread that
-    still waits in a socket cannot hold it up.
+    still waits in a socket cannot hold it up: whoever prints flushes.
     """
     open_missing_streams()
     # A name that is typed may be no text, as names in arguments may.
@@ -3393,21 +3317,8 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         status = exit_status_of(main)
-        INTERRUPTS.disarm()
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     except Terminated:
         status = EXIT_TERMINATED
-    # In a thread, as whoever is to read may have stopped to.
-    flushing = threading.Thread(target=flush_outputs, daemon=True)
-    with contextlib.suppress(RuntimeError, MemoryError):
-        flushing.start()
-        flushing.join(FLUSH_TIMEOUT_S)
     os._exit(status)
-
-
-def flush_outputs() -> None:
-    """Write what is still to be printed; blocks until that is read."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()

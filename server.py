@@ -3789,7 +3789,7 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
     sound = parser.add_argument_group("audio mode")
     sound.add_argument(
         "--input",
-        type=common.device_name,
+        type=common.name_given,
         metavar="MIC",
         help="a microphone's name or number, a sound file, or - for raw 16-bit PCM",
     )
@@ -3833,7 +3833,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help=f"clients served at once ({MAX_CLIENTS}; in audio mode {MAX_LISTENERS})",
     )
     files = parser.add_argument_group("file mode")
-    files.add_argument("--folder", default="received", help="where files go (%(default)s)")
+    files.add_argument(
+        "--folder", type=common.name_given, default="received", help="where files go (%(default)s)"
+    )
     files.add_argument(
         "--overwrite",
         action="store_true",
@@ -3898,11 +3900,11 @@ def attend_folder(store: Store, console: Console) -> None:
         while True:
             remove_old_leftovers(store.root)
             sweep = Deadline(SWEEP_INTERVAL_S)
-            while wait_s := sweep.remaining():
+            while sweep.remaining():
                 if console.has_status:
                     console.show_status(store.describe_arrivals())
-                    wait_s = common.STATUS_INTERVAL_S
-                time.sleep(wait_s)
+                # A signal that comes just before a wait does not end it.
+                time.sleep(common.STATUS_INTERVAL_S)
 
 
 def finish_files(server: Server, quiet: bool) -> int:

@@ -1072,12 +1072,11 @@ def start_file_client(  # noqa: PLR0913 - the command line's options
         console.complain(str(error))
         return EXIT_FAILED
     except KeyboardInterrupt:
-        line_end = "" if console.is_showing_status else "\n"  # behind the terminal's ^C
         console.end_status()
         if sender.begun:
             can_resume = any(source.path != STDIN for source in sender.begun)
             rest = ": the same command goes on from here" if can_resume else ""
-            console.complain(f"{line_end}interrupted{rest}")
+            console.complain(f"\ninterrupted{rest}")  # not behind the terminal's ^C
         raise
     finally:
         console.end_status()

@@ -49,7 +49,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, overload
 
 if TYPE_CHECKING:
     import ssl
@@ -152,14 +152,9 @@ def escape(text: str, limit: int = 500) -> str:
     shown = text if len(text) <= limit else text[: limit - 3] + "..."
     if shown.isprintable():
         return shown
-    return "".join(char if char.isprintable() else spell_out(char) for char in shown)
-
-
-def spell_out(char: str) -> str:
-    r"""Return what stands for a character in Python's strings; ``\xff`` for a byte of no text."""
-    is_byte = "\udc80" <= char <= "\udcff"  # so Python keeps in a name what is not UTF-8
-    char = chr(ord(char) - 0xDC00) if is_byte else char
-    return char.encode("unicode_escape").decode("ascii")
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown
+    )
 
 
 def cells(text: str) -> int:
@@ -217,26 +212,16 @@ def describe_error(error: Exception) -> str:
     return "out of memory" if isinstance(error, MemoryError) else str(error)
 
 
-def python_name() -> str:
-    """Return what starts this Python in a shell: its name where that is found, else its path."""
-    import shutil  # noqa: PLC0415  (it takes a while, and only advice needs it)
-
-    name = os.path.basename(sys.executable)
-    for short in ("python", "python3", name):
-        if shutil.which(short) == sys.executable:
-            return short
+def python_path() -> str:
+    """Return what starts this Python."""
     return sys.executable or "python3"
 
 
 def command_line(script: str, *args: str) -> str:
     """Return the line that runs `script`, beside the one that runs, in a shell here."""
-    return shell_line(python_name(), os.path.join(os.path.dirname(sys.argv[0]), script), *args)
-
-
-def shell_line(*words: str) -> str:
-    """Return `words` as a shell here takes them for just these."""
+    words = [python_path(), os.path.join(os.path.dirname(sys.argv[0]), script), *args]
     if sys.platform == "win32":
-        import subprocess  # noqa: PLC0415  (see python_name)
+        import subprocess  # noqa: PLC0415  (only advice needs it)
 
         return subprocess.list2cmdline(words)
     import shlex  # noqa: PLC0415
@@ -248,36 +233,22 @@ def how_to_install(*packages: str) -> str:
     """Return the line that installs Python packages for this Python.
 
     Debian and Ubuntu refuse pip outside of a virtual environment (PEP 668), and have their own.
-    An environment that is there already, beside the scripts, only has to be activated.
     """
-    import sysconfig  # noqa: PLC0415  (see python_name)
+    import sysconfig  # noqa: PLC0415  (see command_line)
 
     marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
-    is_outside = sys.prefix == sys.base_prefix
-    if is_outside and (activation := find_activation()):
-        return f"{activation} (once in each terminal)"
-    if not (is_outside and os.path.exists(marker)):
-        return f"{python_name()} -m pip install {' '.join(packages)}"
+    names = " ".join(packages)
+    if sys.prefix != sys.base_prefix or not os.path.exists(marker):
+        return f"{python_path()} -m pip install {names}"
     if DEBIAN_PACKAGES.issuperset(packages) and (apt := apt_install()):
         return f"{apt} {' '.join(f'python3-{package}' for package in packages)}"
-    environment = f"{python_name()} -m venv --system-site-packages .venv"
-    if apt := apt_install():
-        environment = f"{apt} python3-venv && {environment}"
-    return f"{environment} && . .venv/bin/activate && pip install {' '.join(packages)}"
-
-
-def find_activation() -> str:
-    """Return what activates the virtual environment beside the scripts; empty if there is none."""
-    folder = "Scripts" if sys.platform == "win32" else "bin"
-    script = os.path.join(os.path.dirname(sys.argv[0]), ".venv", folder, "activate")
-    if not os.path.exists(script):
-        return ""
-    return shell_line(script) if sys.platform == "win32" else shell_line(".", script)
+    environment = f"{python_path()} -m venv --system-site-packages .venv"
+    return f"{environment} && . .venv/bin/activate && pip install {names}"
 
 
 def apt_install() -> str:
     """Return what installs packages of Debian and Ubuntu; empty on other systems."""
-    import shutil  # noqa: PLC0415  (see python_name)
+    import shutil  # noqa: PLC0415  (see command_line)
 
     if sys.platform == "win32" or not shutil.which("apt"):
         return ""
@@ -613,21 +584,9 @@ JSON_STRING = rb'(?s)"[^"\\]*(?:\\.[^"\\]*)*"'  # compiled where it is used, as 
 
 Fields = dict[str, Any]
 T = TypeVar("T")
-M = TypeVar("M", bound="Message")
 A = TypeVar("A", bound="Message")
 B = TypeVar("B", bound="Message")
 C = TypeVar("C", bound="Message")
-
-
-class Message(Protocol):
-    """What both sides say to each other in JSON: for `encode_message` and `decode_message`."""
-
-    def _encode(self) -> Fields:
-        """Return the fields of the JSON object, without the type."""
-
-    @classmethod
-    def _decode(cls: type[M], fields: Fields) -> M:
-        """Return the message that the fields of a JSON object make; raises ProtocolError."""
 
 
 def encode_frame(content: bytes) -> bytes:
@@ -749,10 +708,7 @@ def disguise(folder: tuple[int, int]) -> tuple[int, int]:
     On another machine nothing comes of it: its folders may have the same numbers, and through a
     tunnel its clients come from the server's own address.
     """
-    machine = socket.gethostname()
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-        machine = file.read()
-    key = int.from_bytes(hashlib.sha256(machine.encode()).digest()[:8], "big")
+    key = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:8], "big")
     return folder[0] ^ key, folder[1] ^ key
 
 
@@ -1220,6 +1176,12 @@ def decode_opus(content: bytes, audio: AudioFormat) -> Heard | OpusBlock:
     return decode_sound(content, audio)
 
 
+Message = (
+    Hello | Welcome | Pair | Error | Offer | Held | Hashing | Prefixes | Start | Results
+    | TimeRequest
+)  # fmt: skip
+
+
 # --- connection -----------------------------------------------------------------------------
 #
 # In layers, each of which can be read without those above it: `TimedSocket` (a socket whose every
@@ -1237,6 +1199,7 @@ KEEPALIVE_OPTIONS = (
     ("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)
 )  # fmt: skip
 SO_NWRITE, SIOCOUTQNSD = 0x1024, 0x894B  # of macOS, and of Linux
+ENDED_INSIDE = "it ended in the middle of a frame"
 SIGN_INTERVAL_S = 1.0
 RECEIVE_BYTES = 256 * 1024
 SEND_BYTES = 64 * 1024  # with more, the other side waits longer, and TLS leaves a core's cache
@@ -1279,8 +1242,6 @@ class TimedSocket:
         self._limits = Limits()
         self._heard_s = self._progress_s = time.monotonic()
         self._moved_bytes = 0  # since `_progress_s`
-        # Why reading has ended too early. The system tells its own reason only once.
-        self._breakage = "it ended in the middle of a frame"
         sock.setblocking(False)
         self.set_option(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.set_option(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -1399,8 +1360,7 @@ class TimedSocket:
             except BlockingIOError:
                 self._wait(to_write=False)
             except OSError as error:
-                self._breakage = describe_error(error)
-                raise ConnectionBroken(self._breakage) from error
+                raise ConnectionBroken(describe_error(error)) from error
             else:
                 self._heard_s = time.monotonic()
                 return received
@@ -1640,7 +1600,7 @@ class ByteStream(TimedSocket):
         view[: len(buffered)] = buffered
         have = len(buffered) or self._receive_into(view)
         if not have:
-            raise self._ended(inside=True)
+            raise ConnectionBroken(ENDED_INSIDE)
         if have < len(view):  # a small file is there already
             with contextlib.suppress(ConnectionLost), self.limit(seconds):
                 while have < len(view) and (count := self._receive_into(view[have:])):
@@ -1671,7 +1631,7 @@ class ByteStream(TimedSocket):
         while (missing := size - len(self._received)) > 0:
             data = self._receive(max(ahead, missing))
             if not data:
-                raise self._ended(inside=len(self._received) > 0)
+                raise ConnectionBroken(ENDED_INSIDE) if self._received else PeerClosed()
             self._received += data
 
     def _take(self, size: int) -> bytes:
@@ -1679,9 +1639,6 @@ class ByteStream(TimedSocket):
         data = bytes(self._received[:size])
         del self._received[:size]
         return data
-
-    def _ended(self, inside: bool) -> ConnectionLost:
-        return ConnectionBroken(self._breakage) if inside else PeerClosed()
 
     def _receive(self, size: int) -> bytes:
         """Return some bytes, decrypted, of `size` at most; none at a clean end."""
@@ -2081,20 +2038,11 @@ PIPELINE_BLOCKS = 4
 
 
 class Blocks:
-    """One reused block of `size` bytes: filled by the caller, consumed as it is given.
-
-    Use it in a ``with`` block; `BlockPipeline` does the same with a thread in between.
-    """
+    """One reused block of `size` bytes: filled by the caller, consumed as it is given."""
 
     def __init__(self, consume: Callable[[memoryview], object], size: int = SEGMENT_BYTES) -> None:
         self._consume = consume
         self._block = memoryview(bytearray(size))
-
-    def __enter__(self) -> Blocks:
-        return self
-
-    def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
-        """End; nothing is left to wait for."""
 
     def take(self) -> memoryview:
         """Return a block to fill."""
@@ -2125,6 +2073,9 @@ class BlockPipeline(Blocks):
         self._thread = threading.Thread(target=self._run, name="block pipeline", daemon=True)
         self._thread.start()
 
+    def __enter__(self) -> Blocks:
+        return self
+
     def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
         self._given.put(None)
         self._thread.join()
@@ -2154,10 +2105,12 @@ class BlockPipeline(Blocks):
             self._free.put(memoryview(view.obj))
 
 
-def blocks_for(size: int | None, consume: Callable[[memoryview], object]) -> Blocks:
+def blocks_for(
+    size: int | None, consume: Callable[[memoryview], object]
+) -> contextlib.AbstractContextManager[Blocks]:
     """Return the blocks that suit a file of `size` bytes: a small one is not worth a thread."""
     if size is not None and size <= SEGMENT_BYTES:
-        return Blocks(consume, size)
+        return contextlib.nullcontext(Blocks(consume, size))
     return BlockPipeline(consume)
 
 
@@ -2347,15 +2300,10 @@ def import_pyaudio() -> Any:
         if tuple(map(int, pyaudio.__version__.split(".")[:3])) >= PYAUDIO_VERSION:
             return pyaudio
         reason = f"fails with this Python as {pyaudio.__version__}, Ubuntu 22.04's"
-    raise AudioUnavailable(f"sound needs PyAudio, which {reason}: {how_to_install_pyaudio()}")
-
-
-def how_to_install_pyaudio() -> str:
-    """Return the line that installs PyAudio, which pip has to compile on Linux."""
     advice = how_to_install("pyaudio")
-    if "pip" in advice and (apt := apt_install()):
-        return f"{apt} gcc python3-dev portaudio19-dev && {advice}"
-    return advice
+    if "pip" in advice and (apt := apt_install()):  # which has to compile it
+        advice = f"{apt} gcc python3-dev portaudio19-dev && {advice}"
+    raise AudioUnavailable(f"sound needs PyAudio, which {reason}: {advice}")
 
 
 class SoundSystem:
@@ -2439,9 +2387,6 @@ class SoundSystem:
     ) -> str:
         """Return why `device` cannot be opened, in words that help."""
         name = f"{direction.noun} {device.shown!r}"
-        if audio.channels > device.channels:
-            most = counted(device.channels, "channel")
-            return f"the {name} has no {describe_channels(audio.channels)}: at most {most}"
         rates = [rate for rate in USUAL_RATES if self._supports(direction, device, audio, rate)]
         if rates and audio.rate not in rates:
             listed = ", ".join(map(str, rates))
@@ -2560,14 +2505,6 @@ def find_jack_devices(direction: Direction, others: Sequence[Device]) -> list[De
         return []
     first = max((device.number for device in others), default=-1) + 1
     return [device._replace(number=first + place) for place, device in enumerate(found)]
-
-
-def open_jack_device(direction: Direction, device: Device, settings: StreamSettings) -> JackProcess:
-    """Do what `SoundSystem.open` does, where the device is JACK's."""
-    process = JackProcess(direction, device, settings.audio, settings.block_ms)
-    exchanging = functools.partial(process.exchange_blocks, settings.exchange)
-    threading.Thread(target=exchanging, name="JACK", daemon=True).start()
-    return process
 
 
 def serve_jack(_argv: Sequence[str]) -> int:
@@ -2721,9 +2658,12 @@ class SoundCard:
                 self._away = settings, self._away[1]
 
     def _open_stream(self, settings: StreamSettings) -> Stream:
-        if self.device.host_api == JACK:
-            return open_jack_device(self._direction, self.device, settings)
-        return self._system.open(self._direction, self.device, settings)
+        if self.device.host_api != JACK:
+            return self._system.open(self._direction, self.device, settings)
+        process = JackProcess(self._direction, self.device, settings.audio, settings.block_ms)
+        exchanging = functools.partial(process.exchange_blocks, settings.exchange)
+        threading.Thread(target=exchanging, name="JACK", daemon=True).start()
+        return process
 
     def _close_card(self) -> None:
         card, self._card = self._card, None
@@ -2945,13 +2885,6 @@ METER_SINK_DB_PER_S = 12.0
 FULL_SCALE = 32767 / 32768
 
 
-def peak_level(samples: bytes) -> float:
-    """Return the loudest of `samples` as a share of full scale, 0 to 1."""
-    values = memoryview(samples).cast("h")
-    loudest = [abs(value) for value in (min(values), max(values))] if values else [0]
-    return max(loudest) / 32768
-
-
 class LevelMeter:
     """A bar that follows the loudness in decibels, the peak of the last seconds, and clipping.
 
@@ -2974,7 +2907,9 @@ class LevelMeter:
             self._latest = b"".join(self._heard.popleft() for _ in range(len(self._heard)))
         if not self._latest:
             return "waiting for sound"
-        level = peak_level(self._latest)
+        values = memoryview(self._latest).cast("h")
+        lowest, highest = min(values), max(values)
+        level = max(-lowest, highest) / 32768
         self._clip_shows = METER_CLIP_SHOWS if level >= FULL_SCALE else self._clip_shows - 1
         return self._bar(level, columns) + (" CLIP" if self._clip_shows > 0 else "")
 
@@ -3025,11 +2960,6 @@ class Console:
         with self._lock:
             self._show("")
             put(text)
-
-    @property
-    def is_showing_status(self) -> bool:
-        """Whether there is a status line right now."""
-        return self._status_width > 0
 
     @property
     def columns(self) -> int:

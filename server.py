@@ -1666,8 +1666,8 @@ class Content:
 
     def pass_over(self) -> None:
         """Read and drop the rest."""
-        with contextlib.suppress(Refused), Blocks(lambda view: None) as blocks:
-            self.read(blocks)
+        with contextlib.suppress(Refused):
+            self.read(Blocks(lambda view: None))
 
 
 # --- file conversation ----------------------------------------------------------------------

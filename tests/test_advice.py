@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import common
-from support import ROOT, Result, Server, linux, make_file, posix, run_script
+from support import ROOT, Result, Server, linux, make_file, run_script
 
 
 @pytest.mark.parametrize("text", ["", "x", "0", "11", "1.5", "1e400", "nan", "9" * 5000])
@@ -114,17 +114,6 @@ def test_a_script_without_the_module_beside_it_is_told_in_one_line(
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1
     assert result.stderr == f"common.py is missing: it belongs beside {alone}\n"
-
-
-@posix
-def test_an_environment_beside_the_scripts_is_to_be_activated(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    make_file(tmp_path / "a b" / ".venv" / "bin" / "activate", 1)
-    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "a b" / "client.py")])
-    advice = f". '{tmp_path}/a b/.venv/bin/activate' (once in each terminal)"
-    assert common.how_to_install("numpy", "samplerate") == advice
 
 
 def test_packages_that_are_broken_are_told_in_one_line(tmp_path: Path) -> None:

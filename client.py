@@ -2825,9 +2825,7 @@ class SpeakerOutput:
         self._exchanged = threading.Condition()  # guards the playout, and tells of what was written
         wait_s = speaker.latency_s if sync is None else sync.after_s + speaker.delay_s
         block_ms, longest_ms = find_blocks_ms(wait_s)
-        speaker.card.open(
-            common.StreamSettings(card_format, block_ms, self._exchange, self._return, longest_ms)
-        )
+        speaker.card.open(common.StreamSettings(card_format, block_ms, self._exchange, longest_ms))
 
     def _exchange(self, _samples: bytes | None, info: common.BlockInfo) -> bytes:
         """Return the next frames; PortAudio's thread calls this.
@@ -2838,13 +2836,10 @@ class SpeakerOutput:
         """
         now_s = common.clock_s()
         with self._exchanged:
+            if info.lost_s:
+                self._playout.restart()  # with a card that is back
             self._exchanged.wait_for(lambda: not self._playout.lacks(info.frames), PATIENCE_S)
             return self._playout.read(info.frames, now_s, info.away_s, info.is_after_gap)
-
-    def _return(self, _lost_s: float) -> None:
-        """Begin anew with a card that is back; PortAudio's thread calls this."""
-        with self._exchanged:
-            self._playout.restart()
 
     def resume(self, sync: Sync | None) -> None:
         """Continue with another connection's sound, which is to be played as that before."""

@@ -134,6 +134,7 @@ class NotPaired(SocketPairError):
 
 # --- text for people ------------------------------------------------------------------------
 
+PYTHON = sys.executable or "python3"  # the one that runs
 # Those of requirements.txt that Debian 12 has as python3-NAME. Its av crashes when it encodes.
 DEBIAN_PACKAGES = {"cryptography", "ifaddr", "numpy", "pyaudio", "spake2", "tqdm", "zeroconf"}
 # What a package raises while it is imported that is missing, or is broken: built for another
@@ -212,14 +213,9 @@ def describe_error(error: Exception) -> str:
     return "out of memory" if isinstance(error, MemoryError) else str(error)
 
 
-def python_path() -> str:
-    """Return what starts this Python."""
-    return sys.executable or "python3"
-
-
 def command_line(script: str, *args: str) -> str:
     """Return the line that runs `script`, beside the one that runs, in a shell here."""
-    words = [python_path(), os.path.join(os.path.dirname(sys.argv[0]), script), *args]
+    words = [PYTHON, os.path.join(os.path.dirname(sys.argv[0]), script), *args]
     if sys.platform == "win32":
         import subprocess  # noqa: PLC0415  (only advice needs it)
 
@@ -239,10 +235,10 @@ def how_to_install(*packages: str) -> str:
     marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
     names = " ".join(packages)
     if sys.prefix != sys.base_prefix or not os.path.exists(marker):
-        return f"{python_path()} -m pip install {names}"
+        return f"{PYTHON} -m pip install {names}"
     if DEBIAN_PACKAGES.issuperset(packages) and (apt := apt_install()):
         return f"{apt} {' '.join(f'python3-{package}' for package in packages)}"
-    environment = f"{python_path()} -m venv --system-site-packages .venv"
+    environment = f"{PYTHON} -m venv --system-site-packages .venv"
     return f"{environment} && . .venv/bin/activate && pip install {names}"
 
 
@@ -2191,12 +2187,13 @@ class BlockInfo(NamedTuple):
 
     The first of its `frames` is heard in `away_s` seconds, or was captured so long ago: 0 where the
     card does not tell. With `is_after_gap` the card had run dry before it (underrun), or had lost
-    sound (overrun).
+    sound (overrun). `lost_s` is for how many seconds the device had been away, mostly 0.
     """
 
     frames: int
     away_s: float
     is_after_gap: bool
+    lost_s: float = 0.0
 
 
 # Called with what was captured, or None. Returns what to play, or None.
@@ -2259,14 +2256,12 @@ class StreamSettings(NamedTuple):
 
     PortAudio makes a card's buffer of some three such blocks, and PyAudio lets nothing else be
     chosen. A card that runs dry again and again gets `longest_block_ms` at once, if that is more.
-    `on_return` is told, before the first block after the device was away, for how many seconds it
-    was. A thread of PortAudio's calls both.
+    A thread of PortAudio's calls `exchange`.
     """
 
     audio: AudioFormat
     block_ms: float
     exchange: Exchange
-    on_return: Callable[[float], object] = lambda lost_s: None
     longest_block_ms: float = 0.0
 
 
@@ -2307,68 +2302,61 @@ def import_pyaudio() -> Any:
 
 
 class SoundSystem:
-    """PortAudio, from its start to its end; it knows the devices there were at its start.
+    """PortAudio, from its start to its end, for one direction of sound.
 
-    Raises AudioUnavailable where PyAudio is not installed or PortAudio fails. `close` it; its
-    streams end with it. Every call may block for as long as a sound system hangs.
+    It knows the devices there were at its start. Raises AudioUnavailable where PyAudio is not
+    installed or PortAudio fails. `close` it; its streams end with it. Every call may block for as
+    long as a sound system hangs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, direction: Direction) -> None:
+        self._direction = direction
         self._pyaudio = import_pyaudio()
-        self._portaudio: Any = None
-        self.restart()
-
-    def restart(self) -> None:
-        """Start PortAudio anew: only then does it see what was plugged in."""
-        self.close()
         with portaudio_errors():
             self._portaudio = self._pyaudio.PyAudio()
 
     def close(self) -> None:
         """Release the sound cards; ends the streams that are open. Idempotent."""
-        portaudio, self._portaudio = self._portaudio, None
-        if portaudio is not None:
-            portaudio.terminate()
+        self._portaudio.terminate()
 
-    def devices(self, direction: Direction) -> list[Device]:
-        """Return the devices that sound can go through in `direction`, the default one first."""
+    def devices(self) -> list[Device]:
+        """Return the devices that sound can go through, the default one first."""
         with portaudio_errors():
             count = self._portaudio.get_device_count()
-            described = [self._describe(direction, number) for number in range(count)]
+            usable = [each for each in map(self._describe, range(count)) if each.channels > 0]
         default = None
         with contextlib.suppress(OSError):
             default_api = self._portaudio.get_default_host_api_info()
-            default = default_api[f"default{direction.kind.title()}Device"]
-        usable = [device for device in described if device.channels > 0]
+            default = default_api[f"default{self._direction.kind.title()}Device"]
         return sorted(usable, key=lambda device: device.number != default)
 
-    def _describe(self, direction: Direction, number: int) -> Device:
+    def _describe(self, number: int) -> Device:
         fields = self._portaudio.get_device_info_by_index(number)
         name = fields["name"]
         if isinstance(name, bytes):  # PyAudio could not decode it
             name = name.decode("utf-8", "surrogateescape")
         api = self._portaudio.get_host_api_info_by_index(fields["hostApi"])["name"]
-        rate = round(fields["defaultSampleRate"])
-        return Device(number, name, str(api), fields[f"max{direction.kind.title()}Channels"], rate)
+        channels = fields[f"max{self._direction.kind.title()}Channels"]
+        return Device(number, name, str(api), channels, round(fields["defaultSampleRate"]))
 
-    def open(self, direction: Direction, device: Device, settings: StreamSettings) -> Stream:
+    def open(self, device: Device, settings: StreamSettings) -> Stream:
         """Have PortAudio's own thread call `settings.exchange` for every block.
 
         Raises AudioUnavailable where there is no device of that name and sound system now, or it
         does not do it, saying what it can.
         """
-        now = device.among(self.devices(direction))
+        audio, kind = settings.audio, self._direction.kind
+        now = device.among(self.devices())
         if now is None:
-            raise AudioUnavailable(f"there is no {direction.noun} {device.shown!r} now")
+            raise AudioUnavailable(f"there is no {self._direction.noun} {device.shown!r} now")
 
         def callback(
             samples: bytes | None, frames: int, times: Mapping[str, float], status: int
         ) -> tuple[bytes | None, int]:
-            is_after_gap = bool(status & GAP_FLAGS)
-            info = BlockInfo(frames, direction.seconds_away(times), is_after_gap)
+            away_s = self._direction.seconds_away(times)
+            info = BlockInfo(frames, away_s, bool(status & GAP_FLAGS))
             return settings.exchange(samples, info), self._pyaudio.paContinue
 
-        audio = settings.audio
         try:
             return self._portaudio.open(
                 rate=audio.rate,
@@ -2376,38 +2364,33 @@ class SoundSystem:
                 format=self._pyaudio.paInt16,
                 frames_per_buffer=audio.frames_in(settings.block_ms),
                 stream_callback=callback,
-                **{direction.kind: True, f"{direction.kind}_device_index": now.number},
+                **{kind: True, f"{kind}_device_index": now.number},
             )
         except (OSError, ValueError) as error:
-            reason = self._describe_refusal(direction, now, audio, error)
-            raise AudioUnavailable(reason) from error
+            raise AudioUnavailable(self._describe_refusal(now, audio, error)) from error
 
-    def _describe_refusal(
-        self, direction: Direction, device: Device, audio: AudioFormat, error: Exception
-    ) -> str:
+    def _describe_refusal(self, device: Device, audio: AudioFormat, error: Exception) -> str:
         """Return why `device` cannot be opened, in words that help."""
-        name = f"{direction.noun} {device.shown!r}"
-        rates = [rate for rate in USUAL_RATES if self._supports(direction, device, audio, rate)]
+        name = f"{self._direction.noun} {device.shown!r}"
+        if audio.channels > device.channels:
+            most = counted(device.channels, "channel")
+            return f"the {name} has no {describe_channels(audio.channels)}: at most {most}"
+        rates = [rate for rate in USUAL_RATES if self._supports(device, audio, rate)]
         if rates and audio.rate not in rates:
             listed = ", ".join(map(str, rates))
             return f"the {name} cannot do {audio.rate} Hz; it can do {listed} Hz"
         return (
             f"the {name} cannot be opened ({escape(str(error.args[-1]))}): is another program "
-            f"using it? {direction.option} takes another (see --list-devices)"
+            f"using it? {self._direction.option} takes another (see --list-devices)"
         )
 
-    def _supports(
-        self, direction: Direction, device: Device, audio: AudioFormat, rate: int
-    ) -> bool:
-        asked = {
-            f"{direction.kind}_device": device.number,
-            f"{direction.kind}_channels": audio.channels,
-            f"{direction.kind}_format": self._pyaudio.paInt16,
-        }
-        try:
-            return bool(self._portaudio.is_format_supported(rate, **asked))
-        except (OSError, ValueError):
-            return False
+    def _supports(self, device: Device, audio: AudioFormat, rate: int) -> bool:
+        asked = {"device": device.number, "channels": audio.channels}
+        asked["format"] = self._pyaudio.paInt16
+        named = {f"{self._direction.kind}_{name}": value for name, value in asked.items()}
+        with contextlib.suppress(OSError, ValueError):
+            return bool(self._portaudio.is_format_supported(rate, **named))
+        return False
 
 
 # --- sound card: JACK -----------------------------------------------------------------------
@@ -2521,7 +2504,7 @@ def serve_jack(_argv: Sequence[str]) -> int:
         if how:
             exchange_until_lost(link, direction, *how)
         else:
-            link.send(SoundSystem().devices(direction))
+            link.send(SoundSystem(direction).devices())
     except AudioUnavailable as error:
         link.send(error)
     return EXIT_OK
@@ -2543,7 +2526,7 @@ def exchange_until_lost(
         return played
 
     settings = StreamSettings(audio, block_ms, exchange)
-    stream = SoundSystem().open(direction, device, settings)
+    stream = SoundSystem(direction).open(device, settings)
     link.send([device])
     answered.set()
     hang_up = select.poll()
@@ -2569,8 +2552,8 @@ Stream = Any  # PyAudio's, whose methods raise OSError once it has died; or a Ja
 class OpenCard:
     """A card's stream, as it was asked for, and when sound last flowed.
 
-    PortAudio's thread exchanges blocks; all else is for the thread that watches. Where the device
-    was away since `lost_s`, `settings` say who is told.
+    PortAudio's thread exchanges blocks; all else is for the thread that watches. `lost_s` is since
+    when the device was away.
     """
 
     def __init__(
@@ -2590,7 +2573,7 @@ class OpenCard:
         """Pass a block on."""
         self.last_s = clock_s()
         if not self.has_begun and self._lost_s is not None:
-            self.settings.on_return(self.last_s - self._lost_s)
+            info = info._replace(lost_s=self.last_s - self._lost_s)
         self.has_begun = True
         if info.is_after_gap:
             self._gaps_s.append(self.last_s)
@@ -2659,7 +2642,7 @@ class SoundCard:
 
     def _open_stream(self, settings: StreamSettings) -> Stream:
         if self.device.host_api != JACK:
-            return self._system.open(self._direction, self.device, settings)
+            return self._system.open(self.device, settings)
         process = JackProcess(self._direction, self.device, settings.audio, settings.block_ms)
         exchanging = functools.partial(process.exchange_blocks, settings.exchange)
         threading.Thread(target=exchanging, name="JACK", daemon=True).start()
@@ -2710,7 +2693,8 @@ class SoundCard:
         self._away = settings, lost_s
         self._close_card()
         with contextlib.suppress(Exception):  # whatever it was, it is tried again
-            self._system.restart()
+            self._system.close()
+            self._system = SoundSystem(self._direction)  # which sees what was plugged in
             self._card = OpenCard(self._open_stream, settings, lost_s)
 
 
@@ -2743,8 +2727,8 @@ def find_device(direction: Direction, wanted: str | None) -> tuple[SoundSystem, 
     is none or several, saying which.
     """
     hide_jack()
-    system = SoundSystem()
-    devices = system.devices(direction)
+    system = SoundSystem(direction)
+    devices = system.devices()
     found = choose_device(direction, wanted, devices)
     if found is None:
         with_jack = find_jack_devices(direction, devices)
@@ -2784,7 +2768,7 @@ def list_devices(direction: Direction) -> int:
 def describe_devices(direction: Direction) -> str:
     """Return a table of the devices, by their numbers, with a star at the default one."""
     hide_jack()
-    devices = SoundSystem().devices(direction)
+    devices = SoundSystem(direction).devices()
     devices += find_jack_devices(direction, devices)
     if not devices:
         return direction.none_found

@@ -2173,12 +2173,13 @@ class Microphone:
         self._card = card
         self._silent_frames = 0  # of zeros alone; no real microphone is that quiet
         self._is_silence_told = False
-        skip = self.captured.skip  # what a card that was away has not captured
-        card.open(common.StreamSettings(audio, CAPTURE_BLOCK_MS, self._hand_over, skip))
+        card.open(common.StreamSettings(audio, CAPTURE_BLOCK_MS, self._hand_over))
 
     def _hand_over(self, samples: bytes | None, info: common.BlockInfo) -> None:
         """Take a block; PortAudio's thread calls this."""
         captured, audio = samples or b"", self.captured.audio
+        if info.lost_s:
+            self.captured.skip(info.lost_s)  # what a card that was away has not captured
         self.captured.put(captured, max(0.0, info.away_s - info.frames / audio.rate))
         is_silent = captured.count(0) == len(captured)
         self._silent_frames = self._silent_frames + audio.frames_of(captured) if is_silent else 0

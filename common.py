@@ -591,9 +591,16 @@ def encode_frame(content: bytes) -> bytes:
 
 
 def encode_message(message: Message) -> bytes:
-    """Return the frame that holds `message`."""
-    fields = {"type": type(message).__name__.lower(), **message._encode()}
-    return encode_frame(json.dumps(fields, separators=(",", ":")).encode())
+    """Return the frame that holds `message`.
+
+    Where a class does not encode its fields itself, they go as they are. Those that are None, or as
+    they are by default, are left out.
+    """
+    fields: Fields = getattr(message, "_encode", message._asdict)()
+    usual = message._field_defaults
+    given = {name: value for name, value in fields.items() if value not in (None, usual.get(name))}
+    typed = {"type": type(message).__name__.lower(), **given}
+    return encode_frame(json.dumps(typed, separators=(",", ":")).encode())
 
 
 def decode_message(content: bytes, expected: Iterable[type[Message]]) -> Message:
@@ -658,10 +665,6 @@ class Hello(NamedTuple):
     mode: str
     opus_kbit: int | None = None
 
-    def _encode(self) -> Fields:
-        fields: Fields = {"protocol": self.protocol, "mode": self.mode}
-        return fields if self.opus_kbit is None else {**fields, "opus_kbit": self.opus_kbit}
-
     @classmethod
     def _decode(cls, fields: Fields) -> Hello:
         protocol, mode = require(fields, "protocol", int), require(fields, "mode", str)
@@ -684,9 +687,8 @@ class Sound(NamedTuple):
 
     def encode(self) -> Fields:
         """Return it as fields of a Welcome."""
-        options = {"sync_ms": self.sync_ms, "opus_kbit": self.opus_kbit}
-        given = {name: value for name, value in options.items() if value is not None}
-        return {**self.audio._asdict(), "stream": self.stream, **given}
+        fields = self._asdict()
+        return {**fields.pop("audio")._asdict(), **fields}
 
     @classmethod
     def decode(cls, fields: Fields) -> Sound:
@@ -722,8 +724,7 @@ class Welcome(NamedTuple):
 
     def _encode(self) -> Fields:
         sound = {} if self.sound is None else self.sound.encode()
-        folder = {} if self.folder is None else {"folder": self.folder}
-        return {"protocol": self.protocol, "mode": self.mode, **sound, **folder}
+        return {"protocol": self.protocol, "mode": self.mode, **sound, "folder": self.folder}
 
     @classmethod
     def _decode(cls, fields: Fields) -> Welcome:
@@ -756,9 +757,6 @@ class Error(NamedTuple):
 
     error: str
     kind: str = ""
-
-    def _encode(self) -> Fields:
-        return self._asdict() if self.kind else {"error": self.error}
 
     @classmethod
     def _decode(cls, fields: Fields) -> Error:
@@ -855,8 +853,7 @@ class Offer(NamedTuple):
     run: str = ""
 
     def _encode(self) -> Fields:
-        fields: Fields = {"entries": [entry.encode() for entry in self.entries]}
-        return {**fields, "run": self.run} if self.run else fields
+        return {"entries": [entry.encode() for entry in self.entries], "run": self.run}
 
     @classmethod
     def _decode(cls, fields: Fields) -> Offer:
@@ -879,9 +876,6 @@ class Held(NamedTuple):
 
     entries: Sequence[tuple[int, Sequence[int]]]
 
-    def _encode(self) -> Fields:
-        return {"entries": self.entries}
-
     @classmethod
     def _decode(cls, fields: Fields) -> Held:
         entries: list[tuple[int, Sequence[int]]] = []
@@ -902,9 +896,6 @@ class Held(NamedTuple):
 class Hashing(NamedTuple):
     """A sign of life of whoever hashes for long."""
 
-    def _encode(self) -> Fields:
-        return {}
-
     @classmethod
     def _decode(cls, _fields: Fields) -> Hashing:
         return cls()
@@ -918,9 +909,6 @@ class Prefixes(NamedTuple):
     """
 
     entries: Sequence[Sequence[str]]
-
-    def _encode(self) -> Fields:
-        return {"entries": self.entries}
 
     @classmethod
     def _decode(cls, fields: Fields) -> Prefixes:
@@ -1117,9 +1105,6 @@ class TimeRequest(NamedTuple):
     """A client's question for the server's time, when it was asked by the client's own clock."""
 
     asked_ns: int
-
-    def _encode(self) -> Fields:
-        return self._asdict()
 
     @classmethod
     def _decode(cls, fields: Fields) -> TimeRequest:

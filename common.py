@@ -2217,12 +2217,14 @@ class Device(NamedTuple):
         return min(same, key=lambda device: device.number != self.number, default=None)
 
 
-def meant_devices(wanted: str, devices: Sequence[Device]) -> list[Device]:
+def meant_devices(wanted: str | None, devices: Sequence[Device]) -> Sequence[Device]:
     """Return those of `devices` that `wanted` means: none, one, or several that it is a part of.
 
     A whole name or a number wins over a part of a name; case is ignored. Windows shows one device
-    through several sound systems: the first that has any is meant.
+    through several sound systems: the first that has any is meant. None means the first.
     """
+    if wanted is None:
+        return devices[:1]
     folded = wanted.casefold()
     exact = [d for d in devices if folded in (d.name.casefold(), str(d.number))]
     if exact or wanted.isdecimal():
@@ -2714,34 +2716,20 @@ def find_device(direction: Direction, wanted: str | None) -> tuple[SoundSystem, 
     hide_jack()
     system = SoundSystem(direction)
     devices = system.devices()
-    found = choose_device(direction, wanted, devices)
-    if found is None:
-        with_jack = find_jack_devices(direction, devices)
-        found = choose_device(direction, wanted, with_jack)
+    meant = meant_devices(wanted, devices)
+    if not meant:
+        meant = meant_devices(wanted, with_jack := find_jack_devices(direction, devices))
         devices += with_jack
-    if found is not None:
-        return system, found
+    if len(meant) == 1:
+        return system, meant[0]
     if wanted is None or not devices:
         raise AudioUnavailable(direction.none_found)
-    raise AudioUnavailable(
-        f"no {direction.noun} matches {escape(wanted)!r}; there are: {describe_choice(devices)}"
-    )
-
-
-def choose_device(
-    direction: Direction, wanted: str | None, devices: Sequence[Device]
-) -> Device | None:
-    """Return that of `devices` which `wanted` means, None if none.
-
-    Where nothing is wanted, that is the first. Raises AudioUnavailable where several are meant.
-    """
-    meant = devices[:1] if wanted is None else meant_devices(wanted, devices)
-    if len(meant) > 1:
-        raise AudioUnavailable(
-            f"several {direction.noun}s match {escape(wanted or '')!r}, give one's number or whole "
-            f"name: {describe_choice(meant)}"
-        )
-    return meant[0] if meant else None
+    noun, shown = direction.noun, repr(escape(wanted))
+    if not meant:
+        there_are = describe_choice(devices)
+        raise AudioUnavailable(f"no {noun} matches {shown}; there are: {there_are}")
+    one = "give one's number or whole name"
+    raise AudioUnavailable(f"several {noun}s match {shown}, {one}: {describe_choice(meant)}")
 
 
 def list_devices(direction: Direction) -> int:

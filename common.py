@@ -379,9 +379,7 @@ def normalize_code(text: str) -> str:
 def find_weakness(code: str) -> str:
     """Return what makes a normalized code one of the first that are guessed; empty if nothing."""
     period = (code + code).index(code, 1)
-    if period == 1:
-        return "it is one character, repeated"
-    if period <= 3 and period < len(code):
+    if period <= 3:
         return "it repeats itself"
     if code in SEQUENCES or code in SEQUENCES[::-1]:
         return "it is a sequence"

@@ -56,8 +56,8 @@ def test_what_counts_of_a_code_has_eight_characters(typed: str) -> None:
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ("aaaaaaaa", "one character"),
-        ("0000-0000-0000", "one character"),
+        ("aaaaaaaa", "repeats itself"),
+        ("0000-0000-0000", "repeats itself"),
         ("ababababab", "repeats itself"),
         ("abcdefgh", "sequence"),
         ("9876-5432", "sequence"),

@@ -2608,7 +2608,8 @@ class SoundCard:
     def open(self, settings: StreamSettings) -> None:
         """Let sound flow from now on, or once a device that is away is back.
 
-        A card that is open is closed first; after a failure, another format can be tried.
+        A card that is open is closed first; after a failure, another format can be tried. One that
+        is away cannot be tried, and takes its own format alone.
         """
         in_background(lambda: self._open(settings))
 
@@ -2622,6 +2623,8 @@ class SoundCard:
             self._close_card()
             if self._away is None:
                 self._card = OpenCard(self._open_stream, settings)
+            elif settings.audio != self.device.own_format:
+                raise AudioUnavailable(f"{self._what} is gone")
             else:
                 self._away = settings, self._away[1]
 

@@ -1329,7 +1329,8 @@ class ContentSender:
             size = content.read_into(block)
         if size:
             blocks.give(block[:size])  # is hashed while it is sent
-            self._connection.send_segment(block[:size])
+            self._connection.queue(LENGTH.pack(size))
+            self._connection.queue(block[:size])
             self._progress.move(size)
         self._adapt_step(time.monotonic() - start_s)
         return size

@@ -1649,10 +1649,14 @@ class ByteStream(TimedSocket):
         self._seal_and_send(memoryview(data))
 
     def queue(self, data: bytes | memoryview) -> None:
-        """Keep `data` for the next `flush`.
+        """Keep a copy of `data` for the next `flush`; what is large is sent at once.
 
-        Sends by itself once a good deal has gathered, or some of it has waited for a second.
+        Sends by itself once a good deal has gathered, or some of it has waited for a second. Blocks
+        and raises as `write` does.
         """
+        if len(data) > SEND_BYTES:
+            self.write(data)
+            return
         if not self._queued:
             self._queued_until = time.monotonic() + FLUSH_INTERVAL_S
         self._queued += data
@@ -1706,10 +1710,6 @@ class Connection(ByteStream):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def read_length(self, ahead: int = RECEIVE_BYTES) -> int:
-        """Return the length that opens a frame; blocks and raises as `read` does."""
-        return int(LENGTH.unpack(self.read(LENGTH.size, ahead))[0])
-
     def read_frame(self, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
         """Return the content of the next frame; blocks and raises as `wait_for_frame` does."""
         return self.read(self.wait_for_frame(max_bytes))[LENGTH.size :]
@@ -1731,17 +1731,6 @@ class Connection(ByteStream):
         with self.limit(PROGRESS_TIMEOUT_S + size / SLOWEST_FRAME_BYTES_PER_S):
             self._wait_for(LENGTH.size + size)
         return LENGTH.size + int(size)
-
-    def send_segment(self, segment: memoryview) -> None:
-        """Send a part of a file as a frame; blocks and raises as `write` does.
-
-        Only queues a small one, of which it takes a copy.
-        """
-        self.queue(LENGTH.pack(len(segment)))
-        if len(segment) <= SEND_BYTES:
-            self.queue(segment)
-        else:
-            self.write(segment)
 
     def send(self, message: Message) -> None:
         """Send a message, after all that is queued; blocks and raises as `write` does."""

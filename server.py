@@ -1642,7 +1642,8 @@ class Content:
         Raises Refused, ProtocolError and ConnectionLost.
         """
         while not (self._segment_left or self._has_ended):
-            length = self._connection.read_length(self._ahead)
+            header = self._connection.read(common.LENGTH.size, self._ahead)
+            (length,) = common.LENGTH.unpack(header)
             if length == common.GIVEN_UP:
                 self.is_over = True
                 raise Refused("the client cannot read it, or it has changed there")

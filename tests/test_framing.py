@@ -356,7 +356,8 @@ def test_segments_of_any_size_arrive_in_order(sizes: list[int]) -> None:
 
     def send_all(connection: Connection) -> None:
         for segment in segments:
-            connection.send_segment(memoryview(segment))
+            connection.queue(common.LENGTH.pack(len(segment)))
+            connection.queue(memoryview(segment))
         connection.flush()
 
     with (
@@ -364,7 +365,7 @@ def test_segments_of_any_size_arrive_in_order(sizes: list[int]) -> None:
         Connection(far, "far") as other,
         background(lambda: send_all(other)),
     ):
-        received = [connection.read(connection.read_length()) for _ in segments]
+        received = [connection.read(*common.LENGTH.unpack(connection.read(4))) for _ in segments]
     assert received == segments
 
 

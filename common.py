@@ -1749,7 +1749,7 @@ class Connection(ByteStream):
         self, first: type[A], second: type[B], third: type[C], /, *, max_bytes: int = ...
     ) -> A | B | C: ...
 
-    def receive(self, *expected: type[Message], max_bytes: int = MAX_FRAME_BYTES) -> Message:
+    def receive(self, *expected: type[Any], max_bytes: int = MAX_FRAME_BYTES) -> Any:
         """Return the next message, of one of the types `expected`; blocks as `read_frame` does.
 
         Raises PeerRefused where the other side reports an Error instead, ProtocolError where it
@@ -2810,7 +2810,6 @@ def quiet_libraries(verbose: bool) -> None:
     """
     if verbose or sys.stderr is not sys.__stderr__:
         return
-    sys.stderr.flush()
     real = os.dup(2)
     words = LastWords()
     os.dup2(words.descriptor, 2)

@@ -2647,7 +2647,7 @@ class SoundCard:
             if self._away and card.has_begun:
                 self._away = None
                 self._complain(f"{self._what} is back")
-            elif card.needs_longer_blocks():
+            elif card.needs_longer_blocks() and self.device.host_api != JACK:  # whose are JACK's
                 self._lengthen_blocks(card)
         elif self._away:
             self._open_anew(*self._away)

@@ -704,7 +704,10 @@ def disguise(folder: tuple[int, int]) -> tuple[int, int]:
     On another machine nothing comes of it: its folders may have the same numbers, and through a
     tunnel its clients come from the server's own address.
     """
-    key = int.from_bytes(hashlib.sha256(socket.gethostname().encode()).digest()[:8], "big")
+    machine = socket.gethostname()
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        machine = file.read()
+    key = int.from_bytes(hashlib.sha256(machine.encode()).digest()[:8], "big")
     return folder[0] ^ key, folder[1] ^ key
 
 

@@ -3069,7 +3069,7 @@ def pairing_code(text: str) -> str:
 
 
 def name_given(text: str) -> str:
-    """Return `text` as what a machine, a device or a folder is called, for argparse."""
+    """Return `text` as what a machine or a device is called, for argparse."""
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty name")
     return text

@@ -3835,9 +3835,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help=f"clients served at once ({MAX_CLIENTS}; in audio mode {MAX_LISTENERS})",
     )
     files = parser.add_argument_group("file mode")
-    files.add_argument(
-        "--folder", type=common.name_given, default="received", help="where files go (%(default)s)"
-    )
+    files.add_argument("--folder", default="received", help="where files go (%(default)s)")
     files.add_argument(
         "--overwrite",
         action="store_true",

@@ -2983,8 +2983,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
-        hint = "" if "did you mean" in message else f" (see {self.prog} --help)"
-        self.exit(EXIT_USAGE, f"{self.prog}: error: {escape(message, MAX_USAGE_CHARS)}{hint}\n")
+        shown = escape(message, MAX_USAGE_CHARS)
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {shown} (see {self.prog} --help)\n")
 
 
 def make_parser(description: str, examples: str) -> argparse.ArgumentParser:

@@ -3250,11 +3250,6 @@ class Endpoint(NamedTuple):
         found += [each for each in bound if each not in ALL_ADDRESSES]
         return [address for address in found if not common.is_loopback(address)]
 
-    def networks(self) -> list[str]:
-        """Return the addresses whose networks it can be reached from; none if from all."""
-        is_everywhere = ALL_ADDRESSES.keys() & set(self.bound_addresses())
-        return [] if is_everywhere else self.addresses()
-
     def describe(self, doing: str, console: Console) -> None:
         """Say where the server is and how a client gets in; with --quiet only a new code."""
         names = [each.getsockname()[:2] for each in self.sockets]
@@ -3327,7 +3322,9 @@ class Advertiser:
         addresses = self._endpoint.addresses()
         if not addresses:
             raise SocketPairError("this machine is in none")
-        with contextlib.closing(common.open_network(self._endpoint.networks())) as network:
+        is_everywhere = not ALL_ADDRESSES.keys().isdisjoint(self._endpoint.bound_addresses())
+        networks = [] if is_everywhere else addresses  # none in particular, or those of these
+        with contextlib.closing(common.open_network(networks)) as network:
             network.register_service(self._service(addresses), cooperating_responders=True)
             self._problem = ""
             while not self._closed.wait(ADDRESS_CHECK_S):

@@ -67,7 +67,7 @@ import time
 import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 try:
     import common
@@ -2944,6 +2944,8 @@ WAV_HEADER = struct.Struct("<4sI8sIHHIIHH4sI")
 # What FFmpeg calls so many channels, as FLAC and Opus have them.
 LAYOUTS = ("mono", "stereo", "3.0", "quad", "5.0", "5.1", "6.1", "7.1")
 
+Made = TypeVar("Made")
+
 
 class RecordingOutput:
     """Writes every frame as it was captured, from a thread of its own; gaps become silence.
@@ -3027,30 +3029,53 @@ class RecordingFiles:
 
     @contextlib.contextmanager
     def create(self) -> Iterator[BinaryIO]:
-        """Give the next file, to write its beginning; where that fails, there is no file.
+        """Give the next file, to write its beginning; it gets its name then, on Windows before.
 
-        Raises SocketPairError.
+        So no kill leaves an empty one. Where it fails, there is no file. Raises SocketPairError.
         """
+        has_name = sys.platform == "win32"
+        hidden = os.path.join(os.path.dirname(self._path), f".recording-{os.urandom(6).hex()}")
         with told_as_recording():
-            file = self._open_next()
+            file = self._next(open_new) if has_name else open_new(hidden)
             try:
                 yield file
                 file.flush()
+                path = file.name if has_name else self._next(lambda path: move(file.name, path))
             except BaseException:
                 with contextlib.suppress(OSError):
                     file.close()
                 os.unlink(file.name)
                 raise
-        self._console.say(f"Recording into {escape(file.name)}")
+        self._console.say(f"Recording into {escape(path)}")
 
-    def _open_next(self) -> BinaryIO:
+    def _next(self, make: Callable[[str], Made]) -> Made:
+        """Return what `make` makes of the next path for which it does not raise FileExistsError."""
         stem, ending = os.path.splitext(self._path)
         for number in range(MAX_RECORDINGS):
-            path = f"{stem} ({number}){ending}" if number else self._path
             with contextlib.suppress(FileExistsError):
-                return open(path, "xb")
+                return make(f"{stem} ({number}){ending}" if number else self._path)
         shown = escape(self._path)
         raise SocketPairError(f"there are {MAX_RECORDINGS:,} recordings {shown}: give another name")
+
+
+def open_new(path: str) -> BinaryIO:
+    """Make a file; raises FileExistsError if there is one."""
+    return open(path, "xb")
+
+
+def move(path: str, target: str) -> str:
+    """Move a file to `target`, which is returned; raises FileExistsError if that is taken."""
+    try:
+        os.link(path, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links
+        if os.path.lexists(target):
+            raise FileExistsError from None
+        os.rename(path, target)
+    else:
+        os.unlink(path)
+    return target
 
 
 @contextlib.contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from sound import (
     make_tone,
     numbered_frames,
     port_of,
+    read_wav,
     start_client,
     start_server,
     write_wav,
@@ -131,6 +134,27 @@ def test_a_recording_is_valid_up_to_the_last_second_after_kill_9(
     assert level(heard[-RATE:], TONE_HZ) > 9_000
 
 
+def test_a_kill_at_its_birth_leaves_a_valid_wav_or_none(tmp_path: Path) -> None:
+    code = (
+        "import sys, client, common\n"
+        "files = client.RecordingFiles(sys.argv[1], common.Console(quiet=True))\n"
+        "print(flush=True)\n"
+        "while True: files.open(common.AudioFormat(48_000, 1)).close()\n"
+    )
+    for number in range(10):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        command = [sys.executable, "-c", code, str(folder / "talk.wav")]
+        environment = {**os.environ, "PYTHONPATH": str(Path(client.__file__).parent)}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            wait_for(lambda: len(os.listdir(folder)) > number, "recordings")  # noqa: B023
+            process.send_signal(signal.SIGKILL)
+        for path in folder.glob("talk*.wav"):
+            assert read_wav(path) == (MONO, b"")
+
+
 # --- names ----------------------------------------------------------------------------------
 
 
@@ -166,7 +190,11 @@ def test_recordings_of_one_name_are_bounded(
     assert sorted(os.listdir(tmp_path)) == ["talk (1).wav", "talk (2).wav", "talk.wav"]
 
 
-def test_a_recording_that_cannot_be_begun_leaves_no_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_a_recording_that_cannot_be_begun_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
     files = client.RecordingFiles(str(tmp_path / "talk.wav"), QUIET)
     with (
         pytest.raises(common.SocketPairError, match="cannot record: no space left"),
@@ -174,6 +202,19 @@ def test_a_recording_that_cannot_be_begun_leaves_no_file(tmp_path: Path) -> None
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert os.listdir(tmp_path) == []
+
+
+def test_where_there_are_no_hard_links_a_recording_is_made_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for name in ("talk.wav", "talk (1).wav"):
+        client.RecordingFiles(str(tmp_path / "talk.wav"), QUIET).open(MONO).close()
+        assert read_wav(tmp_path / name) == (MONO, b"")
+    assert sorted(os.listdir(tmp_path)) == ["talk (1).wav", "talk.wav"]
 
 
 @pytest.mark.parametrize("option", ["--record", "--output"])

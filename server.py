@@ -1429,11 +1429,14 @@ def decide(batch: Batch, stage: LookedUp, same: Here, taken: set[PartialFile]) -
     return Wanted(stage.entry, beginning, different=stage.candidates)
 
 
-def end_others(tag: str, others: set[PartialFile]) -> None:
-    """Remove what nobody has taken, but what a client of another address may continue."""
+def end_others(tag: str, others: set[PartialFile], compared: set[PartialFile]) -> None:
+    """Close what nobody has taken, and remove what was `compared` of it.
+
+    But not what a client of another address may continue.
+    """
     for partial in others:
         with contextlib.suppress(OSError):  # of a network, at the end of any file
-            if has_tag(partial.name, tag):
+            if partial in compared and has_tag(partial.name, tag):
                 partial.discard()
             else:
                 partial.close()
@@ -1931,7 +1934,9 @@ class Reception:
             decide(batch, each, same[index], taken) if isinstance(each, LookedUp) else each
             for index, each in enumerate(looked_up)
         ]
-        end_others(self.tag, {each for one in same.values() for each in one.compared} - taken)
+        partials = {each for one in held.values() for each in one.partials}
+        compared = {each for one in same.values() for each in one.compared}
+        end_others(self.tag, partials - taken, compared)
         return decided
 
     def _ask(self, batch: Batch, held: dict[int, LookedUp]) -> dict[int, Here]:

@@ -239,6 +239,8 @@ def how_to_install(*packages: str) -> str:
     if DEBIAN_PACKAGES.issuperset(packages) and (apt := apt_install()):
         return f"{apt} {' '.join(f'python3-{package}' for package in packages)}"
     environment = f"{PYTHON} -m venv --system-site-packages .venv"
+    if apt := apt_install():
+        environment = f"{apt} python3-venv && {environment}"
     return f"{environment} && . .venv/bin/activate && pip install {names}"
 
 
@@ -2218,7 +2220,7 @@ def meant_devices(wanted: str | None, devices: Sequence[Device]) -> Sequence[Dev
     folded = wanted.casefold()
     exact = [d for d in devices if folded in (d.name.casefold(), str(d.number))]
     if exact or wanted.isdecimal():
-        return exact[:1]
+        return sorted(exact, key=lambda device: device.name != wanted)[:1]
     parts = [device for device in devices if folded in device.name.casefold()]
     return [device for device in parts if device.host_api == parts[0].host_api]
 

@@ -101,6 +101,7 @@ def test_a_device_that_cannot_be_opened_is_a_line(many: VirtualSoundCard) -> Non
     [
         ("Mic", [1]),
         ("mic", [1]),
+        ("MIC", [6]),
         ("2", [2]),
         ("mic (hw:7", [2]),
         ("7", []),
@@ -118,6 +119,7 @@ def test_a_wanted_name_means_the_exact_one_or_a_number_else_a_part(
         device(3, "Mic (hw:8,0)"),
         device(4, "Microphone Array", "MME"),
         device(5, "Microphone Array (long name)", "WASAPI"),
+        device(6, "MIC"),
     ]
     assert [found.number for found in common.meant_devices(wanted, devices)] == numbers
 

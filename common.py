@@ -2378,8 +2378,8 @@ JACK = "JACK Audio Connection Kit"  # as PortAudio calls that sound system
 # What keeps PortAudio from JACK's library, and from PipeWire's that stands in for it.
 WITHOUT_JACK = {"JACK_DEFAULT_SERVER": "none", "PIPEWIRE_NOJACK": "1"}
 JACK_START_S = 10.0
-JACK_PROGRAM = (
-    "import sys; sys.path.insert(0, sys.argv[1]); import common; common.run(common.serve_jack)"
+JACK_PROGRAM = (  # which takes no module from the current folder, as -c would
+    "import sys; sys.path[0] = sys.argv[1]; import common; common.run(common.serve_jack)"
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import common
 from jack import JackServer
 from sound import Script, is_not_missed, port_of, read_wav, start_client, start_server
 from sound_card import VirtualSoundCard
+from support import ROOT
 
 
 @pytest.fixture
@@ -93,3 +96,12 @@ def test_ctrl_c_ends_also_where_jack_hangs(card: VirtualSoundCard, jack: JackSer
             sender.wait_for("is gone")
             assert player.interrupt() == common.EXIT_OK
             assert sender.interrupt() == common.EXIT_INTERRUPTED
+
+
+def test_what_speaks_to_jack_takes_no_module_from_the_current_folder(tmp_path: Path) -> None:
+    """There may be what somebody has sent."""
+    taken = tmp_path / "taken"
+    (tmp_path / "queue.py").write_text(f"open({str(taken)!r}, 'w')")
+    command = [sys.executable, ROOT / "client.py", "audio", "--list-devices"]
+    subprocess.run(command, cwd=tmp_path, stdout=subprocess.DEVNULL, timeout=60, check=True)
+    assert not taken.exists()

@@ -102,6 +102,6 @@ def test_what_speaks_to_jack_takes_no_module_from_the_current_folder(tmp_path: P
     """There may be what somebody has sent."""
     taken = tmp_path / "taken"
     (tmp_path / "queue.py").write_text(f"open({str(taken)!r}, 'w')")
-    command = [sys.executable, ROOT / "client.py", "audio", "--list-devices"]
+    command = [sys.executable, str(ROOT / "client.py"), "audio", "--list-devices"]
     subprocess.run(command, cwd=tmp_path, stdout=subprocess.DEVNULL, timeout=60, check=True)
     assert not taken.exists()

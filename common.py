@@ -2595,6 +2595,7 @@ class SoundCard:
         self._card: OpenCard | None = None
         # While the device is away: how it is to be opened, and since when.
         self._away: tuple[StreamSettings, float] | None = None
+        self._is_told = False  # that it is gone
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="sound card", daemon=True)
         self._thread.start()
@@ -2638,9 +2639,13 @@ class SoundCard:
     # its thread, which has to look: PyAudio tells nobody that a stream has ended
 
     def _watch(self) -> None:
+        looked_s = clock_s()
         while not self._is_over.wait(CARD_CHECK_S if self._card else CARD_RETRY_S):
             with self._lock:
+                if self._card and clock_s() - looked_s > CARD_TIMEOUT_S:
+                    self._card.last_s = clock_s()  # it was this process that stood still
                 self._look_after()
+                looked_s = clock_s()
         with self._lock:
             self._close_card()
             self._system.close()
@@ -2651,16 +2656,28 @@ class SoundCard:
         if card is not None and not card.is_lost():
             if self._away and card.has_begun:
                 self._away = None
-                self._complain(f"{self._what} is back")
+                self._tell_back()
             elif card.needs_longer_blocks() and self.device.host_api != JACK:  # whose are JACK's
                 self._lengthen_blocks(card)
         elif self._away:
+            self._tell_gone()
             self._open_anew(*self._away)
         elif card is not None:
-            # Told first: a sound system that hangs does not let the stream be closed.
+            self._tell_gone()  # first: a sound system that hangs does not let the stream be closed
+            self._open_anew(card.settings, card.last_s)
+
+    def _tell_gone(self) -> None:
+        """Tell it, once until it is back."""
+        if not self._is_told:
+            self._is_told = True
             option = self._direction.option
             self._complain(f"{self._what} is gone: waiting for it ({option} would take another)")
-            self._open_anew(card.settings, card.last_s)
+
+    def _tell_back(self) -> None:
+        """Tell it, unless the device was only opened anew."""
+        if self._is_told:
+            self._is_told = False
+            self._complain(f"{self._what} is back")
 
     def _lengthen_blocks(self, card: OpenCard) -> None:
         settings = card.settings._replace(block_ms=card.settings.longest_block_ms)

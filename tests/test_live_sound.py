@@ -82,7 +82,8 @@ def test_a_loudspeaker_that_keeps_running_dry_gets_more_sound_at_once(
 
         wait_for(has_helped, "the loudspeaker has run dry again and again", 240)
         assert hears_tone(card)
-        before, _, _ = player.text().partition("the loudspeaker default ran dry")
+        before, _, after = player.text().partition("the loudspeaker default ran dry")
+        assert "is back" not in after.partition("is gone")[0], "it was only opened anew"
         # A card that a busy machine starves may go, and come back.
         assert before.count("is gone") == before.count("is back"), "it is not lost meanwhile"
 

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sound import (
     MONO,
     Script,
     ends_with_one_line,
+    hears_tone,
     is_tone,
     make_tone,
     port_of,
@@ -212,6 +214,18 @@ def test_a_card_is_back_once_when_sound_flows_again(card: VirtualSoundCard) -> N
         card.pactl("suspend-source", "mic", "0")
         sender.wait_for("is back")
         assert sender.text().count("is gone") == sender.text().count("is back") == 1
+
+
+def test_a_process_that_stood_still_has_lost_no_card(card: VirtualSoundCard) -> None:
+    with start_server(card) as sender, start_client(card, port_of(sender)) as player:
+        assert hears_tone(card)
+        for script in (sender, player):
+            script.signal(signal.SIGSTOP)
+        time.sleep(common.CARD_TIMEOUT_S + 1)
+        for script in (sender, player):
+            script.signal(signal.SIGCONT)
+        assert hears_tone(card)
+        assert "is gone" not in sender.text() + player.text()
 
 
 def last_use_of_microphone(card: VirtualSoundCard) -> int:

@@ -914,13 +914,15 @@ Who = tuple[Hashable, ...]  # a host and its client, or whoever else has turns
 class Turns:
     """Lets one thread at a time do what takes the processor.
 
-    Whoever has had a turn is due again after as long as that took of the processor. The next turn
-    is of the host that has been due for longest, and of that client of it that has.
+    Whoever has had a turn is due again after as long as that took of the processor, and a newcomer
+    at once. The next turn is of the host that has been due for longest, and of that client of it
+    that has: nobody waits for ever, however many come.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: list[tuple[Who, threading.Lock]] = []  # in the order in which they asked
+        # In the order in which they asked, and since when.
+        self._waiting: list[tuple[Who, float, threading.Lock]] = []
         self._due_s: Recent[Hashable, float] = Recent()
         self._is_taken = False
         self._began_s = 0.0  # in processor's time of the thread whose turn it is
@@ -939,7 +941,7 @@ class Turns:
         with self._lock:
             if self._is_taken:
                 mine.acquire()  # which whoever ends a turn releases
-                self._waiting.append((who, mine))
+                self._waiting.append((who, time.monotonic(), mine))
             self._is_taken = True
         mine.acquire()
         self._began_s = time.thread_time()
@@ -953,9 +955,9 @@ class Turns:
                 self._is_taken = False
                 return
             find = self._due_s.find
-            chosen = min(self._waiting, key=lambda waiting: [find(of, 0.0) for of in waiting[0]])
+            chosen = min(self._waiting, key=lambda each: [find(of, each[1]) for of in each[0]])
             self._waiting.remove(chosen)
-            chosen[1].release()
+            chosen[2].release()
 
     @contextlib.contextmanager
     def aside(self, who: Who) -> Iterator[None]:

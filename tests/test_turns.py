@@ -52,16 +52,27 @@ def order_of(turns: Turns, waiting: Sequence[tuple[str, Who]]) -> list[str]:
 
 def test_who_had_less_is_first_and_otherwise_who_came_first() -> None:
     turns = Turns()
-    have(turns, ("greedy",), 0.1)
     have(turns, ("modest",), 0.02)
-    names = ["greedy", "modest", "new", "newer"]
-    order = order_of(turns, [(name, (name,)) for name in names])
-    assert order == ["new", "newer", "modest", "greedy"]
+    have(turns, ("greedy",), 0.1)
+    order = order_of(turns, [(name, (name,)) for name in ("greedy", "modest", "new", "newer")])
+    assert order.index("modest") < order.index("greedy")
+    assert order.index("new") < order.index("newer")
+
+
+def test_who_is_due_waits_for_no_newcomers() -> None:
+    turns = Turns()
+    have(turns, ("host", "old"), 0.0)
+    waiting: list[tuple[str, Who]] = [
+        ("new host", ("other", "new")),
+        ("new client", ("host", "new")),
+        ("old", ("host", "old")),
+    ]
+    assert order_of(turns, waiting) == ["old", "new host", "new client"]
 
 
 def test_a_host_has_no_more_of_it_for_having_many_clients() -> None:
     turns = Turns()
-    have(turns, ("crowd", 0), 0.1)
     have(turns, ("single", 0), 0.02)
+    have(turns, ("crowd", 0), 0.1)
     waiting = [(f"of many {number}", ("crowd", number)) for number in range(1, 4)]
     assert order_of(turns, [*waiting, ("single", ("single", 0))])[0] == "single"

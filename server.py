@@ -181,17 +181,16 @@ class NameRules(NamedTuple):
         """Return `name`, or the nearest that can be one."""
         if name.isascii() and len(name) <= self.max_length and not self.is_windows:
             return name
-        name = "".join(char if self._takes(char) else "_" for char in name)
+        has_all = can_spell(name)  # most names: to ask of each character takes far longer
+        name = "".join(
+            char if (has_all or can_spell(char)) and self._takes(char) else "_" for char in name
+        )
         if self.is_windows:
             name = fit_windows_name(name)
         return self.shorten(*split_suffix(name))
 
     def _takes(self, char: str) -> bool:
         if self.is_unicode and "\ud800" <= char <= "\udfff":  # no character, but perhaps a byte
-            return False
-        try:
-            os.fsencode(char)
-        except UnicodeEncodeError:  # nor a byte; or this system's locale has no such character
             return False
         return not self.is_windows or (char >= " " and char not in '<>:"/\\|?*')
 
@@ -223,6 +222,15 @@ class NameRules(NamedTuple):
 
 
 USUAL_RULES = NameRules()
+
+
+def can_spell(text: str) -> bool:
+    """Return whether this system's locale has all characters of a name."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:  # which a surrogate is as well, unless it stands for a byte
+        return False
+    return True
 
 
 def fit_windows_name(name: str) -> str:

@@ -783,7 +783,7 @@ class Progress:
                 threading.Thread(target=work, name="counting", daemon=True).start()
 
     def _count(self, find: Callable[[], Iterable[Source | Problem]]) -> None:
-        entries = [each.entry for each in find() if isinstance(each, Source)]
+        entries = (each.entry for each in find() if isinstance(each, Source))
         sizes = [entry.size or 0 for entry in entries if not entry.is_folder]
         with self._lock:
             self._all.label, self._all.total = counted(len(sizes), "file"), sum(sizes)

@@ -2543,10 +2543,10 @@ class OpenCard:
     ) -> None:
         self.settings = settings
         self.has_begun = False
-        self.last_s = clock_s()
         self._lost_s = lost_s
         self._gaps_s: deque[float] = deque(maxlen=GAPS)
         self._stream = open_stream(settings._replace(exchange=self._exchange))
+        self.last_s = clock_s()  # to open it may have taken long
 
     def _exchange(self, samples: bytes | None, info: BlockInfo) -> bytes | None:
         """Pass a block on."""

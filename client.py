@@ -2684,7 +2684,7 @@ class InStep:
     @property
     def needed_s(self) -> float:
         """How long after its capture a sample frame can be played on this network and card."""
-        ages_s = sorted(self._worst_ages_s) or [0.0]
+        ages_s = sorted([0.0, *self._worst_ages_s])
         usual_s = ages_s[(len(ages_s) - 1) // 2]
         network_s = max(age_s for age_s in ages_s if age_s <= max(usual_s, OUTAGE_S))
         return network_s + self.leaving.ahead_s + self.leaving.block_s

@@ -124,13 +124,18 @@ def test_a_player_knows_what_its_network_and_card_need() -> None:
     assert step.needed_s == pytest.approx(0.004 + 0.0025 + 0.12 + 0.015 + 0.005, abs=1e-6)
 
 
-@pytest.mark.parametrize(("held_from", "need_s"), [(9.9, 0.005), (0.0, 3.005)])
-def test_an_outage_is_no_need_unless_all_is_that_late(held_from: float, need_s: float) -> None:
+@pytest.mark.parametrize(
+    ("held_from", "held_until", "need_s"), [(0.0, 0.5, 0.005), (9.9, 10.0, 0.005), (0.0, 10, 3.005)]
+)
+def test_an_outage_is_no_need_unless_all_is_that_late(
+    held_from: float, held_until: float, need_s: float
+) -> None:
     step = InStep(Sync(known_clock(), AFTER_S), SERVER, 48_000)
     for number in range(1_000):
         now_s = number * 0.01
-        held_s = 3.0 if now_s >= held_from else 0.0
+        held_s = 3.0 if held_from <= now_s < held_until else 0.0
         step.note_block(240, number * 240, now_s, now_s + held_s)
+        assert step.needed_s < 1 or now_s - held_from > 1
     assert step.needed_s == pytest.approx(need_s, abs=1e-6)
 
 

@@ -215,7 +215,11 @@ def describe_error(error: Exception) -> str:
 
 def command_line(script: str, *args: str) -> str:
     """Return the line that runs `script`, beside the one that runs, in a shell here."""
-    words = [PYTHON, os.path.join(os.path.dirname(sys.argv[0]), script), *args]
+    return shell_line(PYTHON, os.path.join(os.path.dirname(sys.argv[0]), script), *args)
+
+
+def shell_line(*words: str) -> str:
+    """Return `words` as a shell here takes them for just these."""
     if sys.platform == "win32":
         import subprocess  # noqa: PLC0415  (only advice needs it)
 
@@ -230,23 +234,22 @@ def how_to_install(*packages: str) -> str:
 
     Debian and Ubuntu refuse pip outside of a virtual environment (PEP 668), and have their own.
     """
-    import sysconfig  # noqa: PLC0415  (see command_line)
+    import sysconfig  # noqa: PLC0415  (see shell_line)
 
     marker = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
-    names = " ".join(packages)
     if sys.prefix != sys.base_prefix or not os.path.exists(marker):
-        return f"{PYTHON} -m pip install {names}"
+        return shell_line(PYTHON, "-m", "pip", "install", *packages)
     if DEBIAN_PACKAGES.issuperset(packages) and (apt := apt_install()):
         return f"{apt} {' '.join(f'python3-{package}' for package in packages)}"
-    environment = f"{PYTHON} -m venv --system-site-packages .venv"
+    environment = shell_line(PYTHON, "-m", "venv", "--system-site-packages", ".venv")
     if apt := apt_install():
         environment = f"{apt} python3-venv && {environment}"
-    return f"{environment} && . .venv/bin/activate && pip install {names}"
+    return f"{environment} && . .venv/bin/activate && pip install {' '.join(packages)}"
 
 
 def apt_install() -> str:
     """Return what installs packages of Debian and Ubuntu; empty on other systems."""
-    import shutil  # noqa: PLC0415  (see command_line)
+    import shutil  # noqa: PLC0415  (see shell_line)
 
     if sys.platform == "win32" or not shutil.which("apt"):
         return ""

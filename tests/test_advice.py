@@ -41,6 +41,13 @@ def test_a_command_that_is_shown_is_quoted(monkeypatch: pytest.MonkeyPatch) -> N
     assert words[1:] == ["/some place/server.py", "file", "--folder", "a b"]
 
 
+def test_an_installation_that_is_shown_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "PYTHON", "/some place/python")
+    monkeypatch.setattr(sys, "prefix", "/some place")  # an environment's
+    words = shlex.split(common.how_to_install("av"))
+    assert words == ["/some place/python", "-m", "pip", "install", "av"]
+
+
 @linux
 def test_a_full_disk_under_standard_error_stops_nothing(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file", 10)

@@ -2624,7 +2624,7 @@ def open_sound_file(name: str, rate: int | None, channels: int | None) -> PacedI
 def find_sound(path: str, rate: int | None, channels: int | None) -> SoundFile:
     """Return the sound file at `path`, read as it is or converted; raises Unplayable, OSError."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # what can be read over and over
-        raise Unplayable("it is not a file: give --input - what is read from it")
+        raise Unplayable("it is not a file; --input - plays what a pipe brings")
     try:
         plain = PlainWav(path)
         if plain.audio == AudioFormat(rate or plain.audio.rate, channels or plain.audio.channels):

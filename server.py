@@ -340,7 +340,8 @@ class Folder:
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.at(name), mode, dir_fd=self.descriptor)
             if sys.platform == "darwin" and mode & stat.S_ISVTX:  # which mkdir() leaves out there
-                os.chmod(self.at(name), mode, dir_fd=self.descriptor)
+                with contextlib.suppress(OSError):  # as on a network's disk
+                    os.chmod(self.at(name), mode, dir_fd=self.descriptor)
 
     def stat(self, name: str) -> os.stat_result:
         """Return what is known of a name in it; a link is not followed."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,7 +13,17 @@ from pathlib import Path
 import pytest
 
 from common import PARTIAL_SUFFIX
-from server import RELEASE_TIMEOUT_S, Folder, Folders, PartialFile, Place, Reception, Refused, Store
+from server import (
+    RELEASE_TIMEOUT_S,
+    UNFINISHED_MODE,
+    Folder,
+    Folders,
+    PartialFile,
+    Place,
+    Reception,
+    Refused,
+    Store,
+)
 from support import as_root, linux, posix
 
 
@@ -104,6 +116,21 @@ def test_one_batch_makes_a_bounded_number_of_folders(root: Path) -> None:
     with pytest.raises(Refused, match="too many new folders"):
         for number in range(20):
             folders.make(f"{number}/" + "/".join("d" * 400), 0o700)
+
+
+@posix
+def test_a_folder_is_made_where_modes_cannot_be_set(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network's disk on macOS."""
+
+    def refuse(*_: object, **_options: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(os, "chmod", refuse)
+    folders_in(root).make("new", UNFINISHED_MODE)
+    assert (root / "new").is_dir()
 
 
 @posix

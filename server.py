@@ -3548,9 +3548,9 @@ class Server:
         """
         self._waker.close()  # which ends the accepting thread
         self.clients.drop_pending()
-        if self._thread.is_alive():
+        if self._thread.is_alive():  # it may yet begin, where a signal came before
             self._thread.join()
-        self._selector.close()
+            self._selector.close()
         for sock in (self._woken, *self._endpoint.sockets):
             sock.close()
         self.clients.drop_pending()

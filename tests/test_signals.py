@@ -6,6 +6,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pytest
 
 from support import (
     HOST,
+    LIMIT_S,
     MIB,
+    ROOT,
     Process,
     Proxy,
     Server,
@@ -82,6 +85,30 @@ def test_an_idle_server_stops_at_once(inbox: Path, number: signal.Signals, statu
         result = server.wait()
     assert result.status == status
     assert result.stderr == ("\nstopped\n" if number == signal.SIGINT else "")
+
+
+STOP_AS_IT_BEGINS = """
+import os, signal, threading, time, common, server
+begin = threading.Thread._bootstrap
+def stop_and_begin(thread):
+    if thread.name == "accept":
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)
+    begin(thread)
+threading.Thread._bootstrap = stop_and_begin
+common.run(server.main)
+"""
+
+
+@linux
+def test_a_server_that_stops_as_it_begins_to_accept_says_nothing(inbox: Path) -> None:
+    command = [sys.executable, "-c", STOP_AS_IT_BEGINS, "file", "--port=0", f"--folder={inbox}"]
+    for _ in range(5):
+        result = subprocess.run(
+            command, cwd=ROOT, stderr=subprocess.PIPE, timeout=LIMIT_S, check=False
+        )
+        assert result.returncode == 130
+        assert b"Traceback" not in result.stderr
 
 
 def test_ctrl_c_on_the_server_lets_transfers_finish_and_takes_no_more(

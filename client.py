@@ -3008,8 +3008,9 @@ class RecordingFiles:
     """Files that sound is recorded into, as a `Destination`: the first as it was named.
 
     A file that is there already stays: ``talk.wav`` becomes ``talk (1).wav``. So do the next
-    files, which follow when one is full, or the server came back in another format. The constructor
-    raises SocketPairError where there can be no such file, or its package is missing.
+    files, which follow when one is full, or the server came back in another format, or is played
+    with another --sync. The constructor raises SocketPairError where there can be no such file, or
+    its package is missing.
     """
 
     def __init__(self, path: str, console: Console) -> None:

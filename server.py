@@ -2505,12 +2505,13 @@ def check_length(stream: Any, decoded: int) -> None:
 def check_riff_length(path: str) -> None:
     """Raise Unplayable where a WAV file is shorter than it says: FFmpeg tells of some kinds alone.
 
-    Not for a last byte, which some programs leave off where they should fill up an odd length.
+    Not for a few bytes: some programs count this header in the size, or leave off a last byte that
+    fills up an odd length.
     """
     with open(path, "rb") as file:
         kind, size = WAV_CHUNK.unpack(file.read(WAV_CHUNK.size).ljust(WAV_CHUNK.size))
-        there = os.fstat(file.fileno()).st_size - WAV_CHUNK.size
-    if kind == b"RIFF" and there + 1 < size < WAV_UNKNOWN_BYTES:
+        there = os.fstat(file.fileno()).st_size
+    if kind == b"RIFF" and there < size < WAV_UNKNOWN_BYTES:
         raise Unplayable("its end is missing")
 
 

@@ -115,6 +115,16 @@ def test_a_lossy_file_gives_what_ffmpeg_hears_in_it(
     assert max(abs(one - other) for one, other in zip(heard, expected, strict=True)) <= 2
 
 
+@pytest.mark.parametrize("excess", [1, 8])
+def test_a_wav_file_whose_size_counts_its_own_header_or_a_byte_that_is_missing_is_whole(
+    source: Path, excess: int
+) -> None:
+    song = encode(source, source.with_name("song24.wav"), "-c:a", "pcm_s24le")
+    content = song.read_bytes()
+    song.write_bytes(struct.pack("<4sI", b"RIFF", len(content) - 8 + excess) + content[8:])
+    assert read_twice(song) == 2 * numbered_frames(FRAMES, 2)
+
+
 @pytest.mark.parametrize("codec", ["pcm_u8", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_alaw"])
 def test_a_wav_file_of_another_encoding_is_converted(source: Path, codec: str) -> None:
     song = encode(source, source.with_name("song.wave"), "-c:a", codec, "-f", "wav")

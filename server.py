@@ -3781,6 +3781,8 @@ def goes_to_journal(stream: TextIO) -> bool:
 
 # A listener's thread only waits; its stack holds the handshake.
 LISTENER_STACK_BYTES = 512 * 1024
+# macOS lets a process ask for no more, where there is no limit (setrlimit(2), OPEN_MAX).
+MACOS_OPEN_FILES = 10_240
 
 EXAMPLES = """examples:
   server.py                          ask for everything
@@ -4030,8 +4032,10 @@ def raise_open_file_limit() -> None:
     """Let this process open as many files as the system allows: each connection is one."""
     if sys.platform != "win32":
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        for wanted in (most, MACOS_OPEN_FILES):
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+                return
 
 
 if __name__ == "__main__":

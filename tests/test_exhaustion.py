@@ -34,6 +34,7 @@ from support import (
     make_file,
     message,
     partials,
+    posix,
     wait_for,
 )
 
@@ -104,6 +105,26 @@ def test_a_server_that_cannot_wait_for_clients_just_now_takes_them_later(
     with serving() as port, RawClient(port) as raw:
         raw.greet()
         assert next(errors, None) is None
+
+
+@posix
+def test_a_system_that_takes_no_number_without_end_is_asked_for_many_open_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As macOS, where a process has 256 to begin with: as many silent clients would take all."""
+    import resource  # noqa: PLC0415  (Windows has none)
+
+    asked: list[int] = []
+
+    def limit(_: int, limits: tuple[int, int]) -> None:
+        if limits[0] == resource.RLIM_INFINITY:
+            raise ValueError("current limit exceeds maximum limit")
+        asked.append(limits[0])
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", limit)
+    server.raise_open_file_limit()
+    assert asked == [server.MACOS_OPEN_FILES]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors")

@@ -62,6 +62,7 @@ def test_who_had_less_is_first_and_otherwise_who_came_first() -> None:
 def test_who_is_due_waits_for_no_newcomers() -> None:
     turns = Turns()
     have(turns, ("host", "old"), 0.0)
+    wait_for(lambda: time.monotonic() > turns._due_s.find("old", 0.0), "who is due again")
     waiting: list[tuple[str, Who]] = [
         ("new host", ("other", "new")),
         ("new client", ("host", "new")),

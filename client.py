@@ -100,6 +100,7 @@ from common import (
     Start,
     Welcome,
     calculate_checksum,
+    clamp,
     complain,
     counted,
     describe_error,
@@ -1706,11 +1707,6 @@ class SpeedLoop:
         self.clock_offset = clamp(self.clock_offset, MAX_CLOCK_OFFSET)
         correction = self.clock_offset + math.sqrt(2) * omega * self.smooth_error_s
         return 1 + clamp(correction, MAX_CORRECTION)
-
-
-def clamp(value: float, most: float) -> float:
-    """Return `value`, or what is nearest to it from ``-most`` to `most`."""
-    return max(-most, min(most, value))
 
 
 # --- sound: the reserve ---------------------------------------------------------------------

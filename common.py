@@ -1841,6 +1841,11 @@ LINE_STEP_S = 0.0015
 LINE_STEP_WINDOWS = 5
 
 
+def clamp(value: float, most: float) -> float:
+    """Return `value`, or what is nearest to it from ``-most`` to `most`."""
+    return max(-most, min(most, value))
+
+
 class TimeLine:
     """When each sample frame passes a sound card: a straight line through jittery sightings.
 
@@ -1922,8 +1927,7 @@ class TimeLine:
         total_var = self._time_var + LINE_MEDIAN_SD_S**2
         time_gain, stretch_gain = self._time_var / total_var, self._covariance / total_var
         self._time_s += time_gain * error_s
-        stretch = self._stretch + stretch_gain * error_s
-        self._stretch = max(-LINE_MAX_SPEED_ERROR, min(LINE_MAX_SPEED_ERROR, stretch))
+        self._stretch = clamp(self._stretch + stretch_gain * error_s, LINE_MAX_SPEED_ERROR)
         self._stretch_var -= stretch_gain * self._covariance
         self._covariance *= 1 - time_gain
         self._time_var *= 1 - time_gain

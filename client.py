@@ -214,7 +214,7 @@ def browse() -> list[ServiceInfo]:
     try:
         with contextlib.closing(common.open_network()) as network:
             zeroconf.ServiceBrowser(network, common.SERVICE_TYPE, handlers=[note])
-            time.sleep(FIND_S)
+            common.INTERRUPTS.wait(FIND_S)
             return [services.get() for _ in range(services.qsize())]
     except (OSError, zeroconf.Error) as error:
         reason = escape(describe_error(error))
@@ -1164,7 +1164,7 @@ class Sender:
         """Return a new connection, after waiting for a server that was lost by `error`."""
         for wait_s in waits:
             self._console.complain(f"{error}; trying again in {wait_s:.2g} s")
-            time.sleep(wait_s)
+            common.INTERRUPTS.wait(wait_s)
             try:
                 return connect(self._address, FILE_HELLO, self._console)[0]
             except ConnectionLost as again:
@@ -3457,7 +3457,7 @@ class Listening:
         if not self._problem_told:
             self._console.complain(f"{error} - looking for it until Ctrl+C")
             self._problem_told = True
-        time.sleep(min(RECONNECT_WAIT_S, self._deadline.remaining()))
+        common.INTERRUPTS.wait(min(RECONNECT_WAIT_S, self._deadline.remaining()))
 
     def _listen(self, connection: Connection, welcome: Welcome) -> None:
         """Pass on the sound of one connection; returns when it has ended, or is enough."""

@@ -2999,6 +2999,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+MAX_SIGNALS = 4096  # that may have come since somebody waited for one
 MAX_USAGE_CHARS = 5_000  # of what is wrong with arguments, which may be shown once more
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 HELP_COLUMNS = 78
@@ -3130,6 +3131,9 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._is_armed = False
+        self._woken, self._waker = socket.socketpair()
+        for sock in (self._woken, self._waker):
+            sock.setblocking(False)
 
     def take(self) -> None:
         """Begin, also where a shell has started the program in the background, without SIGINT.
@@ -3139,12 +3143,21 @@ class Interrupts:
         """
         self._is_armed = True
         sys.unraisablehook = self._raise_again
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGINT, self._interrupt)
         signal.signal(signal.SIGTERM, self._interrupt)
 
     def arm(self) -> None:
         """Have the next signal raise its exception again."""
         self._is_armed = True
+
+    def wait(self, seconds: float) -> None:
+        """Block the main thread for `seconds`; a signal ends it at once.
+
+        Unlike time.sleep, it also sees a signal that came just before, or to another thread.
+        """
+        if wait_for_socket(self._woken, seconds, to_write=False):
+            self._woken.recv(MAX_SIGNALS)
 
     def _interrupt(self, number: int, _frame: object) -> None:
         if not self._is_armed:

@@ -3917,10 +3917,9 @@ def attend_folder(store: Store, console: Console) -> None:
             remove_old_leftovers(store.root)
             sweep = Deadline(SWEEP_INTERVAL_S)
             while sweep.remaining():
-                if console.has_status:
-                    console.show_status(store.describe_arrivals())
-                # A signal that comes just before a wait does not end it.
-                time.sleep(common.STATUS_INTERVAL_S)
+                console.show_status(store.describe_arrivals())
+                shown_s = common.STATUS_INTERVAL_S if console.has_status else SWEEP_INTERVAL_S
+                common.INTERRUPTS.wait(min(shown_s, sweep.remaining()))
 
 
 def finish_files(server: Server, quiet: bool) -> int:

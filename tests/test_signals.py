@@ -111,6 +111,24 @@ def test_a_server_that_stops_as_it_begins_to_accept_says_nothing(inbox: Path) ->
         assert b"Traceback" not in result.stderr
 
 
+STOP_BEHIND_THE_MAIN_THREAD = """
+import os, signal, threading, common
+def wait(_argv):
+    common.INTERRUPTS.take()
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    common.INTERRUPTS.wait(10 * 60)
+common.run(wait)
+"""
+
+
+@linux
+def test_a_signal_that_another_thread_has_taken_ends_a_wait_at_once() -> None:
+    command = [sys.executable, "-c", STOP_BEHIND_THE_MAIN_THREAD]
+    result = subprocess.run(command, cwd=ROOT, timeout=LIMIT_S, check=False)
+    assert result.returncode == 130
+
+
 def test_ctrl_c_on_the_server_lets_transfers_finish_and_takes_no_more(
     inbox: Path, tmp_path: Path
 ) -> None:

@@ -720,9 +720,6 @@ SHAPES = (
     "{desc}: {percentage:3.0f}% {rate_fmt}",
 )
 SHAPES_WITHOUT_TOTAL = ("{desc}: {n_fmt} [{elapsed}, {rate_fmt}]",)
-# The speed of less than both means nothing.
-MIN_MEASURED_BYTES = 1024 * 1024
-MIN_MEASURED_S = 1.0
 
 
 class Gauge:
@@ -749,7 +746,7 @@ class Gauge:
             ascii=not (sys.stderr.encoding or "").lower().startswith("utf"),
         )
         shapes: tuple[str, ...] = SHAPES if self.total else SHAPES_WITHOUT_TOTAL
-        if done - self._first < MIN_MEASURED_BYTES and took_s < MIN_MEASURED_S:
+        if not common.tells_speed(done - self._first, took_s):
             shapes = tuple(re.sub("<{remaining}|,? {rate_fmt}", "", shape) for shape in shapes)
         for shape in shapes:
             if common.cells(draw(bar_format=shape.replace("{bar}", "#"))) <= columns:
@@ -1292,7 +1289,7 @@ class ContentSender:
         source, size = transfer.source, transfer.source.entry.size
         if source.found is None or size is None or size > SMALL_FILE_BYTES or transfer.offset:
             return None
-        with self._signs.by(self._send_still_here):
+        with self._signs:
             content = read_small(source.path, source.found)
         if content is None:
             return None
@@ -1305,7 +1302,7 @@ class ContentSender:
         """Send a file step by step, hashed meanwhile."""
         size, digest = transfer.source.entry.size, transfer.digest or hashlib.sha256()
         left = sys.maxsize if size is None else size - transfer.offset
-        with self._signs.by(self._send_still_here):
+        with self._signs:
             file = open_file(transfer.source.path)
         with file:
             content = Content(transfer, file)
@@ -1315,7 +1312,7 @@ class ContentSender:
                     if is_decided():
                         raise SocketPairError("the server has failed it")
                     left -= sent
-            with self._signs.by(self._send_still_here):
+            with self._signs:
                 return content.compare(digest.hexdigest())
 
     def _send_step(self, content: Content, blocks: common.Blocks, most: int) -> int:
@@ -1325,8 +1322,8 @@ class ContentSender:
         if content.is_stdin and not content.is_over:
             self._connection.flush()  # what has been read so far
             while not has_stdin(common.SIGN_INTERVAL_S):
-                self._send_still_here()
-        with self._signs.by(self._send_still_here):
+                self.send_still_here()
+        with self._signs:
             size = content.read_into(block)
         if size:
             blocks.give(block[:size])  # is hashed while it is sent
@@ -1343,7 +1340,8 @@ class ContentSender:
         elif took_s < PACE_S / 4:
             self._step_bytes = min(common.SEGMENT_BYTES, self._step_bytes * 2)
 
-    def _send_still_here(self) -> None:
+    def send_still_here(self) -> None:
+        """Send a sign of life, where a segment may come."""
         self._connection.write(LENGTH.pack(common.STILL_HERE))
 
 
@@ -1365,7 +1363,7 @@ class Upload:
         self._report = report
         self._progress = progress
         self._offered: list[Batch] = []
-        self._signs = SignsOfLife()
+        self._signs = SignsOfLife(self._send_hashing)
         self._signs_left = MAX_SIGNS
         self._content = ContentSender(connection, self._signs, progress)
         prefer_bbr(connection)
@@ -1402,8 +1400,10 @@ class Upload:
         while batch.sources:
             transfers = self._look_up(batch)
             with reading(self._connection, functools.partial(self._read_results, batch)):
+                self._signs.send = self._content.send_still_here
                 for transfer in transfers:
                     self._transfer(batch, transfer)
+                self._signs.send = self._send_hashing
                 # While the server is still busy, so that it never waits for the looking up here.
                 following = self._offer()
             self._offered.remove(batch)
@@ -1416,7 +1416,7 @@ class Upload:
 
     def _offer(self) -> Batch:
         """Offer the next batch, if there is one, and send what is queued."""
-        with self._signs.by(self._send_hashing):
+        with self._signs:
             batch = Batch(self._backlog.take())
         if batch.sources:
             self._offered.append(batch)
@@ -1459,7 +1459,7 @@ class Upload:
             if source.entry.size is None:
                 raise ProtocolError("received a held of what has no size")
             self._progress.start(source, 0, "comparing ")
-            with self._signs.by(self._send_hashing):
+            with self._signs:
                 found[index] = hash_prefixes(source, lengths, self._progress.move)
         self._connection.send(
             common.Prefixes(
@@ -2599,9 +2599,7 @@ class Leaving:
         self._window.append((late_s, self._told_s))
         if len(self._window) < WINDOW_READS:
             return late_s
-        middle = WINDOW_READS // 2
-        off_s = sorted(off_s for off_s, _ in self._window)[middle]
-        told_s = sorted(told_s for _, told_s in self._window)[middle]
+        off_s, told_s = map(common.median, zip(*self._window, strict=True))
         change_s = told_s - self._told_before_s
         self._window, self._told_before_s = [], told_s
         if abs(off_s) <= NOTICED_S or abs(off_s + change_s) >= abs(off_s) / 2:

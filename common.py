@@ -142,6 +142,9 @@ DEBIAN_PACKAGES = {"cryptography", "ifaddr", "numpy", "pyaudio", "spake2", "tqdm
 LOAD_ERRORS = (
     ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError, SyntaxError
 )  # fmt: skip
+# In less than the first, few bytes tell no speed; in less than the second, none do.
+MIN_MEASURED_BYTES = 1024 * 1024
+MIN_MEASURED_S, MIN_MEASURED_MANY_S = 1.0, 0.01
 
 
 def escape(text: str, limit: int = 500) -> str:
@@ -183,6 +186,11 @@ def format_bytes(count: float) -> str:
     if unit == "bytes":
         return "1 byte" if count == 1 else f"{count:.0f} bytes"
     return f"{count:.1f} {unit}"
+
+
+def tells_speed(count: int, seconds: float) -> bool:
+    """Return whether so many bytes in so long tell a speed: a few, or a moment, tell none."""
+    return seconds >= (MIN_MEASURED_S if count < MIN_MEASURED_BYTES else MIN_MEASURED_MANY_S)
 
 
 def format_duration(seconds: float) -> str:
@@ -1772,21 +1780,17 @@ class Connection(ByteStream):
 class SignsOfLife:
     """Tells the other side every second that this one lives, while a disk keeps it waiting.
 
-    The thread that sends the signs ends with `stop`, or with the connection.
+    That is inside the ``with`` block, in which nothing else is written. `send` sends a sign, and
+    may be changed outside of it. The thread that calls it ends with `stop`, or with the connection.
     """
 
-    def __init__(self, send: Callable[[], object] = lambda: None) -> None:
-        self._send = send
+    def __init__(self, send: Callable[[], object]) -> None:
+        self.send = send
         self._due_s = math.inf
         self._lock = threading.Lock()  # held while a sign is sent
         self._is_over = threading.Event()
         self._lost: ConnectionLost | None = None
         threading.Thread(target=self._run, name="signs of life", daemon=True).start()
-
-    def by(self, send: Callable[[], object]) -> SignsOfLife:
-        """Have them sent by `send` inside the ``with`` block, in which nothing else is written."""
-        self._send = send
-        return self
 
     def __enter__(self) -> None:
         self._due_s = time.monotonic() + SIGN_INTERVAL_S
@@ -1813,7 +1817,7 @@ class SignsOfLife:
             while not self._is_over.wait(SIGN_INTERVAL_S / 2):
                 with self._lock:
                     if time.monotonic() >= self._due_s:
-                        self._send()
+                        self.send()
                         self._due_s = time.monotonic() + SIGN_INTERVAL_S
         except ConnectionLost as error:  # whoever writes next finds that out as well
             self._lost = error
@@ -1844,6 +1848,12 @@ LINE_STEP_WINDOWS = 5
 def clamp(value: float, most: float) -> float:
     """Return `value`, or what is nearest to it from ``-most`` to `most`."""
     return max(-most, min(most, value))
+
+
+def median(values: Iterable[float]) -> float:
+    """Return the middle one of some values, the upper one of an even number."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
 
 
 class TimeLine:
@@ -1895,7 +1905,7 @@ class TimeLine:
         return self._time_s
 
     def _end_window(self) -> None:
-        error_s, span_s = sorted(self._errors_s)[len(self._errors_s) // 2], self._window_s
+        error_s, span_s = median(self._errors_s), self._window_s
         self._errors_s, self._window_s = [], 0.0
         if self._is_interrupted:
             self._step(error_s)

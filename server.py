@@ -1461,9 +1461,6 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno
 STATUS_NAME_CHARS = 30
 # A client waits half a second to gather more than this in a segment or an offer, but at the end.
 SMALL_BYTES = 4096
-# The speed of less, that took no longer, means nothing.
-MIN_MEASURED_BYTES = 1024 * 1024
-MIN_MEASURED_S = 1.0
 
 
 def is_large(entry: Entry) -> bool:
@@ -1599,7 +1596,7 @@ class UnderWay:
         """Return how much of it has come, how fast unless that means nothing, and what it is."""
         size, seconds = self.partial.size, self._seconds()
         count, speed = size - self._offset, ""
-        if seconds >= (MIN_MEASURED_S if count < MIN_MEASURED_BYTES else 0.01):
+        if common.tells_speed(count, seconds):
             speed = f" in {seconds:.2f} s ({format_bytes(count / seconds)}/s)"
         digest = self.partial.digest.hexdigest()[:8]
         return f"{format_bytes(count)}{self._of_whole(size)}{speed}, SHA-256 {digest}"

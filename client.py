@@ -1043,26 +1043,18 @@ MIN_PREFIX_BYTES = 4096
 MAX_SIGNS = 100_000
 
 
-def start_file_client(  # noqa: PLR0913 - the command line's options
-    address: Address,
-    paths: Sequence[str],
-    *,
-    name: str | None = None,
-    quiet: bool = False,
-    verbose: bool = False,
-    retry_s: float = DEFAULT_RETRY_S,
-) -> int:
-    """Send the files and folders at `paths` (``-``: standard input, under `name`) to a server.
+def start_file_client(address: Address, args: argparse.Namespace) -> int:
+    """Send the files and folders that `args`, the command line's, name to a server.
 
-    Blocks until all are sent or have failed; a server that is lost on the way is waited for, for
-    `retry_s` at a time. Returns the exit status, and has told the user whatever went wrong: 1
-    unless every one of them stands at the server, verified.
+    Blocks until all are sent or have failed; a server that is lost on the way is waited for.
+    Returns the exit status, and has told the user whatever went wrong: 1 unless every one of them
+    stands at the server, verified.
     """
-    console = Console(quiet)
-    report = Report(console, verbose)
-    sender = Sender(address, console, report, retry_s)
+    console = Console(args.quiet)
+    report = Report(console, args.verbose)
+    sender = Sender(address, console, report, args.retry)
     try:
-        named = list(report.without_problems(look_up_named(paths, name)))
+        named = list(report.without_problems(look_up_named(args.paths, args.name)))
         if named:
             sender.send(named)
     except SocketPairError as error:
@@ -3659,18 +3651,6 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write the sound to a file as well: .wav, .flac or .opus",
     )
-    add_playing_arguments(sound)
-    sound.add_argument(
-        "--seconds",
-        type=common.number(float, 0.001, FOREVER_S),
-        metavar="S",
-        help="stop after S seconds",
-    )
-    sound.add_argument("--list-devices", action="store_true", help="show the loudspeakers and exit")
-
-
-def add_playing_arguments(sound: argparse._ArgumentGroup) -> None:
-    """Add those about how the sound is sent and played."""
     sound.add_argument(
         "--latency",
         type=common.number(float, 0, MAX_LATENCY_MS),
@@ -3695,6 +3675,13 @@ def add_playing_arguments(sound: argparse._ArgumentGroup) -> None:
         help="where the server has all play in step (--sync): play so much later, or earlier if "
         "negative (%(default)g)",
     )
+    sound.add_argument(
+        "--seconds",
+        type=common.number(float, 0.001, FOREVER_S),
+        metavar="S",
+        help="stop after S seconds",
+    )
+    sound.add_argument("--list-devices", action="store_true", help="show the loudspeakers and exit")
 
 
 def recording_name(text: str) -> str:
@@ -3829,14 +3816,7 @@ def main(argv: Sequence[str]) -> int:
         # It holds no place there while the user types.
         connect(address, FILE_HELLO, Console(args.quiet))[0].close()
         args.paths = ask_for_paths()
-    return start_file_client(
-        address,
-        args.paths,
-        name=args.name,
-        quiet=args.quiet,
-        verbose=args.verbose,
-        retry_s=args.retry,
-    )
+    return start_file_client(address, args)
 
 
 if __name__ == "__main__":

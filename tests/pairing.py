@@ -34,9 +34,8 @@ JUNK = {
 
 def send_here(port: int, path: Path, code: str | None = None) -> int:
     """Send a file from this process, for what is to be done many times; return the exit status."""
-    return client.start_file_client(
-        client.Address(HOST, port, code), [str(path)], quiet=True, retry_s=0
-    )
+    args = client.parse_arguments(["file", "--quiet", "--retry=0", str(path)])
+    return client.start_file_client(client.Address(HOST, port, code), args)
 
 
 def check_paired(running: Server, code: str, tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ def test_a_tree_arrives_through_cuts_and_changes(
     changed = chance.sample(files, len(files) // 4)
     changing = [path.relative_to(tree) for path in changed]
     with FakeServer(serve) as fake, Proxy(fake.port, hook=harm(changed, chance)) as proxy:
-        assert client.start_file_client(client.Address(HOST, proxy.port), [str(tree)]) == 0
+        args = client.parse_arguments(["file", str(tree)])
+        assert client.start_file_client(client.Address(HOST, proxy.port), args) == 0
     assert contents(inbox / "tree") == contents(tree)
     for place, _, _ in os.walk(inbox / "tree"):
         # A file that has changed is offered anew, after its folder.

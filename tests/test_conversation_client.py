@@ -52,8 +52,13 @@ def file(tmp_path: Path) -> Path:
 def send(serve: Callable[[RawPeer], object], *paths: Path) -> int:
     """Run a client, which does not come back, in this process at `serve`; return its status."""
     with FakeServer(serve) as fake:
-        address = client.Address(HOST, fake.port)
-        return client.start_file_client(address, [*map(str, paths)], retry_s=0)
+        return send_to(fake, *paths)
+
+
+def send_to(fake: FakeServer, *paths: Path, retry_s: float = 0) -> int:
+    """Run a client in this process at a server that is there; return its status."""
+    args = client.parse_arguments(["file", f"--retry={retry_s}", *map(str, paths)])
+    return client.start_file_client(client.Address(HOST, fake.port), args)
 
 
 def steps(*answers: bytes) -> Callable[[RawPeer], None]:
@@ -284,8 +289,7 @@ def test_hanging_up_in_the_middle_is_one_line(
         over.wait(60)
 
     with FakeServer(serve) as fake:
-        address = client.Address(HOST, fake.port)
-        assert client.start_file_client(address, [str(file)], retry_s=0) == 1
+        assert send_to(fake, file) == 1
         over.set()
     check_one_line(capsys, "closed the connection")
 
@@ -327,8 +331,7 @@ def test_a_server_that_is_lost_after_it_has_compared_for_long_is_waited_for_anew
             time.sleep(1.2)  # it compares
 
     with FakeServer(serve) as fake:
-        address = client.Address(HOST, fake.port)
-        assert client.start_file_client(address, [str(file)], retry_s=1.0) == 0
+        assert send_to(fake, file, retry_s=1.0) == 0
     assert len(offers) == 3
 
 
@@ -351,7 +354,7 @@ def test_a_file_that_is_offered_anew_is_so_once_when_the_connection_is_lost(
         peer.read_all()
 
     with FakeServer(serve) as fake:
-        assert client.start_file_client(client.Address(HOST, fake.port), [str(file)]) == 0
+        assert send_to(fake, file, retry_s=60) == 0
     first, second = offers
     assert isinstance(first, Offer)
     assert isinstance(second, Offer)

@@ -224,7 +224,8 @@ class FileClient:
             stack.enter_context(contextlib.redirect_stdout(printed))
             stack.enter_context(contextlib.redirect_stderr(printed))
             address = client.Address("127.0.0.1", 9)
-            status = client.start_file_client(address, self._paths, retry_s=0)
+            args = client.parse_arguments(["file", "--retry=0", *self._paths])
+            status = client.start_file_client(address, args)
         assert status in (0, 1)
         if status == 1:
             assert printed.getvalue(), "failed without a word"

@@ -194,8 +194,7 @@ def browse() -> list[ServiceInfo]:
     A name may come with several addresses, one after the other: none of them hides another.
     """
     try:
-        # Here, as only this needs it, and it takes long to import.
-        import zeroconf  # noqa: PLC0415
+        import zeroconf  # noqa: PLC0415  (only this needs it, and it takes long to import)
     except common.LOAD_ERRORS as error:
         raise SocketPairError(
             f"--find needs the package zeroconf, which cannot be loaded "
@@ -223,8 +222,7 @@ def browse() -> list[ServiceInfo]:
 
 def ask_servers(addresses: list[tuple[str, int]]) -> dict[tuple[str, int], str]:
     """Return the kinds of the answers of those servers that answer; blocks for a second or more."""
-    # It takes a while to import, and only finding needs it.
-    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  (see browse)
 
     with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
         answers = zip(addresses, threads.map(ask_server, addresses), strict=True)
@@ -254,17 +252,15 @@ def nearest(addresses: Iterable[str], own: Sequence[IPv4Interface | IPv6Interfac
     """
     import ipaddress  # noqa: PLC0415  (see browse)
 
-    def can_be_reached(address: str) -> bool:
+    reachable = []
+    for address in addresses:
         ip = ipaddress.ip_address(address.partition("%")[0])
         ip = getattr(ip, "ipv4_mapped", None) or ip
         is_unclear = ip.is_link_local and ip.version == 6 and "%" not in address
-        return not is_unclear and any(ip in interface.network for interface in own)
-
-    def distance(address: str) -> tuple[int, int]:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        return int(any(ip == interface.ip for interface in own)), ip.version
-
-    return min(filter(can_be_reached, addresses), key=distance, default=None)
+        if not is_unclear and any(ip in interface.network for interface in own):
+            is_own = any(ip == interface.ip for interface in own)
+            reachable.append((is_own, ip.version, address))
+    return min(reachable, key=lambda each: each[:2])[-1] if reachable else None
 
 
 def pick_server(mode: str | None, data_on_stdout: bool) -> FoundServer:
@@ -339,15 +335,14 @@ class Address:
         self.asks = asks
 
 
-def ask_for_code(problem: str, console: Console) -> str:
-    """Ask for the pairing code until it can be one, after telling the `problem` with the last."""
-    while True:
-        if problem:
-            complain(problem)
-        try:
-            return common.normalize_code(console.ask("Pairing code: "))
-        except ValueError as error:
-            problem = str(error)
+def ask_for_code(console: Console) -> str:
+    """Ask for the pairing code until it can be one."""
+    with console.without_status():
+        while True:
+            try:
+                return common.normalize_code(console.ask("Pairing code: "))
+            except ValueError as error:
+                console.complain(str(error))
 
 
 def connect(
@@ -371,14 +366,12 @@ def connect(
         if not (is_code_wanted and (address.asks or sys.stdin.isatty())):
             raise
     common.require_pairing_packages()
-    problem = ""
     while True:
-        with console.without_status():
-            address.code = ask_for_code(problem, console)
+        address.code = ask_for_code(console)
         try:
             return connect_once(address, hello, timeout_s)
         except WrongCode as error:
-            problem = str(error)
+            console.complain(str(error))
 
 
 def connect_once(address: Address, hello: Hello, timeout_s: float) -> tuple[Connection, Welcome]:
@@ -411,12 +404,10 @@ def describe_no_server(address: Address, mode: str, error: OSError | ValueError)
         return f"no machine is known as {host!r} ({describe_error(error)}): check --host"
     is_here = host == "localhost" or common.is_loopback(host)
     peer = f"{common.format_address(host, address.port)} ({describe_error(error)})"
-    if error.errno in UNREACHABLE:
-        return f"no way to {peer}: is --host right, and are both machines on the same network?"
-    if isinstance(error, TimeoutError) or error.errno == errno.ETIMEDOUT:
+    if isinstance(error, TimeoutError) or error.errno in UNREACHABLE:
         return (
-            f"no answer from {peer}: is --host right, and does a firewall there let "
-            f"port {address.port} through?"
+            f"no answer from {peer}: is --host right, are both machines on one network, and does "
+            f"a firewall there let port {address.port} through?"
         )
     options = [] if address.port == common.DEFAULT_PORT else ["--port", str(address.port)]
     if is_here:
@@ -710,16 +701,11 @@ def in_batches(sources: Iterable[Source]) -> Iterator[list[Source]]:
 
 LARGE_FILE_BYTES = 64 * 1024 * 1024
 # Beside the label: the percentage, a bar, sizes, times and the speed.
-GAUGE_CELLS = 48
+GAUGE_CELLS = 52
 MIN_LABEL_CELLS = 8
 MAX_LABEL_CELLS = 40
-# What is drawn of these is the first for which there is room.
-SHAPES = (
-    "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
-    "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} {rate_fmt}",
-    "{desc}: {percentage:3.0f}% {rate_fmt}",
-)
-SHAPES_WITHOUT_TOTAL = ("{desc}: {n_fmt} [{elapsed}, {rate_fmt}]",)
+SHAPE = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
+SHAPE_WITHOUT_TOTAL = "{desc}: {n_fmt} [{elapsed}, {rate_fmt}]"
 
 
 class Gauge:
@@ -734,24 +720,21 @@ class Gauge:
     def draw(self, done: int, columns: int, draw_bar: Callable[..., str]) -> str:
         """Return a line of at most so many columns, drawn by tqdm's ``format_meter``."""
         done, took_s = min(done, self.total or done), time.monotonic() - self._start_s
-        draw = functools.partial(
-            draw_bar,
+        shape = SHAPE if self.total else SHAPE_WITHOUT_TOTAL
+        if not common.tells_speed(done - self._first, took_s):
+            shape = re.sub("<{remaining}|, {rate_fmt}", "", shape)
+        return draw_bar(
             done,
             self.total or None,
             took_s,
+            ncols=columns,
+            bar_format=shape,
             prefix=common.fit(self.label, max(MIN_LABEL_CELLS, columns - GAUGE_CELLS)),
             unit="B",
             unit_scale=True,
             initial=self._first,
             ascii=not (sys.stderr.encoding or "").lower().startswith("utf"),
         )
-        shapes: tuple[str, ...] = SHAPES if self.total else SHAPES_WITHOUT_TOTAL
-        if not common.tells_speed(done - self._first, took_s):
-            shapes = tuple(re.sub("<{remaining}|,? {rate_fmt}", "", shape) for shape in shapes)
-        for shape in shapes:
-            if common.cells(draw(bar_format=shape.replace("{bar}", "#"))) <= columns:
-                break
-        return draw(ncols=columns, bar_format=shape)
 
 
 class Progress:

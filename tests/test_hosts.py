@@ -86,7 +86,7 @@ def test_a_machine_that_is_gone_is_told(hosts: Hosts, tmp_path: Path) -> None:
     with Process(*arguments, wrapper=hosts.at(hosts.near)) as client:
         result = client.wait()
     assert result.status == 1
-    assert "no way to 10.77.2.99:50007 (no route to host)" in result.stderr
+    assert "no answer from 10.77.2.99:50007 (no route to host)" in result.stderr
 
 
 def test_a_file_arrives_whole_over_a_line_that_loses_and_damages_packets(

@@ -1,17 +1,14 @@
-"""Framing, messages, escaping, checksum and pipeline, over real socket pairs and files."""
+"""Framing, messages, limits and the queue, over real socket pairs."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import os
 import socket
 import struct
-import tempfile
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -21,8 +18,6 @@ import common
 from common import (
     MAX_FRAME_BYTES,
     SEGMENT_BYTES,
-    BlockPipeline,
-    Blocks,
     Connection,
     ConnectionBroken,
     ConnectionLost,
@@ -34,8 +29,6 @@ from common import (
     PeerStalled,
     ProtocolError,
     SocketPairError,
-    calculate_checksum,
-    escape,
 )
 from peers import socket_pair
 from waiting import background, wait_for
@@ -354,150 +347,3 @@ def test_segments_of_any_size_arrive_in_order(sizes: list[int]) -> None:
     ):
         received = [connection.read(*common.LENGTH.unpack(connection.read(4))) for _ in segments]
     assert received == segments
-
-
-# --- text -------------------------------------------------------------------------------------
-
-
-@given(st.text(st.characters()) | st.text(st.characters(categories=["Cc", "Cf", "Cs", "Zl"])))
-def test_escaped_text_holds_nothing_that_moves_a_cursor(text: str) -> None:
-    shown = escape(text)
-    assert shown.isprintable()
-    shown.encode("utf-8")  # no half surrogate either
-
-
-@given(st.text(st.characters(categories=["L", "N", "P", "S"]), max_size=400))
-def test_escaping_leaves_ordinary_text_as_it_is(text: str) -> None:
-    assert escape(text) == text
-
-
-def test_escaped_text_has_a_limit() -> None:
-    assert len(escape("x" * 10_000)) == 500
-    assert len(escape("\x1b" * 10_000)) <= 500 * len(r"\U0010ffff")
-
-
-def test_control_codes_are_spelled_out() -> None:
-    assert escape("a\x1b[2J\nb\u202e\udc80") == r"a\x1b[2J\nb\u202e\udc80"
-
-
-@given(st.integers(0, 10**18))
-def test_numbers_of_bytes_are_short(count: int) -> None:
-    assert len(common.format_bytes(count)) <= len("1000000.0 TB")
-
-
-# --- checksum ---------------------------------------------------------------------------------
-
-
-@given(
-    content=st.binary(max_size=3000) | st.just(os.urandom(2 * SEGMENT_BYTES + 7)),
-    part=st.floats(0, 1),
-)
-@settings(max_examples=50)
-def test_checksums_are_those_of_hashlib(content: bytes, part: float) -> None:
-    length = int(len(content) * part)
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(content)
-        file.flush()
-        assert calculate_checksum(file.name) == hashlib.sha256(content).hexdigest()
-        assert calculate_checksum(Path(file.name)) == hashlib.sha256(content).hexdigest()
-        prefix = hashlib.sha256(content[:length]).hexdigest()
-        assert calculate_checksum(file.name, length) == prefix
-        file.seek(length)
-        rest = hashlib.sha256(content[length:]).hexdigest()
-        assert calculate_checksum(file.fileno()) == rest
-        os.fstat(file.fileno())  # still open
-
-
-def test_a_checksum_of_more_than_there_is_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "short"
-    path.write_bytes(b"12345")
-    with pytest.raises(SocketPairError, match="shorter"):
-        calculate_checksum(path, 6)
-
-
-def test_a_checksum_goes_on_from_a_digest_and_tells_its_progress(tmp_path: Path) -> None:
-    content = os.urandom(3 * SEGMENT_BYTES + 1)
-    path = tmp_path / "file"
-    path.write_bytes(content)
-    digest, counts = hashlib.sha256(b"before"), list[int]()
-    found = calculate_checksum(path, digest=digest, on_progress=counts.append)
-    assert found == digest.hexdigest() == hashlib.sha256(b"before" + content).hexdigest()
-    assert sum(counts) == len(content)
-    assert len(counts) > 1
-
-
-def test_a_checksum_of_what_cannot_be_read_is_an_oserror(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        calculate_checksum(tmp_path / "missing")
-    with pytest.raises(IsADirectoryError):
-        calculate_checksum(tmp_path)
-
-
-# --- blocks -----------------------------------------------------------------------------------
-
-
-@given(sizes=st.lists(st.integers(0, 5000), max_size=40))
-@settings(max_examples=50)
-def test_a_pipeline_consumes_blocks_in_order(sizes: list[int]) -> None:
-    consumed: list[bytes] = []
-    given_: list[bytes] = []
-    with BlockPipeline(lambda view: consumed.append(bytes(view))) as blocks:
-        for size in sizes:
-            content = os.urandom(size)
-            block = blocks.take()[:size]
-            block[:] = content
-            blocks.give(block)
-            given_.append(content)
-    assert consumed == given_
-
-
-def test_a_pipeline_raises_what_its_consumer_raised() -> None:
-    consumed = []
-
-    def consume(view: memoryview) -> None:
-        consumed.append(view[0])
-        if view[0] == 3:
-            raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"), BlockPipeline(consume) as blocks:
-        for number in range(1000):  # never waits for ever, though nothing is consumed any more
-            block = blocks.take()[:1]
-            block[0] = number % 256
-            blocks.give(block)
-    assert consumed == [0, 1, 2, 3]
-
-
-def test_a_pipeline_raises_an_error_of_the_last_block_at_its_end() -> None:
-    def consume(_view: memoryview) -> None:
-        raise OSError("no space left")
-
-    pipeline = BlockPipeline(consume)
-    with pytest.raises(OSError, match="no space left"), pipeline:
-        pipeline._given.put(pipeline.take())  # as give(), but without its look at the error
-
-
-def test_a_pipeline_does_not_hide_the_error_of_its_user() -> None:
-    def consume(_view: memoryview) -> None:
-        raise OSError("no space left")
-
-    pipeline = BlockPipeline(consume)
-    with pytest.raises(KeyError, match="mine"), pipeline:
-        pipeline._given.put(pipeline.take())
-        raise KeyError("mine")
-
-
-def test_a_pipeline_leaves_no_thread_behind() -> None:
-    before = threading.active_count()
-    for _ in range(10):
-        with BlockPipeline(lambda view: None) as blocks:
-            blocks.give(blocks.take())
-    assert threading.active_count() == before
-
-
-@pytest.mark.parametrize(
-    ("size", "threaded"), [(0, False), (1, False), (SEGMENT_BYTES + 1, True), (None, True)]
-)
-def test_only_large_files_have_a_thread(size: int | None, threaded: bool) -> None:
-    with common.blocks_for(size, lambda view: None) as blocks:
-        assert isinstance(blocks, Blocks)
-        assert isinstance(blocks, BlockPipeline) == threaded

@@ -3004,7 +3004,8 @@ def send_buffer_bytes(audio: AudioFormat) -> int:
 
 # Wrong codes that a crowd may try at once, and then one after the other: a client with the right
 # code has to get in within its own time limit. A guess counts as wrong until it turns out right:
-# any number of them at once are as slow as one after the other.
+# any number of them at once are as slow as one after the other. Many right ones at once wait for
+# each other.
 FREE_GUESSES = 5
 GUESS_SPACING_S = 5.0
 TLS_HANDSHAKE = 0x16  # the first byte that a TLS client sends
@@ -3046,12 +3047,58 @@ def crowd_of(host: str, own_host: str) -> str:
     return host if own in network else str(network)
 
 
+class Guesses:
+    """Limits how fast each crowd tries pairing codes. For any thread."""
+
+    def __init__(self) -> None:
+        self._limiter = RateLimiter(FREE_GUESSES, GUESS_SPACING_S)
+        self._begun: Counter[str] = Counter()  # that may be right yet, by crowd
+        self._decided = threading.Condition()
+
+    @contextlib.contextmanager
+    def attempt(self, crowd: str) -> Iterator[float | None]:
+        """Give in how many seconds the guess of the ``with`` block may begin; None if too late.
+
+        Blocks while others of that crowd may turn out right, for ``GUESS_SPACING_S`` at most.
+        """
+        delay_s = self._wait_in_line(crowd)
+        try:
+            yield delay_s
+        finally:
+            if delay_s == 0:
+                self._decide(crowd)
+
+    def forgive(self, crowd: str) -> None:
+        """Have the wrong guesses of a crowd not count: one of it has been right."""
+        self._limiter.forget(crowd)
+
+    def _wait_in_line(self, crowd: str) -> float | None:
+        deadline = Deadline(GUESS_SPACING_S)
+        with self._decided:
+            delay_s = self._limiter.reserve(crowd)
+            while delay_s is None and self._begun[crowd] and (left_s := deadline.remaining()):
+                self._decided.wait(left_s)
+                delay_s = self._limiter.reserve(crowd)
+            if delay_s is None:
+                delay_s = self._limiter.reserve(crowd, deadline.remaining())
+            if delay_s == 0:
+                self._begun[crowd] += 1
+            return delay_s
+
+    def _decide(self, crowd: str) -> None:
+        with self._decided:
+            self._begun[crowd] -= 1
+            if not self._begun[crowd]:
+                del self._begun[crowd]
+            self._decided.notify_all()
+
+
 class Gate:
     """Lets clients in: those that prove to have the pairing code, or anyone without one."""
 
     def __init__(self, code: str | None) -> None:
         self._code = code
-        self._guesses = RateLimiter(FREE_GUESSES, GUESS_SPACING_S)
+        self._guesses = Guesses()
 
     def let_in(self, connection: Connection, crowd: str) -> Hello:
         """Return the hello of a client that may come in; blocks within the `limit` it stands in.
@@ -3100,23 +3147,24 @@ class Gate:
 
     def _pair(self, connection: Connection, code: str, crowd: str) -> None:
         """Let the client prove that it has the code, and prove that to it. Raises TurnedAway."""
-        delay_s = self._guesses.reserve(crowd, GUESS_SPACING_S)
-        if delay_s is None:
-            turn_away(connection, TOO_MANY_GUESSES)
-        pairing = common.Pairing(code, server_side=True)  # while the client makes its own
-        request = connection.receive(Pair, max_bytes=common.MAX_HELLO_BYTES)
-        if delay_s and connection.wait_for_peer(delay_s):
-            raise TurnedAway("hung up while it waited to try a pairing code")
-        connection.send(Pair(pairing.share))
-        try:
-            connection.start_tls(pairing.finish(request.share), server_side=True)
-        except common.NotPaired as error:
-            connection.finish()
-            reason = "wrong pairing code" if error.wrong_code else f"it did not pair ({error})"
-            raise TurnedAway(f"turned away: {reason}") from error
-        except common.ConnectionLost as error:  # as who only guesses may do
-            raise TurnedAway(f"did not prove that it has the pairing code ({error})") from error
-        self._guesses.forget(crowd)
+        with self._guesses.attempt(crowd) as delay_s:
+            if delay_s is None:
+                turn_away(connection, TOO_MANY_GUESSES)
+            pairing = common.Pairing(code, server_side=True)  # while the client makes its own
+            request = connection.receive(Pair, max_bytes=common.MAX_HELLO_BYTES)
+            if delay_s and connection.wait_for_peer(delay_s):
+                raise TurnedAway("hung up while it waited to try a pairing code")
+            connection.send(Pair(pairing.share))
+            try:
+                connection.start_tls(pairing.finish(request.share), server_side=True)
+            except common.NotPaired as error:
+                connection.finish()
+                reason = "wrong pairing code" if error.wrong_code else f"it did not pair ({error})"
+                raise TurnedAway(f"turned away: {reason}") from error
+            except common.ConnectionLost as error:  # as who only guesses may do
+                lost = f"did not prove that it has the pairing code ({error})"
+                raise TurnedAway(lost) from error
+            self._guesses.forgive(crowd)
 
 
 def turn_away(

@@ -21,6 +21,7 @@ from common import (
     Pairing,
     PeerRefused,
     SocketPairError,
+    Welcome,
     normalize_code,
 )
 from pairing import OTHER_CODE, check_paired, send_here
@@ -98,6 +99,22 @@ def test_many_guesses_at_once_do_not_pass_the_brake(
         assert answers["pair"] <= server.FREE_GUESSES + 2
         check_paired(paired, code, tmp_path)  # another address does not notice
     paired.wait_for_output("too many wrong pairing codes came from this address")
+
+
+def test_many_right_codes_at_once_from_one_address_all_get_in(paired: Server, code: str) -> None:
+    with contextlib.ExitStack() as stack:
+        pairings = []
+        for _ in range(4 * server.FREE_GUESSES):
+            connection = stack.enter_context(connect_from(ELSEWHERE, paired.port))
+            connection.send(Hello(PROTOCOL, PAIRING))
+            pairings.append((connection, Pairing(code, server_side=False)))
+            connection.send(Pair(pairings[-1][1].share))
+        for connection, pairing in pairings:
+            with connection.limit(20):
+                context = pairing.finish(connection.receive(Pair).share)
+                connection.start_tls(context, server_side=False)
+                connection.send(Hello(PROTOCOL, "file"))
+                connection.receive(Welcome)
 
 
 def test_who_takes_the_servers_share_and_goes_has_guessed_as_well(paired: Server) -> None:

@@ -663,7 +663,10 @@ def require_number(fields: Fields, field: str, allowed: range) -> int:
 
 def optional_number(fields: Fields, field: str, allowed: range) -> int | None:
     """Do what `require_number` does, or return None where there is no such field."""
-    return None if fields.get(field) is None else require_number(fields, field, allowed)
+    value: int | None = fields.get(field)
+    if value is None or (type(value) is int and value in allowed):
+        return value
+    raise ProtocolError(f"received a message with a bad {field!r}")
 
 
 # handshake

@@ -159,7 +159,7 @@ def split_path(path: str) -> list[str]:
         raise Refused("the path is not one inside the folder")
     if "\0" in path:
         raise Refused("the name holds a NUL")
-    if any(part.endswith(PARTIAL_SUFFIX) for part in parts):
+    if f"{PARTIAL_SUFFIX}/" in f"{path}/":
         raise Refused(f"names that end in {PARTIAL_SUFFIX} are kept for unfinished files")
     return parts
 
@@ -687,7 +687,7 @@ class PartialFile:
 
     def is_touched(self) -> bool:
         """Return whether another program has made it longer or shorter: by its name one could."""
-        return os.fstat(self.descriptor).st_size != self.size
+        return bool(self.name) and os.fstat(self.descriptor).st_size != self.size
 
     def flush(self) -> None:
         """Have it written to where it stays, if that is a network's: errors may be told only then.

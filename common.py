@@ -2268,7 +2268,6 @@ class StreamSettings(NamedTuple):
 
 GAP_FLAGS = 0x02 | 0x04  # of a callback: paInputOverflow, paOutputUnderflow
 PYAUDIO_VERSION = (0, 2, 12)  # before that, its callbacks fail with Python 3.10 and newer
-USUAL_RATES = (8_000, 16_000, 22_050, 32_000, 44_100, 48_000, 88_200, 96_000, 192_000)
 
 
 @contextlib.contextmanager
@@ -2342,7 +2341,7 @@ class SoundSystem:
         """Have PortAudio's own thread call `settings.exchange` for every block.
 
         Raises AudioUnavailable where there is no device of that name and sound system now, or it
-        does not do it, saying what it can.
+        does not do it, saying what its own format is.
         """
         audio, kind = settings.audio, self._direction.kind
         now = device.among(self.devices())
@@ -2366,30 +2365,12 @@ class SoundSystem:
                 **{kind: True, f"{kind}_device_index": now.number},
             )
         except (OSError, ValueError) as error:
-            raise AudioUnavailable(self._describe_refusal(now, audio, error)) from error
-
-    def _describe_refusal(self, device: Device, audio: AudioFormat, error: Exception) -> str:
-        """Return why `device` cannot be opened, in words that help."""
-        name = f"{self._direction.noun} {device.shown!r}"
-        if audio.channels > device.channels:
-            most = counted(device.channels, "channel")
-            return f"the {name} has no {describe_channels(audio.channels)}: at most {most}"
-        rates = [rate for rate in USUAL_RATES if self._supports(device, audio, rate)]
-        if rates and audio.rate not in rates:
-            listed = ", ".join(map(str, rates))
-            return f"the {name} cannot do {audio.rate} Hz; it can do {listed} Hz"
-        return (
-            f"the {name} cannot be opened ({escape(str(error.args[-1]))}): is another program "
-            f"using it? {self._direction.option} takes another (see --list-devices)"
-        )
-
-    def _supports(self, device: Device, audio: AudioFormat, rate: int) -> bool:
-        asked = {"device": device.number, "channels": audio.channels}
-        asked["format"] = self._pyaudio.paInt16
-        named = {f"{self._direction.kind}_{name}": value for name, value in asked.items()}
-        with contextlib.suppress(OSError, ValueError):
-            return bool(self._portaudio.is_format_supported(rate, **named))
-        return False
+            raise AudioUnavailable(
+                f"the {self._direction.noun} {now.shown!r} cannot be opened in {audio.describe()} "
+                f"({escape(str(error.args[-1]))}): its own format is {now.own_format.describe()}. "
+                f"Is another program using it? {self._direction.option} takes another "
+                "(see --list-devices)"
+            ) from error
 
 
 # --- sound card: JACK -----------------------------------------------------------------------

@@ -337,12 +337,11 @@ class Address:
 
 def ask_for_code(console: Console) -> str:
     """Ask for the pairing code until it can be one."""
-    with console.without_status():
-        while True:
-            try:
-                return common.normalize_code(console.ask("Pairing code: "))
-            except ValueError as error:
-                console.complain(str(error))
+    while True:
+        try:
+            return common.normalize_code(console.ask("Pairing code: "))
+        except ValueError as error:
+            console.complain(str(error))
 
 
 def connect(
@@ -814,9 +813,11 @@ class Progress:
             size = source.entry.size or moved
             self._decided_bytes += size
             if self._large and source.path == self._path:
-                if is_saved and self._is_single and self._draw_bar:
-                    text = self._large.draw(size, self._console.columns, self._draw_bar)
-                    self._console.leave_status(text)
+                is_shown = self._is_single and self._console.has_status
+                if is_saved and is_shown and self._draw_bar:
+                    self._console.complain(
+                        self._large.draw(size, self._console.columns, self._draw_bar)
+                    )
                 self._large = None
             if self._decided_bytes == self._all.total:
                 self._show()

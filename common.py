@@ -2909,7 +2909,6 @@ class Console:
         # Whether there is a terminal that shows a status line.
         self.has_status = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self._status_width = 0
-        self._is_held = False
         self._lock = threading.Lock()
 
     def say(self, text: str) -> None:
@@ -2922,8 +2921,13 @@ class Console:
         self._print(text, complain)
 
     def ask(self, question: str) -> str:
-        """Return the user's answer to `question`; blocks and raises as the function `ask` does."""
-        return ask(question, self._data_on_stdout)
+        """Return the user's answer to `question`; blocks and raises as the function `ask` does.
+
+        Whoever prints something else meanwhile waits for the answer.
+        """
+        with self._lock:
+            self._show("")
+            return ask(question, self._data_on_stdout)
 
     def _print(self, text: str, put: Callable[[str], object]) -> None:
         with self._lock:
@@ -2940,32 +2944,13 @@ class Console:
     def show_status(self, text: str) -> None:
         """Replace the status line; does nothing without a terminal."""
         with self._lock:
-            if self.has_status and not self._is_held:
+            if self.has_status:
                 self._show(fit(text, self.columns))
 
     def show_loudness(self, meter: LevelMeter, beside: str) -> None:
         """Show `meter`, its bar as long as the terminal has room for, and `beside` it the rest."""
         room = self.columns - len(METER_TEXT) - len(beside)
         self.show_status(f"{meter.show(max(1, min(METER_COLUMNS, room)))}  {beside}")
-
-    def leave_status(self, text: str) -> None:
-        """Leave `text` as a line where the status line is; does nothing without a terminal."""
-        with self._lock:
-            if self.has_status:
-                self._show("")
-                complain(fit(text, self.columns))
-
-    @contextlib.contextmanager
-    def without_status(self) -> Iterator[None]:
-        """Show no status line inside the ``with`` block, in which the user is asked something."""
-        with self._lock:
-            self._show("")
-            self._is_held = True
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._is_held = False
 
     def end_status(self) -> None:
         """Clear the status line, and show none from now on."""

@@ -1191,12 +1191,10 @@ PROGRESS_TIMEOUT_S = 60.0
 LINGER_TIMEOUT_S = 1.0
 FLUSH_INTERVAL_S = 1.0
 LINGER = struct.Struct("HH" if sys.platform == "win32" else "ii")
-# An idle connection is asked after so many seconds (macOS has another word for that), so often, and
-# then counts as broken.
-KEEPALIVE_OPTIONS = (
-    ("TCP_KEEPIDLE", 15), ("TCP_KEEPALIVE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)
-)  # fmt: skip
-SO_NWRITE, SIOCOUTQNSD = 0x1024, 0x894B  # of macOS, and of Linux
+SO_NWRITE = 0x1024  # of macOS
+# Of Linux: what has not arrived; what has not gone out (whatever SO_SNDBUF says, it takes 64 KiB in
+# small writes).
+SIOCOUTQ, SIOCOUTQNSD = 0x5411, 0x894B
 ENDED_INSIDE = "it ended in the middle of a frame"
 SIGN_INTERVAL_S = 1.0
 RECEIVE_BYTES = 256 * 1024
@@ -1242,10 +1240,6 @@ class TimedSocket:
         self._moved_bytes = 0  # since `_progress_s`
         sock.setblocking(False)
         self.set_option(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.set_option(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in KEEPALIVE_OPTIONS:
-            if hasattr(socket, name):
-                self.set_option(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def set_option(self, level: int, option: int, value: int | bytes) -> None:
         """Set an option of the socket, where the system has it."""
@@ -1388,38 +1382,22 @@ class TimedSocket:
 
 
 def count_unacknowledged(sock: socket.socket) -> int:
-    """Return how many bytes the system has taken that have not arrived; 0 where it does not tell.
-
-    By SIOCOUTQ (tcp(7)), or SO_NWRITE of macOS.
-    """
-    with contextlib.suppress(OSError, ValueError):  # closed
-        if sys.platform == "linux":
-            import termios  # noqa: PLC0415  (Windows has none)
-
-            return ask_for_count(sock, termios.TIOCOUTQ)
-        if sys.platform == "darwin":
+    """Return how many bytes the system has taken that have not arrived, as far as it tells."""
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError):  # closed
             return sock.getsockopt(socket.SOL_SOCKET, SO_NWRITE)
-    return 0
+    return ask_for_count(sock, SIOCOUTQ)
 
 
-def count_unsent(sock: socket.socket) -> int:
-    """Return how many bytes the system has taken that have not gone out; 0 where it is not Linux.
-
-    By SIOCOUTQNSD. Linux takes 64 KiB of them in small writes, whatever SO_SNDBUF says.
-    """
-    with contextlib.suppress(OSError, ValueError):  # closed
-        if sys.platform == "linux":
-            return ask_for_count(sock, SIOCOUTQNSD)
-    return 0
-
-
-if sys.platform == "linux":
-
-    def ask_for_count(sock: socket.socket, request: int) -> int:
-        """Return a number of bytes that an ioctl tells; raises OSError and ValueError."""
+def ask_for_count(sock: socket.socket, request: int) -> int:
+    """Return what an ioctl of Linux tells of what `sock` sends; 0 on other systems."""
+    if sys.platform == "linux":
         import fcntl  # noqa: PLC0415  (Windows has none)
 
-        return int.from_bytes(fcntl.ioctl(sock.fileno(), request, bytes(4)), sys.byteorder)
+        with contextlib.suppress(OSError, ValueError):  # closed
+            count = fcntl.ioctl(sock.fileno(), request, bytes(4))
+            return int.from_bytes(count, sys.byteorder)
+    return 0
 
 
 def wait_for_socket(sock: socket.socket, seconds: float, *, to_write: bool) -> bool:
@@ -1707,8 +1685,8 @@ class ByteStream(TimedSocket):
         return len(self._queued) + count_unacknowledged(self._socket)
 
     def unsent(self) -> int:
-        """Return how many bytes the system has taken that have not gone out, as far as known."""
-        return count_unsent(self._socket)
+        """Return how many bytes the system has taken that have not gone out; 0 where not Linux."""
+        return ask_for_count(self._socket, SIOCOUTQNSD)
 
     def _seal_and_send(self, view: memoryview) -> None:
         step = SEND_BYTES if self._tls else max(1, len(view))

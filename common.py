@@ -2681,21 +2681,12 @@ def in_background(work: Callable[[], T]) -> T:
 
     It is done by a thread of its own, so that Ctrl+C gets through where a sound system hangs.
     """
-    results: queue.SimpleQueue[T | Exception] = queue.SimpleQueue()
+    from concurrent.futures import ThreadPoolExecutor, wait  # noqa: PLC0415  (only sound needs it)
 
-    def run() -> None:
-        try:
-            results.put(work())
-        except Exception as error:  # noqa: BLE001 - raised below
-            results.put(error)
-
-    threading.Thread(target=run, name="sound system", daemon=True).start()
-    while True:
-        with contextlib.suppress(queue.Empty):
-            result = results.get(timeout=0.5)  # Windows lets Ctrl+C through only in between
-            if isinstance(result, Exception):
-                raise result
-            return result
+    future = ThreadPoolExecutor(1, "sound system").submit(work)
+    while wait([future], timeout=0.5).not_done:
+        pass  # Windows lets Ctrl+C through only in between
+    return future.result()
 
 
 def find_device(direction: Direction, wanted: str | None) -> tuple[SoundSystem, Device]:

@@ -681,7 +681,7 @@ class PartialFile:
     def make_room(self) -> None:
         """Give back, from its end, as much as is kept free on its disk; no `write` after that."""
         with contextlib.suppress(OSError):
-            left = max(0, self.size - reserve_of(self.folder.disk_usage()[0]))
+            left = max(0, self.size - headroom_of(self.folder.disk_usage()[0]))
             os.ftruncate(self.descriptor, left)
             self.size = left
 
@@ -841,9 +841,9 @@ SWEEP_INTERVAL_S = 3600.0
 # What was written so lately may be written again without a later time: FAT's are of two seconds.
 CLOCK_TICK_NS = 2_100_000_000
 # Kept free for what else is on the disk, and of it the share that small disks keep.
-RESERVE_BYTES = 256 * 1024 * 1024
-RESERVE_SHARE = 50
-PROMISE_S = 60.0
+HEADROOM_BYTES = 256 * 1024 * 1024
+HEADROOM_SHARE = 50
+RESERVATION_S = 60.0
 # Comparisons in which something differed, for an address: so many at once, then one a second.
 FREE_MISMATCHES = 50
 MISMATCH_SPACING_S = 1.0
@@ -1089,8 +1089,8 @@ def is_own_file(found: os.stat_result) -> bool:
     return is_own and stat.S_ISREG(found.st_mode)
 
 
-class Claims:
-    """How much of the free space is promised to the files of one batch, and how fast they use it.
+class Reservations:
+    """How much of the free space is reserved for the files of one batch, and how fast they use it.
 
     Under the lock of `Space`.
     """
@@ -1098,68 +1098,68 @@ class Claims:
     def __init__(self) -> None:
         self.left: Counter[int] = Counter()  # by file system
         self.used = 0
-        self.promised_s = 0.0  # a time.monotonic(); all are promised before one is used
+        self.reserved_s = 0.0  # a time.monotonic(); all are reserved before one is used
 
     def soon(self, device: int) -> float:
-        """Return how much they will use in ``PROMISE_S`` at their speed so far.
+        """Return how much they will use in ``RESERVATION_S`` at their speed so far.
 
-        Who promises much and sends nothing keeps nothing from others.
+        Who reserves much and sends nothing keeps nothing from others.
         """
-        seconds = max(1.0, time.monotonic() - self.promised_s)
-        return min(self.left[device], self.used / seconds * PROMISE_S)
+        seconds = max(1.0, time.monotonic() - self.reserved_s)
+        return min(self.left[device], self.used / seconds * RESERVATION_S)
 
 
 class Space:
-    """How much of the free space of each file system is promised to files. For any thread."""
+    """How much of the free space of each file system is reserved for files. For any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._claims: set[Claims] = set()
+        self._reservations: set[Reservations] = set()
 
-    def promise(self, claims: Claims, folder: Folder, needed: int) -> None:
-        """Set `needed` bytes aside; raises Refused where there are not so many, and OSError."""
+    def reserve(self, reservations: Reservations, folder: Folder, needed: int) -> None:
+        """Reserve `needed` bytes; raises Refused where there are not so many, and OSError."""
         with self._lock:
-            left = self._left(claims, folder)
+            left = self._left(reservations, folder)
             if needed > left:
                 there = format_bytes(max(0, left))
                 raise Refused(f"the disk is too full ({format_bytes(needed)} needed, {there} free)")
-            self._claims.add(claims)
-            claims.promised_s = time.monotonic()
-            claims.left[folder.device] += needed
+            self._reservations.add(reservations)
+            reservations.reserved_s = time.monotonic()
+            reservations.left[folder.device] += needed
 
-    def release(self, claims: Claims, device: int, count: int, used: int = 0) -> None:
-        """Have `count` bytes not be promised any more, of which so many have been `used`."""
+    def release(self, reservations: Reservations, device: int, count: int, used: int = 0) -> None:
+        """Release `count` reserved bytes, of which so many have been `used`."""
         with self._lock:
-            claims.left[device] -= count
-            claims.used += used
+            reservations.left[device] -= count
+            reservations.used += used
 
-    def forget(self, claims: Claims) -> None:
-        """Have nothing be promised any more to the files of a batch."""
+    def forget(self, reservations: Reservations) -> None:
+        """Release all that is reserved for the files of a batch."""
         with self._lock:
-            self._claims.discard(claims)
+            self._reservations.discard(reservations)
 
-    def take(self, claims: Claims, folder: Folder, needed: int) -> None:
-        """Have `needed` bytes that nobody was promised be about to be written.
+    def take(self, reservations: Reservations, folder: Folder, needed: int) -> None:
+        """Note that `needed` bytes are about to be written for which nothing was reserved.
 
         Raises an OSError like that of a full disk where there is not so much, beside what is kept
         free.
         """
         with self._lock:
-            if needed > self._left(claims, folder):
+            if needed > self._left(reservations, folder):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _left(self, own: Claims, folder: Folder) -> float:
-        """Return what is left beside what was promised; without end where no size is known."""
+    def _left(self, own: Reservations, folder: Folder) -> float:
+        """Return what is left beside what is reserved; without end where no size is known."""
         total, _, free = folder.disk_usage()
         if not total:
             return math.inf
-        others = sum(each.soon(folder.device) for each in self._claims - {own})
-        return free - reserve_of(total) - own.left[folder.device] - others
+        others = sum(each.soon(folder.device) for each in self._reservations - {own})
+        return free - headroom_of(total) - own.left[folder.device] - others
 
 
-def reserve_of(total: int) -> int:
+def headroom_of(total: int) -> int:
     """Return how many bytes are kept free on a file system of `total` bytes."""
-    return min(RESERVE_BYTES, total // RESERVE_SHARE)
+    return min(HEADROOM_BYTES, total // HEADROOM_SHARE)
 
 
 class Store:
@@ -1296,7 +1296,7 @@ class Wanted(NamedTuple):
 
     entry: Entry
     beginning: PartialFile | None = None  # what is here of it
-    device: int | None = None  # the file system on which there is space set aside for the rest
+    device: int | None = None  # the file system on which space is reserved for the rest
     different: Sequence[str] = ()  # names of finished files that have been compared
 
     @property
@@ -1501,13 +1501,13 @@ class UnderWay:
     def write(self, view: memoryview) -> None:
         """Write and hash its next bytes; blocks until done. Raises OSError."""
         if self.entry.size is None:
-            self._store.space.take(self._batch.claims, self.partial.folder, len(view))
+            self._store.space.take(self._batch.reservations, self.partial.folder, len(view))
         self.partial.write(view)
         self._release_space(len(view), used=len(view))
 
     def _release_space(self, count: int, used: int = 0) -> None:
         if self._device is not None:
-            self._store.space.release(self._batch.claims, self._device, count, used)
+            self._store.space.release(self._batch.reservations, self._device, count, used)
 
     # the end
 
@@ -1741,7 +1741,7 @@ class Batch:
         self.differed = False
         self._run = run
         self._guesses = 0
-        self.claims = Claims()
+        self.reservations = Reservations()
         self._lines: Counter[tuple[int, str]] = Counter()  # by level and what they say
 
     def fail(self, path: str, error: Exception) -> Outcome:
@@ -1785,7 +1785,7 @@ class Batch:
         self._guesses = number
         return wait_s
 
-    def set_space_aside(self, wanted: Wanted) -> Wanted | Outcome:
+    def reserve_space(self, wanted: Wanted) -> Wanted | Outcome:
         """Refuse what cannot fit before any of it is sent."""
         needed = (wanted.entry.size or 0) - wanted.offset
         try:
@@ -1795,16 +1795,16 @@ class Batch:
             folder = self.folders.find(folder_of(wanted.entry)) or self.folders.find("")
             if folder is None:
                 return wanted
-            self.store.space.promise(self.claims, folder, needed)
+            self.store.space.reserve(self.reservations, folder, needed)
         except (Refused, OSError) as error:
             return self.fail(wanted.entry.path, error)
         return wanted._replace(device=folder.device)
 
     def close(self) -> None:
-        """Release all that is still held or promised, and log how much was left out."""
+        """Release all that is still held or reserved, and log how much was left out."""
         for partial in self.partials:
             partial.keep()
-        self.store.space.forget(self.claims)
+        self.store.space.forget(self.reservations)
         if self._guesses and not self.differed:
             self.store.mismatches.give_back(self.client.host, self._guesses)
         for (level, kind), lines in self._lines.items():
@@ -1903,7 +1903,7 @@ class Reception:
             compared = self._compare(batch, looked_up)
             with self._signs:
                 decided = [
-                    batch.set_space_aside(each) if isinstance(each, Wanted) else each
+                    batch.reserve_space(each) if isinstance(each, Wanted) else each
                     for each in compared
                 ]
             start = [each.offset if isinstance(each, Wanted) else each for each in decided]
@@ -3002,7 +3002,7 @@ def send_buffer_bytes(audio: AudioFormat) -> int:
 
 # --- who may connect ------------------------------------------------------------------------
 
-# Wrong codes that a crowd may try at once, and then one after the other: a client with the right
+# Wrong codes that an origin may try at once, and then one after the other: a client with the right
 # code has to get in within its own time limit. A guess counts as wrong until it turns out right:
 # any number of them at once are as slow as one after the other. Many right ones at once wait for
 # each other.
@@ -3034,7 +3034,7 @@ class TurnedAway(SocketPairError):
         self.log_level = log_level
 
 
-def crowd_of(host: str, own_host: str) -> str:
+def origin_of(host: str, own_host: str) -> str:
     """Return what stands for all the addresses that whoever has `host` may have.
 
     Of IPv6 that is a /64, unless `own_host`, the address that was connected to, is in it: on a
@@ -3048,48 +3048,48 @@ def crowd_of(host: str, own_host: str) -> str:
 
 
 class Guesses:
-    """Limits how fast each crowd tries pairing codes. For any thread."""
+    """Limits how fast each origin tries pairing codes. For any thread."""
 
     def __init__(self) -> None:
         self._limiter = RateLimiter(FREE_GUESSES, GUESS_SPACING_S)
-        self._begun: Counter[str] = Counter()  # that may be right yet, by crowd
+        self._begun: Counter[str] = Counter()  # that may be right yet, by origin
         self._decided = threading.Condition()
 
     @contextlib.contextmanager
-    def attempt(self, crowd: str) -> Iterator[float | None]:
+    def attempt(self, origin: str) -> Iterator[float | None]:
         """Give in how many seconds the guess of the ``with`` block may begin; None if too late.
 
-        Blocks while others of that crowd may turn out right, for ``GUESS_SPACING_S`` at most.
+        Blocks while others of that origin may turn out right, for ``GUESS_SPACING_S`` at most.
         """
-        delay_s = self._wait_in_line(crowd)
+        delay_s = self._wait_in_line(origin)
         try:
             yield delay_s
         finally:
             if delay_s == 0:
-                self._decide(crowd)
+                self._decide(origin)
 
-    def forgive(self, crowd: str) -> None:
-        """Have the wrong guesses of a crowd not count: one of it has been right."""
-        self._limiter.forget(crowd)
+    def forgive(self, origin: str) -> None:
+        """Have the wrong guesses of an origin not count: one of it has been right."""
+        self._limiter.forget(origin)
 
-    def _wait_in_line(self, crowd: str) -> float | None:
+    def _wait_in_line(self, origin: str) -> float | None:
         deadline = Deadline(GUESS_SPACING_S)
         with self._decided:
-            delay_s = self._limiter.reserve(crowd)
-            while delay_s is None and self._begun[crowd] and (left_s := deadline.remaining()):
+            delay_s = self._limiter.reserve(origin)
+            while delay_s is None and self._begun[origin] and (left_s := deadline.remaining()):
                 self._decided.wait(left_s)
-                delay_s = self._limiter.reserve(crowd)
+                delay_s = self._limiter.reserve(origin)
             if delay_s is None:
-                delay_s = self._limiter.reserve(crowd, deadline.remaining())
+                delay_s = self._limiter.reserve(origin, deadline.remaining())
             if delay_s == 0:
-                self._begun[crowd] += 1
+                self._begun[origin] += 1
             return delay_s
 
-    def _decide(self, crowd: str) -> None:
+    def _decide(self, origin: str) -> None:
         with self._decided:
-            self._begun[crowd] -= 1
-            if not self._begun[crowd]:
-                del self._begun[crowd]
+            self._begun[origin] -= 1
+            if not self._begun[origin]:
+                del self._begun[origin]
             self._decided.notify_all()
 
 
@@ -3100,7 +3100,7 @@ class Gate:
         self._code = code
         self._guesses = Guesses()
 
-    def let_in(self, connection: Connection, crowd: str) -> Hello:
+    def let_in(self, connection: Connection, origin: str) -> Hello:
         """Return the hello of a client that may come in; blocks within the `limit` it stands in.
 
         The first bytes tell who speaks, to answer each in its own language. Raises TurnedAway where
@@ -3119,7 +3119,7 @@ class Gate:
         if hello.mode == common.PAIRING:
             if self._code is None:
                 turn_away(connection, HAS_NO_CODE)
-            self._pair(connection, self._code, crowd)
+            self._pair(connection, self._code, origin)
             return self._receive_hello(connection)
         if self._code is not None:
             turn_away(connection, WANTS_CODE, logging.INFO)
@@ -3145,9 +3145,9 @@ class Gate:
             turn_away(connection, common.Error(text))
         return hello
 
-    def _pair(self, connection: Connection, code: str, crowd: str) -> None:
+    def _pair(self, connection: Connection, code: str, origin: str) -> None:
         """Let the client prove that it has the code, and prove that to it. Raises TurnedAway."""
-        with self._guesses.attempt(crowd) as delay_s:
+        with self._guesses.attempt(origin) as delay_s:
             if delay_s is None:
                 turn_away(connection, TOO_MANY_GUESSES)
             pairing = common.Pairing(code, server_side=True)  # while the client makes its own
@@ -3164,7 +3164,7 @@ class Gate:
             except common.ConnectionLost as error:  # as who only guesses may do
                 lost = f"did not prove that it has the pairing code ({error})"
                 raise TurnedAway(lost) from error
-            self._guesses.forgive(crowd)
+            self._guesses.forgive(origin)
 
 
 def turn_away(
@@ -3450,11 +3450,11 @@ def host_of(peer: str) -> str:
 class Client:
     """One connection, from when it was accepted until its thread ends; `Clients` changes it."""
 
-    def __init__(self, connection: Connection, crowd: str) -> None:
+    def __init__(self, connection: Connection, origin: str) -> None:
         self.connection = connection
-        self.crowd = crowd
+        self.origin = origin
         self.is_served = False
-        self.eviction = ""  # why it had to make way, if it had to
+        self.eviction = ""  # why it was evicted, if it was
 
     def evict(self, reason: str) -> None:
         """Break the connection, so that its thread ends."""
@@ -3465,9 +3465,9 @@ class Client:
 class Clients:
     """All clients: pending ones, at the handshake, and those being served. For any thread.
 
-    Where there are too many pending ones, the oldest of the largest crowd gives way: a flood from
-    one address keeps nobody out but itself, and even there the newest stay. Where all places are
-    taken, the idlest of the largest crowd does.
+    Where there are too many pending ones, the oldest of their most common origin is evicted: a
+    flood from one address keeps nobody out but itself, and even there the newest stay. Where all
+    places are taken, it is the idlest of the most common origin there.
     """
 
     def __init__(self, max_served: int, max_pending: int = MAX_PENDING) -> None:
@@ -3484,8 +3484,8 @@ class Clients:
             self._clients[client] = None
             pending = self._pending()
             if len(pending) > self._max_pending:
-                crowd, _ = largest_crowd(pending)
-                oldest = next(each for each in pending if each.crowd == crowd)
+                origin, _ = most_common_origin(pending)
+                oldest = next(each for each in pending if each.origin == origin)
                 oldest.evict("too many have not finished their handshake")
 
     def admit(self, client: Client) -> bool:
@@ -3501,13 +3501,13 @@ class Clients:
 
     @staticmethod
     def _make_way(served: list[Client], newcomer: Client) -> bool:
-        """Evict one of those served, if one has to make way; return whether one had."""
-        crowd, size = largest_crowd(served)
+        """Evict one of those served, if one has to go; return whether one had."""
+        origin, size = most_common_origin(served)
         idlest = max(
-            (each for each in served if each.crowd == crowd),
+            (each for each in served if each.origin == origin),
             key=lambda each: each.connection.idle_s(),
         )
-        share = sum(each.crowd == newcomer.crowd for each in served) + 1
+        share = sum(each.origin == newcomer.origin for each in served) + 1
         if size <= share and idlest.connection.idle_s() < IDLE_S:
             return False
         idlest.evict("all places are taken, and it was the idlest")
@@ -3548,9 +3548,9 @@ class Clients:
         return [each for each in self._clients if each.is_served and not each.eviction]
 
 
-def largest_crowd(clients: Sequence[Client]) -> tuple[str, int]:
-    """Return the crowd that most of `clients` belong to, and how many do."""
-    return Counter(client.crowd for client in clients).most_common(1)[0]
+def most_common_origin(clients: Sequence[Client]) -> tuple[str, int]:
+    """Return where most of `clients` come from, and how many do."""
+    return Counter(client.origin for client in clients).most_common(1)[0]
 
 
 class Server:
@@ -3631,8 +3631,8 @@ class Server:
         host = str(address[0]).removeprefix("::ffff:")
         peer = common.format_address(host, address[1])
         try:
-            crowd = crowd_of(host, str(sock.getsockname()[0]))
-            self._start(Client(Connection(sock, peer), crowd))
+            origin = origin_of(host, str(sock.getsockname()[0]))
+            self._start(Client(Connection(sock, peer), origin))
         except (OSError, MemoryError) as error:  # it has gone again, or there is no memory
             self._turned_away.write(f"{peer}: cannot be served: {describe_error(error)}")
             sock.close()
@@ -3682,7 +3682,7 @@ class Server:
         connection = client.connection
         try:
             with connection.limit(common.HANDSHAKE_TIMEOUT_S):
-                hello = self._gate.let_in(connection, client.crowd)
+                hello = self._gate.let_in(connection, client.origin)
                 connection.send(self._find_place(hello, client))
         except SocketPairError as error:
             reason = f"dropped: {client.eviction}" if client.eviction else str(error)
@@ -3698,7 +3698,7 @@ class Server:
             problem = f"this server is in {mode} mode: start the client in {mode} mode"
             turn_away(connection, common.Error(problem))
         try:
-            welcome = self._welcome(hello, client.crowd)
+            welcome = self._welcome(hello, client.origin)
         except Refused as refusal:
             turn_away(connection, common.Error(str(refusal)))
         if not self.clients.admit(client):

@@ -45,7 +45,7 @@ ctl.!default { type pulse }
 
 
 def stop_process(process: subprocess.Popen[bytes]) -> None:
-    """End `process`, by force where asking does not help, and let go of its pipes."""
+    """End `process`, by force where asking does not help, and close its pipes."""
     process.terminate()
     try:
         process.wait(STOP_LIMIT_S)

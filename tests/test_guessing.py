@@ -80,7 +80,7 @@ def test_what_a_guesser_sees_of_the_server_is_of_this_connection_alone(
     check_paired(paired, code, tmp_path)
 
 
-def test_many_guesses_at_once_do_not_pass_the_brake(
+def test_many_guesses_at_once_do_not_pass_the_limit(
     paired: Server, code: str, tmp_path: Path
 ) -> None:
     with contextlib.ExitStack() as stack:
@@ -141,7 +141,7 @@ def test_the_right_code_gets_in_from_an_address_that_wrong_ones_came_from(
     assert send_here(paired.port, source, code) == 0
 
 
-def test_whoever_waits_for_a_guess_leaves_no_thread_when_he_goes(paired: Server) -> None:
+def test_a_client_that_hangs_up_while_it_waits_for_a_guess_leaves_no_thread(paired: Server) -> None:
     held = paired.held()
     share = Pairing(WRONG, server_side=False).share
     with contextlib.ExitStack() as stack:

@@ -45,11 +45,11 @@ class Ends:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def client(self, crowd: str) -> Client:
+    def client(self, origin: str) -> Client:
         """Return a client of the server's that has just been accepted."""
         near, far = socket_pair()
         self._stack.enter_context(far)
-        return Client(self._stack.enter_context(Connection(near, "peer")), crowd)
+        return Client(self._stack.enter_context(Connection(near, "peer")), origin)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def ends() -> Iterator[Ends]:
         yield made
 
 
-def test_the_largest_crowd_gives_way_at_the_handshake(ends: Ends) -> None:
+def test_the_most_common_origin_gives_way_at_the_handshake(ends: Ends) -> None:
     clients = Clients(max_served=9, max_pending=4)
     patient = ends.client(HERE)
     flood = [ends.client(ELSEWHERE) for _ in range(10)]
@@ -70,22 +70,22 @@ def test_the_largest_crowd_gives_way_at_the_handshake(ends: Ends) -> None:
     assert not clients.admit(flood[0])
 
 
-def test_the_idlest_of_the_largest_crowd_gives_way_to_who_has_fewer_places(ends: Ends) -> None:
+def test_the_idlest_of_the_most_common_origin_gives_way_to_who_has_fewer_places(ends: Ends) -> None:
     clients = Clients(max_served=3)
-    crowd = [ends.client(ELSEWHERE) for _ in range(3)]
-    for each in crowd:
+    origin = [ends.client(ELSEWHERE) for _ in range(3)]
+    for each in origin:
         clients.add(each)
         assert clients.admit(each)
-    crowd[0].connection.note_progress()
-    crowd[2].connection.note_progress()
+    origin[0].connection.note_progress()
+    origin[2].connection.note_progress()
     newcomer = ends.client(HERE)
     clients.add(newcomer)
     assert clients.admit(newcomer)
-    assert [bool(each.eviction) for each in crowd] == [False, True, False]
-    assert crowd[1].connection.wait_for_peer(0)  # it is broken
+    assert [bool(each.eviction) for each in origin] == [False, True, False]
+    assert origin[1].connection.wait_for_peer(0)  # it is broken
 
 
-def test_who_is_busy_gives_way_to_no_more_of_his_own(
+def test_a_busy_client_gives_way_to_no_more_of_its_own_origin(
     ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clients = Clients(max_served=2)

@@ -1,4 +1,4 @@
-"""Who has the code may send what he likes: it costs a bounded amount, and the others are served."""
+"""A client with the code may send anything: it costs a bounded amount, others are served."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_many_hostile_clients_take_bounded_memory_and_an_honest_one_is_served(
     source = make_file(tmp_path / "honest", 100 * MIB)
     ended = threading.Event()
     said = attacks()
-    # For those, too, that have hung up and are still being answered: on a busy machine most places.
+    # Also for those that have hung up and are still being answered: on a busy machine most places.
     places = 256
     with Server(inbox, "--max-clients", str(places)) as server, contextlib.ExitStack() as stack:
         for number in range(HOSTILE_CLIENTS):

@@ -39,7 +39,7 @@ def test_a_large_file_arrives_in_little_memory(server: Server, tmp_path: Path) -
 
 
 @linux
-def test_a_file_over_4_gib_is_gone_on_with_in_little_memory(server: Server, tmp_path: Path) -> None:
+def test_a_file_over_4_gib_is_resumed_in_little_memory(server: Server, tmp_path: Path) -> None:
     """Most of it is there already, as holes: a disk takes long to write so much."""
     size = 4 * 1024 * MIB + 5
     source = make_sparse(tmp_path / "large", size)

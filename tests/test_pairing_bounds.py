@@ -69,7 +69,7 @@ def test_the_limiter_remembers_a_bounded_number_and_forgets_the_oldest() -> None
 
 
 @pytest.mark.parametrize(
-    ("host", "own", "crowd"),
+    ("host", "own", "origin"),
     [
         ("192.0.2.1", "192.0.2.9", "192.0.2.1"),
         ("2001:db8::5", "2001:db8::9", "2001:db8::5"),  # a neighbour
@@ -80,9 +80,9 @@ def test_the_limiter_remembers_a_bounded_number_and_forgets_the_oldest() -> None
     ],
 )
 def test_only_elsewhere_one_is_taken_to_have_many_addresses(
-    host: str, own: str, crowd: str
+    host: str, own: str, origin: str
 ) -> None:
-    assert server.crowd_of(host, own) == crowd
+    assert server.origin_of(host, own) == origin
 
 
 @contextlib.contextmanager

@@ -152,7 +152,7 @@ def test_recorded_sound_is_decoded_and_encoded_to_the_same_bytes() -> None:
 
 
 # Where a folder had a file's name, version 1 refused the file; now it gets a number. So that the
-# rest can be replayed, its entry is changed into one that is refused, too.
+# rest can be replayed, its entry is changed into one that is refused as well.
 REFUSED_THEN, REFUSED_NOW = b'"taken"', b'"../xx"'
 REASONS = {  # then and now
     "a folder of that name is there already": "the path is not one inside the folder",

@@ -160,7 +160,7 @@ def test_the_rest_of_a_file_under_way_is_kept_free_for_it(disk: Path, tmp_path: 
 
 
 @as_root
-def test_space_that_is_promised_and_not_used_is_there_for_others(
+def test_space_that_is_reserved_and_not_used_is_there_for_others(
     disk: Path, tmp_path: Path
 ) -> None:
     small = make_file(tmp_path / "small", 8 * MIB)

@@ -36,7 +36,7 @@ from support import (
 # --- resuming -------------------------------------------------------------------------------
 
 
-def test_a_partial_file_is_gone_on_with(server: Server, tmp_path: Path) -> None:
+def test_a_partial_file_is_resumed(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file.bin", 20 * MIB)
     make_partial(server.folder, "file.bin", source.read_bytes()[: 15 * MIB + 3])
     with Proxy(server.port) as link:

@@ -32,7 +32,7 @@ from support import (
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_client_that_is_stopped_half_way_goes_on_next_time(
+def test_a_client_that_is_stopped_half_way_resumes_next_time(
     server: Server, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     source = make_file(tmp_path / "file.bin", 40 * MIB)
@@ -75,7 +75,7 @@ def test_a_client_can_be_stopped_while_it_reads_a_silent_pipe(server: Server) ->
         result = client.wait()
     assert result.status == 130
     assert result.error_lines[-1] == "interrupted"
-    wait_for(lambda: not partials(server.folder), what="a pipe cannot be gone on with")
+    wait_for(lambda: not partials(server.folder), what="a pipe cannot be resumed")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

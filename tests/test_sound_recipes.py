@@ -107,7 +107,7 @@ def station(workplace: Workplace, network: tuple[str, ...]) -> Iterator[Workplac
         yield workplace
 
 
-def test_icecast_hands_it_on_to_a_player_and_to_another_server_of_ours(station: Workplace) -> None:
+def test_icecast_hands_it_on_to_a_player_and_to_a_second_server(station: Workplace) -> None:
     write_melody(station.folder / "melody.wav", 2.4)
     with ExitStack() as stack:
         server = station.run("exec python3 server.py audio --input melody.wav")

@@ -50,7 +50,7 @@ GAP_MIN_S, GAP_MAX_S = 0.25, 0.6
 SEARCH_S = 1.6
 # Correlation with the chirp, 1 being a perfect copy: below this it counts as not heard.
 HEARD = 0.5
-# What records has to be attached, too: PulseAudio changes its own pace when something is.
+# What records has to be attached as well: PulseAudio changes its own pace when something is.
 SETTLE_S = 8.0
 
 Signal = NDArray[np.float64]

@@ -247,7 +247,7 @@ def fuzz_pairing_server(data: bytes) -> None:
 
 
 def fuzz_pairing_client(data: bytes) -> None:
-    """Shake hands with a server, with a code; it has to prove that it has that, too."""
+    """Shake hands with a server, with a code; it has to prove that as well."""
     try:
         client.shake_hands(connection_from(data), CODE, client.FILE_HELLO)
     except SocketPairError as error:

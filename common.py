@@ -339,8 +339,6 @@ CLIENT_ID = b"Socket Pair client"
 SERVER_ID = b"Socket Pair server"
 SHARE_BYTES = 33  # of SPAKE2: which side it is, and a point of the curve
 CERTIFICATE_LABEL = b"Socket Pair certificate, version 2"
-# Lets the server tell a client of this program from a browser.
-TLS_APPLICATION = "socket-pair"
 # A self-signed X.509 certificate for an Ed25519 key, all of it but the key and the signature. The
 # builder of the package cryptography makes the same, and takes 50 ms to load.
 CERTIFICATE_HEAD = bytes.fromhex("3081da")
@@ -470,7 +468,6 @@ def make_tls_context(seed: bytes, *, server_side: bool) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False  # the certificate stands for the code, not for a host
     context.verify_mode = ssl.CERT_REQUIRED
-    context.set_alpn_protocols([TLS_APPLICATION])
     if server_side:
         # With a ticket that it never read, a client that hangs up would reset the connection.
         context.num_tickets = 0

@@ -3011,11 +3011,6 @@ GUESS_SPACING_S = 5.0
 TLS_HANDSHAKE = 0x16  # the first byte that a TLS client sends
 # What a client of protocol 1, which begins with TLS, tells its user as "alert protocol version".
 PROTOCOL_VERSION_ALERT = bytes([0x15, 3, 3, 0, 2, 2, 70])
-HTTP_METHODS = {b"GET ", b"HEAD", b"POST", b"PUT ", b"OPTI", b"CONN", b"PRI "}
-NOT_A_WEB_SERVER = (
-    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
-    b"This is a Socket Pair server, not a web server: python3 client.py\n"
-)
 WANTS_CODE = common.Error(
     f"this server wants its pairing code: give it with --code CODE or {common.CODE_VARIABLE}",
     common.CODE_WANTED,
@@ -3103,16 +3098,13 @@ class Gate:
     def let_in(self, connection: Connection, origin: str) -> Hello:
         """Return the hello of a client that may come in; blocks within the `limit` it stands in.
 
-        The first bytes tell who speaks, to answer each in its own language. Raises TurnedAway where
-        it may not, which it has been told then, and whatever reading raises.
+        Raises TurnedAway where it may not, which it has been told then, and whatever reading
+        raises.
         """
-        opening = connection.peek(common.LENGTH.size)
-        if opening[0] == TLS_HANDSHAKE:
-            self._turn_away_tls(connection)
-        if opening in HTTP_METHODS:
-            connection.write(NOT_A_WEB_SERVER)
+        if connection.peek(1)[0] == TLS_HANDSHAKE:
+            connection.write(PROTOCOL_VERSION_ALERT)
             connection.finish()
-            raise TurnedAway("not a Socket Pair client: it speaks HTTP, as a browser does")
+            raise TurnedAway("it speaks TLS: a browser, or an older version of Socket Pair")
         hello = self._receive_hello(connection)
         if hello.mode == common.FINDING:
             turn_away(connection, HAS_NO_CODE if self._code is None else WANTS_CODE, logging.DEBUG)
@@ -3124,16 +3116,6 @@ class Gate:
         if self._code is not None:
             turn_away(connection, WANTS_CODE, logging.INFO)
         return hello
-
-    @staticmethod
-    def _turn_away_tls(connection: Connection) -> NoReturn:
-        """Refuse a client that begins with TLS."""
-        is_old = common.TLS_APPLICATION.encode() in connection.peek(connection.buffered())
-        connection.write(PROTOCOL_VERSION_ALERT)
-        connection.finish()
-        if is_old:
-            raise TurnedAway("turned away: it is of an older version of Socket Pair: update it")
-        raise TurnedAway("not a Socket Pair client: it speaks TLS, as a browser does")
 
     @staticmethod
     def _receive_hello(connection: Connection) -> Hello:
@@ -3604,22 +3586,17 @@ class Server:
 
     def _accept_all(self) -> None:
         """Accept until `stop`: the whole life of the accepting thread."""
-        while self._accept_ready():
-            pass
-
-    def _accept_ready(self) -> bool:
-        """Wait for connections, and take one from each socket that has some; False to stop."""
-        try:
-            ready = [key.fileobj for key, _ in self._selector.select()]
-            if self._woken in ready:
-                return False
-            for sock in self._endpoint.sockets:
-                if sock in ready:
-                    self._accept(sock)
-        except (OSError, MemoryError) as error:  # the machine is at an end, of descriptors perhaps
-            self._turned_away.write(f"a connection cannot be accepted: {describe_error(error)}")
-            time.sleep(ACCEPT_RETRY_S)
-        return True
+        while True:
+            try:
+                ready = [key.fileobj for key, _ in self._selector.select()]
+                if self._woken in ready:
+                    return
+                for sock in self._endpoint.sockets:
+                    if sock in ready:
+                        self._accept(sock)
+            except (OSError, MemoryError) as error:  # the machine is at an end, as of files
+                self._turned_away.write(f"a connection cannot be accepted: {describe_error(error)}")
+                time.sleep(ACCEPT_RETRY_S)
 
     def _accept(self, listening: socket.socket) -> None:
         """Take one connection, and give it its thread. Raises OSError and MemoryError."""

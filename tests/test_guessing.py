@@ -13,7 +13,6 @@ import server
 from common import (
     PAIRING,
     PROTOCOL,
-    TLS_APPLICATION,
     Connection,
     Hello,
     NotPaired,
@@ -162,13 +161,12 @@ def test_a_client_of_protocol_1_is_told_in_its_own_language(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.set_alpn_protocols([TLS_APPLICATION])
     with (
         connect_from(HOST, paired.port) as connection,
         pytest.raises(NotPaired, match="alert protocol version"),
     ):
         connection.start_tls(context, server_side=False)
-    paired.wait_for_output("it is of an older version of Socket Pair: update it")
+    paired.wait_for_output("it speaks TLS: a browser, or an older version of Socket Pair")
     with connect_from(HOST, paired.port) as connection:
         connection.send(Hello(1, "file"))
         with pytest.raises(PeerRefused, match="speaks protocol 2, not 1: update the client"):

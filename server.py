@@ -69,7 +69,7 @@ import struct
 import threading
 import time
 from array import array
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import (
     TYPE_CHECKING,
@@ -396,10 +396,12 @@ def set_times(path: str | int, mtime_ns: int | None, dir_fd: int | None = None) 
     """Give a file (also an open one) or folder its modification time, as far as it can hold it."""
     if mtime_ns is None:
         return
-    for time_ns in (mtime_ns, max(-MAX_TIME_NS, min(mtime_ns, MAX_TIME_NS))):
-        with contextlib.suppress(OSError, OverflowError):
-            os.utime(path, ns=(time_ns, time_ns), dir_fd=dir_fd)
-            return
+    try:
+        os.utime(path, ns=(mtime_ns, mtime_ns), dir_fd=dir_fd)
+    except (OSError, OverflowError):
+        nearest_ns = max(-MAX_TIME_NS, min(mtime_ns, MAX_TIME_NS))
+        with contextlib.suppress(OSError):
+            os.utime(path, ns=(nearest_ns, nearest_ns), dir_fd=dir_fd)
 
 
 class Folders:
@@ -421,6 +423,15 @@ class Folders:
             self._open.move_to_end(path)
             return self._open[path]
         return None if path in self._missing else self._walk(path, None)
+
+    def find_nearest(self, path: str) -> Folder | None:
+        """Return the folder at `path`, or the nearest above it, whose disk it will be on.
+
+        None where not even the root is there; raises as `find` does.
+        """
+        while not (folder := self.find(path)) and path:
+            path = path.rpartition("/")[0]
+        return folder
 
     def make(self, path: str, mode: int) -> Folder:
         """Return the folder at `path`, made with `mode` if it is missing; raises as `find` does."""
@@ -1092,11 +1103,12 @@ def is_own_file(found: os.stat_result) -> bool:
 class Reservations:
     """How much of the free space is reserved for the files of one batch, and how fast they use it.
 
-    Under the lock of `Space`.
+    Changed by one thread at a time; read by any.
     """
 
     def __init__(self) -> None:
-        self.left: Counter[int] = Counter()  # by file system
+        self.found: dict[int, float] = {}  # what there was for all of them, by file system
+        self.left: Counter[int] = Counter()  # what is reserved of it, and not used
         self.used = 0
         self.reserved_s = 0.0  # a time.monotonic(); all are reserved before one is used
 
@@ -1108,6 +1120,11 @@ class Reservations:
         seconds = max(1.0, time.monotonic() - self.reserved_s)
         return min(self.left[device], self.used / seconds * RESERVATION_S)
 
+    def release(self, device: int, count: int, used: int = 0) -> None:
+        """Release `count` reserved bytes, if there are so many; so many have been `used`."""
+        self.left[device] = max(0, self.left[device] - count)
+        self.used += used
+
 
 class Space:
     """How much of the free space of each file system is reserved for files. For any thread."""
@@ -1118,20 +1135,17 @@ class Space:
 
     def reserve(self, reservations: Reservations, folder: Folder, needed: int) -> None:
         """Reserve `needed` bytes; raises Refused where there are not so many, and OSError."""
-        with self._lock:
-            left = self._left(reservations, folder)
-            if needed > left:
-                there = format_bytes(max(0, left))
-                raise Refused(f"the disk is too full ({format_bytes(needed)} needed, {there} free)")
-            self._reservations.add(reservations)
-            reservations.reserved_s = time.monotonic()
-            reservations.left[folder.device] += needed
-
-    def release(self, reservations: Reservations, device: int, count: int, used: int = 0) -> None:
-        """Release `count` reserved bytes, of which so many have been `used`."""
-        with self._lock:
-            reservations.left[device] -= count
-            reservations.used += used
+        device = folder.device
+        if device not in reservations.found:
+            with self._lock:
+                reservations.found[device] = self._left(reservations, folder)
+                self._reservations.add(reservations)
+        left = reservations.found[device] - reservations.left[device]
+        if needed > left:
+            there = format_bytes(max(0, left))
+            raise Refused(f"the disk is too full ({format_bytes(needed)} needed, {there} free)")
+        reservations.reserved_s = time.monotonic()
+        reservations.left[device] += needed
 
     def forget(self, reservations: Reservations) -> None:
         """Release all that is reserved for the files of a batch."""
@@ -1296,7 +1310,6 @@ class Wanted(NamedTuple):
 
     entry: Entry
     beginning: PartialFile | None = None  # what is here of it
-    device: int | None = None  # the file system on which space is reserved for the rest
     different: Sequence[str] = ()  # names of finished files that have been compared
 
     @property
@@ -1367,7 +1380,7 @@ class LookUp:
         self._began_s = time.monotonic()
         # By path: partial files, and finished ones by their names.
         self._found: dict[str, tuple[list[PartialFile], dict[str, os.stat_result]]] = {}
-        self._alike: Counter[str] = Counter()
+        self._alike: defaultdict[str, int] = defaultdict(int)
         self._open_left = {True: MAX_OPEN_PARTIALS, False: MAX_OPEN_PARTIALS}  # by whether own
 
     def find(self, entry: Entry) -> LookedUp | Wanted:
@@ -1488,7 +1501,6 @@ class UnderWay:
         self.partial = partial
         self._batch = batch
         self._store = batch.store
-        self._device = wanted.device
         self._different = wanted.different
         self._offset = partial.size
         self._started_s = time.monotonic()
@@ -1506,8 +1518,7 @@ class UnderWay:
         self._release_space(len(view), used=len(view))
 
     def _release_space(self, count: int, used: int = 0) -> None:
-        if self._device is not None:
-            self._store.space.release(self._batch.reservations, self._device, count, used)
+        self._batch.reservations.release(self.partial.folder.device, count, used)
 
     # the end
 
@@ -1789,16 +1800,11 @@ class Batch:
         """Refuse what cannot fit before any of it is sent."""
         needed = (wanted.entry.size or 0) - wanted.offset
         try:
-            if needed <= 0:
-                return wanted
-            # On whose disk a folder will be that is not there yet, if none is mounted in between.
-            folder = self.folders.find(folder_of(wanted.entry)) or self.folders.find("")
-            if folder is None:
-                return wanted
-            self.store.space.reserve(self.reservations, folder, needed)
+            if needed > 0 and (folder := self.folders.find_nearest(folder_of(wanted.entry))):
+                self.store.space.reserve(self.reservations, folder, needed)
         except (Refused, OSError) as error:
             return self.fail(wanted.entry.path, error)
-        return wanted._replace(device=folder.device)
+        return wanted
 
     def close(self) -> None:
         """Release all that is still held or reserved, and log how much was left out."""

@@ -1694,9 +1694,9 @@ LATENESS_WINDOW_S = 0.1
 RECENT_WINDOWS = 200
 REMEMBERED_WINDOWS = 1800
 RECURRING = 4.0
-# Of the sound card's own buffer, how much may go by before a dropout is accepted as one. So much
-# less has to be in reserve.
-PATIENCE_S = 0.0025
+# For so long the sound card's callback waits for sound that is not there, before that is a dropout:
+# its own buffer lasts for longer. So much less has to be in reserve.
+CALLBACK_WAIT_S = 0.0025
 # What the ways to measure are good for, and the loop's own error.
 MARGIN_S = 0.0005
 # On an idle machine a block comes a whole read of the sound card later than usual every few
@@ -1790,13 +1790,13 @@ class Arrivals:
     @property
     def latest_s(self) -> float:
         """How much the worst of the last ``LATENESS_WINDOW_S`` or less needs."""
-        return self._window_worst_s + MARGIN_S - PATIENCE_S
+        return self._window_worst_s + MARGIN_S - CALLBACK_WAIT_S
 
     @property
     def needed_s(self) -> float:
         """How far behind the line to play, so that nothing comes too late."""
         worst_s = max(self._remembered_s, self._window_worst_s)
-        needed_s = max(worst_s + MARGIN_S - PATIENCE_S, self.edge_s + MIN_RESERVE_S)
+        needed_s = max(worst_s + MARGIN_S - CALLBACK_WAIT_S, self.edge_s + MIN_RESERVE_S)
         return min(needed_s, self.edge_s + MAX_RESERVE_S)
 
 
@@ -2793,7 +2793,7 @@ class SpeakerOutput:
             step = InStep(sync, audio, card_format.rate, speaker.delay_s)
             self._playout = SyncedPlayout(audio, card_format, step)
         self._advice = StepAdvice(speaker.console)
-        self._exchanged = threading.Condition()  # guards the playout, and tells of what was written
+        self._exchanged = threading.Condition()  # guards the playout; tells of each write and read
         wait_s = speaker.latency_s if sync is None else sync.after_s + speaker.delay_s
         block_ms, longest_ms = find_blocks_ms(wait_s)
         speaker.card.open(common.StreamSettings(card_format, block_ms, self._exchange, longest_ms))
@@ -2809,8 +2809,10 @@ class SpeakerOutput:
         with self._exchanged:
             if info.lost_s:
                 self._playout.restart()  # with a card that is back
-            self._exchanged.wait_for(lambda: not self._playout.lacks(info.frames), PATIENCE_S)
-            return self._playout.read(info.frames, now_s, info.away_s, info.is_after_gap)
+            self._exchanged.wait_for(lambda: not self._playout.lacks(info.frames), CALLBACK_WAIT_S)
+            played = self._playout.read(info.frames, now_s, info.away_s, info.is_after_gap)
+            self._exchanged.notify()
+        return played
 
     def resume(self, sync: Sync | None) -> None:
         """Continue with another connection's sound, which is to be played as that before."""
@@ -2828,20 +2830,20 @@ class SpeakerOutput:
             self._advice.give(self._playout, now_s)
 
     def drain(self) -> None:
-        """Play what is left, down to the last sample in the sound card's own buffer."""
+        """Play what is left, down to the last sample in the sound card's own buffer; blocks."""
         playout = self._playout
-        playout.drain()
         due_s = playout.step.after_s if isinstance(playout, SyncedPlayout) else 0.0
-        deadline = Deadline(DRAIN_LIMIT_S + max(playout.fill_frames / playout.audio.rate, due_s))
-        while playout.fill_frames and deadline.remaining():
-            time.sleep(BLOCK_MS / 1000)
-        time.sleep(CARD_BUFFER_S)
+        with self._exchanged:
+            playout.drain()
+            limit_s = DRAIN_LIMIT_S + max(playout.fill_frames / playout.audio.rate, due_s)
+            self._exchanged.wait_for(lambda: not playout.fill_frames, limit_s)
+        common.INTERRUPTS.wait(CARD_BUFFER_S)
 
     def close(self) -> None:
         """Nothing to do: the `Speaker` has the card, and another output takes it over."""
 
     def status(self) -> str:
-        """Return how the playing goes, and the dropouts so far."""
+        """Return how the playing goes, and the dropouts so far. For any thread."""
         return f"{self._playout.describe()}  {counted(self._playout.dropouts, 'dropout')}"
 
     def summary(self) -> str:
@@ -3525,7 +3527,7 @@ class Listening:
         self._meter.hear(samples)
 
     def show_status(self) -> None:
-        """Keep the status line up to date; never returns."""
+        """Keep the status line up to date: the whole life of a thread."""
         while True:
             parts = [speaker.status() for speaker in self.speakers()]
             parts += [*self._tell_missed(), common.format_duration(self.heard_s)]

@@ -2870,7 +2870,7 @@ class Console:
     """What the user sees: lines, and on a terminal a status line below them, often rewritten.
 
     Lines go to standard output, or to standard error where the other carries data; problems and
-    the status line always go to standard error. `quiet` leaves only problems.
+    the status line always go to standard error. `quiet` leaves only problems. For any thread.
     """
 
     def __init__(self, quiet: bool, data_on_stdout: bool = False) -> None:

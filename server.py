@@ -932,7 +932,7 @@ Who = tuple[Hashable, ...]  # a host and its client, or whoever else has turns
 
 
 class Turns:
-    """Lets one thread at a time do what takes the processor.
+    """Lets one thread at a time do what takes the processor. For any thread.
 
     Whoever has had a turn is due again after as long as that took of the processor, and a newcomer
     at once. The next turn is of the host that has been due for longest, and of that client of it
@@ -2864,7 +2864,8 @@ class Broadcaster:
 
     One round goes once through all listeners. While it takes less than a block's time each block
     is sent as it comes. When there are so many listeners that it takes longer, the next round
-    sends all that has gathered since in one write: the load sets the size of a write.
+    sends all that has gathered since in one write: the load sets the size of a write. `add`,
+    `remove` and `check_opus` are for any thread.
     """
 
     def __init__(self, captured: CaptureQueue) -> None:
@@ -2890,7 +2891,7 @@ class Broadcaster:
         return not self._thread.is_alive()
 
     def check_opus(self, kbit: int) -> None:
-        """Raise Refused where Opus at `kbit` a second cannot be had. Any thread may call it."""
+        """Raise Refused where Opus at `kbit` a second cannot be had."""
         audio = self.captured.audio
         if audio.channels not in common.OPUS_CHANNELS:
             raise Refused(f"this server's {audio.describe()} cannot be had as Opus: without --opus")
@@ -3095,7 +3096,10 @@ class Guesses:
 
 
 class Gate:
-    """Lets clients in: those that prove to have the pairing code, or anyone without one."""
+    """Lets clients in: those that prove to have the pairing code, or anyone without one.
+
+    For any thread.
+    """
 
     def __init__(self, code: str | None) -> None:
         self._code = code

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from client import PATIENCE_S, Playout, load_converters
+from client import CALLBACK_WAIT_S, Playout, load_converters
 from common import AudioFormat
 
 load_converters()
@@ -125,7 +125,7 @@ class Simulation:
         self._read_count += 1
         self._arrive(now_s)
         if self.playout.lacks(self._read_frames):
-            self._arrive(now_s + PATIENCE_S)
+            self._arrive(now_s + CALLBACK_WAIT_S)
         self.heard += self.playout.read(self._read_frames, now_s)
         self.moments.append(
             Moment(

@@ -263,12 +263,11 @@ def nearest(addresses: Iterable[str], own: Sequence[IPv4Interface | IPv6Interfac
     return min(reachable, key=lambda each: each[:2])[-1] if reachable else None
 
 
-def pick_server(mode: str | None, data_on_stdout: bool) -> FoundServer:
+def pick_server(mode: str | None, console: Console) -> FoundServer:
     """Show the servers on the local network, and return the one that the user picks.
 
     Blocks until then. Raises SocketPairError where there is none, or no answer.
     """
-    console = Console(quiet=False, data_on_stdout=data_on_stdout)
     while True:
         console.say("Looking for servers on the local network ...")
         servers = find_servers(mode)
@@ -3731,7 +3730,7 @@ def take_path_for_mode(parser: argparse.ArgumentParser, args: argparse.Namespace
     args.mode = "file"
 
 
-def ask_for_paths() -> list[str]:
+def ask_for_paths(console: Console) -> list[str]:
     """Ask for a file's name until it is one that is there; Tab completes it on a terminal.
 
     Several that a file manager has quoted are several.
@@ -3739,13 +3738,13 @@ def ask_for_paths() -> list[str]:
     if sys.stdin.isatty():
         complete_paths()
     while True:
-        paths = clean_paths(common.ask("File name: "))
+        paths = clean_paths(console.ask("File name: "))
         if paths in ([""], [STDIN]):  # where this is asked, standard input has the answers
             continue
         found = list(look_up_named(paths, None))
         for each in found:
             if isinstance(each, Problem):
-                common.say(f"{escape(each.path)}: {each.reason}")
+                console.say(f"{escape(each.path)}: {each.reason}")
         if any(isinstance(each, Source) for each in found):
             return paths
 
@@ -3786,12 +3785,12 @@ def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
     gc.enable()
     common.INTERRUPTS.take()
-    data_on_stdout = args.output == STDOUT
+    asking = Console(quiet=False, data_on_stdout=args.output == STDOUT)
     asks = args.find or not (args.paths or args.mode == "audio")
     if args.find:
-        found = pick_server(args.mode, data_on_stdout)
+        found = pick_server(args.mode, asking)
         args.mode, args.host, args.port = found.announced.mode, found.host, found.port
-    mode = "audio" if args.list_devices else args.mode or common.ask_mode(data_on_stdout)
+    mode = "audio" if args.list_devices else args.mode or common.ask_mode(asking)
     address = Address(args.host, args.port, args.code, args.open, asks)
     if mode == "audio":
         common.quiet_libraries(args.verbose)
@@ -3800,8 +3799,8 @@ def main(argv: Sequence[str]) -> int:
         return start_audio_client(address, args)
     if not args.paths:
         # It holds no place there while the user types.
-        connect(address, FILE_HELLO, Console(args.quiet))[0].close()
-        args.paths = ask_for_paths()
+        connect(address, FILE_HELLO, asking)[0].close()
+        args.paths = ask_for_paths(asking)
     return start_file_client(address, args)
 
 

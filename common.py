@@ -4,7 +4,7 @@ From the bottom up:
 
 ===================  ==============================================================
 errors               ``SocketPairError`` and its kin: every failure a user may meet
-text for people      ``escape``, ``format_bytes``, ``say``, ``complain``, ``ask``
+text for people      ``escape``, ``format_bytes``, ``say``, ``complain``
 pairing code         ``normalize_code``; ``Pairing``: SPAKE2, from which both sides make the one
                      certificate that TLS takes for this connection
 the wire             every message as a value, ``encode_message`` and ``decode_message``, and the
@@ -19,7 +19,7 @@ blocks and checksum  ``Blocks``; ``BlockPipeline``, where a second thread consum
 sound card           in five rooms: the *devices*, and what opens them: ``SoundSystem``, which is
                      *PortAudio*, or ``JackProcess``, PortAudio in a process that *JACK* may end;
                      one *in use*: ``SoundCard``; the *last words* of a C library
-console              ``Console``: lines and the status line; ``LevelMeter``
+console              ``Console``: lines, questions and the status line; ``LevelMeter``
 command line         arguments of both scripts, and ``run``, which turns every end
                      of a program into its exit status
 ===================  ==============================================================
@@ -297,32 +297,6 @@ def complain(text: str) -> None:
     """Print what went wrong on standard error, at once; nobody is told where that takes nothing."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
-
-
-def ask(question: str, data_on_stdout: bool = False) -> str:
-    """Return the user's answer to `question`; blocks until there is one.
-
-    An answer that does not come from a terminal is printed too, so that the output reads like
-    the session it was. Raises SocketPairError at the end of input.
-    """
-    name = question.strip(": ")
-    # Standard output may carry data; and who types looks at the terminal.
-    aside = data_on_stdout or (sys.stdin.isatty() and not sys.stdout.isatty())
-    try:
-        if aside or "readline" not in sys.modules:
-            # Without readline, input() has C write the question to descriptor 2: see
-            # quiet_libraries.
-            print(question, end="", file=sys.stderr if aside else sys.stdout, flush=True)
-            question = ""
-        answer = input(question)
-    except KeyboardInterrupt:
-        complain("")  # what comes next is not to stand behind the question
-        raise
-    except EOFError:
-        raise SocketPairError(f"\nno answer to {name!r}: end of input") from None
-    if not sys.stdin.isatty():
-        print(escape(answer), file=sys.stderr if aside else sys.stdout, flush=True)
-    return answer
 
 
 # --- pairing code ---------------------------------------------------------------------------
@@ -2891,13 +2865,33 @@ class Console:
         self._print(text, complain)
 
     def ask(self, question: str) -> str:
-        """Return the user's answer to `question`; blocks and raises as the function `ask` does.
+        """Return the user's answer to `question`; blocks until there is one.
 
-        Whoever prints something else meanwhile waits for the answer.
+        Whoever prints something else meanwhile waits for it. An answer that does not come from a
+        terminal is printed, so that the output reads like the session it was. Raises
+        SocketPairError at the end of input.
         """
+        name = question.strip(": ")
+        # Standard output may carry data; and who types looks at the terminal.
+        aside = self._data_on_stdout or (sys.stdin.isatty() and not sys.stdout.isatty())
+        stream = sys.stderr if aside else sys.stdout
         with self._lock:
             self._show("")
-            return ask(question, self._data_on_stdout)
+            try:
+                if aside or "readline" not in sys.modules:
+                    # Without readline, input() has C write the question to descriptor 2: see
+                    # quiet_libraries.
+                    print(question, end="", file=stream, flush=True)
+                    question = ""
+                answer = input(question)
+            except KeyboardInterrupt:
+                complain("")  # what comes next is not to stand behind the question
+                raise
+            except EOFError:
+                raise SocketPairError(f"\nno answer to {name!r}: end of input") from None
+            if not sys.stdin.isatty():
+                print(escape(answer), file=stream, flush=True)
+        return answer
 
     def _print(self, text: str, put: Callable[[str], object]) -> None:
         with self._lock:
@@ -2984,15 +2978,14 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     return parser
 
 
-def ask_mode(data_on_stdout: bool = False) -> str:
+def ask_mode(console: Console) -> str:
     """Ask for the mode until the answer is one."""
-    tell = complain if data_on_stdout else say
     while True:
-        answer = ask("Mode (file/audio): ", data_on_stdout).strip().lower()
+        answer = console.ask("Mode (file/audio): ").strip().lower()
         for mode in MODES:
             if answer and mode.startswith(answer):
                 return mode
-        tell("please type file or audio")
+        console.say("please type file or audio")
 
 
 def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> None:

@@ -4050,7 +4050,7 @@ def main(argv: Sequence[str]) -> int:
     common.INTERRUPTS.take()
     raise_open_file_limit()
     is_audio = args.list_devices or args.input == STDIN  # where no answer comes from
-    mode = "audio" if is_audio else args.mode or common.ask_mode()
+    mode = "audio" if is_audio else args.mode or common.ask_mode(Console(quiet=False))
     if mode == "audio":
         common.quiet_libraries(args.verbose)
     with logging_to_streams(args) as console:

@@ -2462,11 +2462,9 @@ def exchange_until_lost(
     stream = SoundSystem(direction).open(device, settings)
     link.send([device])
     answered.set()
-    hang_up = select.poll()
-    hang_up.register(link.fileno(), 0)
     with contextlib.suppress(OSError):
-        while stream.is_active() and not hang_up.poll(CARD_CHECK_S * 1000):
-            pass
+        while stream.is_active():
+            time.sleep(CARD_CHECK_S)
 
 
 # --- sound card: in use ---------------------------------------------------------------------

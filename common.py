@@ -3115,13 +3115,6 @@ class Interrupts:
 INTERRUPTS = Interrupts()
 
 
-def open_missing_streams() -> None:
-    """Have standard input empty, and the outputs nowhere, where they were closed at the start."""
-    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-
-
 def exit_status_of(main: Callable[[Sequence[str]], int]) -> int:
     """Run `main` on the command line's arguments; return its exit status, also after an error."""
     try:
@@ -3165,7 +3158,10 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     SIGTERM (143), a closed standard output (1). The exit is immediate, so that a thread that
     still waits in a socket cannot hold it up: whoever prints flushes.
     """
-    open_missing_streams()
+    # Where they were closed at the start, input is empty, and output goes nowhere.
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     # A name that is typed may be no text, as names in arguments may.
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     for stream in (sys.stdout, sys.stderr):

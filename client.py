@@ -339,7 +339,7 @@ def ask_for_code(console: Console) -> str:
     while True:
         try:
             return common.normalize_code(console.ask("Pairing code: "))
-        except ValueError as error:
+        except argparse.ArgumentTypeError as error:
             console.complain(str(error))
 
 

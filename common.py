@@ -345,7 +345,7 @@ def normalize_code(text: str) -> str:
     """Return what counts of a pairing code: neither case nor spaces nor dashes do.
 
     People read codes out and type them, and a messenger turns a dash into a longer one. Raises
-    ValueError, with the reason, where it is no code or one that is soon guessed.
+    ArgumentTypeError of argparse, with the reason, where it is no code or one that is soon guessed.
     """
     import unicodedata  # noqa: PLC0415  (most transfers do without a pairing code)
 
@@ -355,9 +355,13 @@ def normalize_code(text: str) -> str:
         if not char.isspace() and unicodedata.category(char) != "Pd"
     )
     if len(code) < CODE_LENGTH:
-        raise ValueError(f"a pairing code has at least {CODE_LENGTH} letters and digits")
+        raise argparse.ArgumentTypeError(
+            f"a pairing code has at least {CODE_LENGTH} letters and digits"
+        )
     if weakness := find_weakness(code):
-        raise ValueError(f"no server takes that pairing code, as it is soon guessed: {weakness}")
+        raise argparse.ArgumentTypeError(
+            f"no server takes that pairing code, as it is soon guessed: {weakness}"
+        )
     return code
 
 
@@ -1153,10 +1157,6 @@ Message = (
 
 
 # --- connection -----------------------------------------------------------------------------
-#
-# In layers, each of which can be read without those above it: `TimedSocket` (a socket whose every
-# wait has a limit), `TLS` (what encrypts bytes), `ByteStream` (exact bytes), `Connection` (frames
-# and messages).
 
 HANDSHAKE_TIMEOUT_S = 10.0
 PROGRESS_TIMEOUT_S = 60.0
@@ -2994,7 +2994,7 @@ def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> No
     pairing = parser.add_mutually_exclusive_group()
     pairing.add_argument(
         "--code",
-        type=pairing_code,
+        type=normalize_code,
         help=f"pairing code (or set {CODE_VARIABLE}, as arguments show in ps)",
     )
     pairing.add_argument("--open", action="store_true", help="do without a pairing code")
@@ -3019,17 +3019,9 @@ def take_code_from_environment(parser: argparse.ArgumentParser, args: argparse.N
     text = os.environ.pop(CODE_VARIABLE, "")  # not for child processes
     if text and not (args.code or args.open):
         try:
-            args.code = pairing_code(text)
+            args.code = normalize_code(text)
         except argparse.ArgumentTypeError as error:
             parser.error(f"{CODE_VARIABLE}: {error}")
-
-
-def pairing_code(text: str) -> str:
-    """Return what counts of a pairing code, for argparse."""
-    try:
-        return normalize_code(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def name_given(text: str) -> str:

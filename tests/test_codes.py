@@ -8,6 +8,7 @@ import hashlib
 import re
 import ssl
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -49,7 +50,7 @@ def test_a_code_is_the_same_however_it_is_typed(typed: str) -> None:
 
 @pytest.mark.parametrize("typed", ["", "KQ7M-2XF", "- - - - - - - - -", "a b c d e f g"])
 def test_what_counts_of_a_code_has_eight_characters(typed: str) -> None:
-    with pytest.raises(ValueError, match="at least 8"):
+    with pytest.raises(ArgumentTypeError, match="at least 8"):
         normalize_code(typed)
 
 
@@ -78,7 +79,7 @@ def test_what_counts_of_a_code_has_eight_characters(typed: str) -> None:
     ],
 )
 def test_a_code_that_is_guessed_first_is_refused_with_the_reason(code: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=f"soon guessed: .*{reason}"):
+    with pytest.raises(ArgumentTypeError, match=f"soon guessed: .*{reason}"):
         normalize_code(code)
 
 
@@ -91,7 +92,7 @@ def test_a_code_that_is_not_is_taken(code: str) -> None:
 
 @given(st.text(max_size=80))
 def test_any_text_is_a_code_or_refused(text: str) -> None:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ArgumentTypeError):
         assert len(normalize_code(text)) >= common.CODE_LENGTH
 
 

@@ -542,6 +542,12 @@ def look_up_named(paths: Iterable[str], name: str | None) -> Iterator[Source | P
             yield Problem(path, path, str(error))
 
 
+def how_to_send_a_pipe() -> str:
+    """Return what sends a program's output, for the end of a line."""
+    command = common.command_line("client.py", "file", STDIN, "--name", "NAME")
+    return f"send what a program prints by COMMAND | {command}"
+
+
 def look_up(path: str) -> Source:
     """Return what `path` is. Raises OSError and ValueError; SocketPairError if neither of both."""
     found = os.stat(path)
@@ -550,10 +556,7 @@ def look_up(path: str) -> Source:
     if stat.S_ISREG(found.st_mode):
         return look_up_file(path, name_of(path), found)
     if stat.S_ISFIFO(found.st_mode):
-        command = common.command_line("client.py", "file", STDIN, "--name", "NAME")
-        raise SocketPairError(
-            f"a pipe, not a file: send what a program prints by COMMAND | {command}"
-        )
+        raise SocketPairError(f"a pipe, not a file: {how_to_send_a_pipe()}")
     raise SocketPairError(describe_left_out(found.st_mode))
 
 
@@ -3739,7 +3742,10 @@ def ask_for_paths(console: Console) -> list[str]:
         complete_paths()
     while True:
         paths = clean_paths(console.ask("File name: "))
-        if paths in ([""], [STDIN]):  # where this is asked, standard input has the answers
+        if paths == [""]:
+            continue
+        if paths == [STDIN]:
+            console.say(f"{STDIN}: standard input has the answers here: {how_to_send_a_pipe()}")
             continue
         found = list(look_up_named(paths, None))
         for each in found:

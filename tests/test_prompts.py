@@ -162,7 +162,8 @@ def test_a_path_that_is_not_there_is_asked_for_again(server: Server, tmp_path: P
     result = run_script("client.py", "file", f"--port={server.port}", stdin=typed, cwd=tmp_path)
     assert result.status == 0, result
     lines = result.stdout.splitlines()
-    assert lines[:2] == ["File name: report.pfd", "report.pfd: no such file"]
+    assert lines[:3] == ["File name: report.pfd", "report.pfd: no such file", "File name: -"]
+    assert lines[3].startswith("-: standard input has the answers here: send what a program prints")
     assert set(contents(server.folder)) == {"report.pdf"}
 
 

@@ -9,8 +9,8 @@ In the order of the file; to follow a run, begin at `main`, at its end:
 names                 ``split_path``; ``NameRules``: the nearest name that a system can hold
 folders               ``Folder``, kept open; ``Folders``: nothing outside the root
 partial files         ``PartialFile``: until complete and given a name; ``Leases``: who has which
-what clients share    ``Store``: where files go; ``Space``, ``Digests``, ``Turns`` and
-                      ``RateLimiter`` bound what each of them may cost
+what clients share    ``Store``: where files go; ``Digests``, ``Turns`` and ``RateLimiter`` bound
+                      what each of them may cost
 looking up            ``LookUp``: what is here already; ``Here``: and the same at the client
 one file              ``UnderWay``, until it has its name; ``Content``: its bytes
 file conversation     ``handle_file_client`` and ``Reception``: from offer to results; ``Batch``:
@@ -78,7 +78,6 @@ from typing import (
     Generic,
     NamedTuple,
     NoReturn,
-    TextIO,
     TypeVar,
 )
 
@@ -273,7 +272,6 @@ def split_partial(hidden: str) -> tuple[str, str]:
 # --- folders --------------------------------------------------------------------------------
 
 FOLDER_GONE = "its folder, or its hidden file there, was moved or removed meanwhile"
-MAX_TIME_NS = 2**63 - 1
 # Of one batch: each is a descriptor. One that is needed again after others is opened again.
 MAX_OPEN_FOLDERS = 32
 # By one batch: one for each entry, and those above the first.
@@ -393,15 +391,10 @@ class Folder:
 
 
 def set_times(path: str | int, mtime_ns: int | None, dir_fd: int | None = None) -> None:
-    """Give a file (also an open one) or folder its modification time, as far as it can hold it."""
-    if mtime_ns is None:
-        return
-    try:
-        os.utime(path, ns=(mtime_ns, mtime_ns), dir_fd=dir_fd)
-    except (OSError, OverflowError):
-        nearest_ns = max(-MAX_TIME_NS, min(mtime_ns, MAX_TIME_NS))
-        with contextlib.suppress(OSError):
-            os.utime(path, ns=(nearest_ns, nearest_ns), dir_fd=dir_fd)
+    """Give a file (also an open one) or folder its modification time, where that can be."""
+    if mtime_ns is not None:
+        with contextlib.suppress(OSError, OverflowError):
+            os.utime(path, ns=(mtime_ns, mtime_ns), dir_fd=dir_fd)
 
 
 class Folders:
@@ -854,7 +847,6 @@ CLOCK_TICK_NS = 2_100_000_000
 # Kept free for what else is on the disk, and of it the share that small disks keep.
 HEADROOM_BYTES = 256 * 1024 * 1024
 HEADROOM_SHARE = 50
-RESERVATION_S = 60.0
 # Comparisons in which something differed, for an address: so many at once, then one a second.
 FREE_MISMATCHES = 50
 MISMATCH_SPACING_S = 1.0
@@ -1100,77 +1092,6 @@ def is_own_file(found: os.stat_result) -> bool:
     return is_own and stat.S_ISREG(found.st_mode)
 
 
-class Reservations:
-    """How much of the free space is reserved for the files of one batch, and how fast they use it.
-
-    Changed by one thread at a time; read by any.
-    """
-
-    def __init__(self) -> None:
-        self.found: dict[int, float] = {}  # what there was for all of them, by file system
-        self.left: Counter[int] = Counter()  # what is reserved of it, and not used
-        self.used = 0
-        self.reserved_s = 0.0  # a time.monotonic(); all are reserved before one is used
-
-    def soon(self, device: int) -> float:
-        """Return how much they will use in ``RESERVATION_S`` at their speed so far.
-
-        Who reserves much and sends nothing keeps nothing from others.
-        """
-        seconds = max(1.0, time.monotonic() - self.reserved_s)
-        return min(self.left[device], self.used / seconds * RESERVATION_S)
-
-    def release(self, device: int, count: int, used: int = 0) -> None:
-        """Release `count` reserved bytes, if there are so many; so many have been `used`."""
-        self.left[device] = max(0, self.left[device] - count)
-        self.used += used
-
-
-class Space:
-    """How much of the free space of each file system is reserved for files. For any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._reservations: set[Reservations] = set()
-
-    def reserve(self, reservations: Reservations, folder: Folder, needed: int) -> None:
-        """Reserve `needed` bytes; raises Refused where there are not so many, and OSError."""
-        device = folder.device
-        if device not in reservations.found:
-            with self._lock:
-                reservations.found[device] = self._left(reservations, folder)
-                self._reservations.add(reservations)
-        left = reservations.found[device] - reservations.left[device]
-        if needed > left:
-            there = format_bytes(max(0, left))
-            raise Refused(f"the disk is too full ({format_bytes(needed)} needed, {there} free)")
-        reservations.reserved_s = time.monotonic()
-        reservations.left[device] += needed
-
-    def forget(self, reservations: Reservations) -> None:
-        """Release all that is reserved for the files of a batch."""
-        with self._lock:
-            self._reservations.discard(reservations)
-
-    def take(self, reservations: Reservations, folder: Folder, needed: int) -> None:
-        """Note that `needed` bytes are about to be written for which nothing was reserved.
-
-        Raises an OSError like that of a full disk where there is not so much, beside what is kept
-        free.
-        """
-        with self._lock:
-            if needed > self._left(reservations, folder):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def _left(self, own: Reservations, folder: Folder) -> float:
-        """Return what is left beside what is reserved; without end where no size is known."""
-        total, _, free = folder.disk_usage()
-        if not total:
-            return math.inf
-        others = sum(each.soon(folder.device) for each in self._reservations - {own})
-        return free - headroom_of(total) - own.left[folder.device] - others
-
-
 def headroom_of(total: int) -> int:
     """Return how many bytes are kept free on a file system of `total` bytes."""
     return min(HEADROOM_BYTES, total // HEADROOM_SHARE)
@@ -1194,7 +1115,6 @@ class Store:
         self.leftovers: Recent[tuple[tuple[int, int], str], tuple[float, Leftovers]] = Recent(
             MAX_KNOWN_FOLDERS
         )
-        self.space = Space()
         self.mismatches = RateLimiter(FREE_MISMATCHES, MISMATCH_SPACING_S)
         self.looking_up = Turns()
         # By run, device and inode: the files that a client has been told it has here.
@@ -1265,6 +1185,18 @@ class Store:
         finally:
             with self._lock:
                 self._receptions.discard(reception)
+
+    def room_for(self, reception: Reception, folder: Folder) -> float:
+        """Return how many bytes a client may write beside what is kept free in a folder.
+
+        Without end where the file system does not tell its size. Raises OSError.
+        """
+        total, _, free = folder.disk_usage()
+        if not total:
+            return math.inf
+        with self._lock:
+            others = self._receptions - {reception}
+            return free - headroom_of(total) - sum(each.needs(folder.device) for each in others)
 
     def has_large_arrival(self) -> bool:
         """Return whether a large file is arriving just now."""
@@ -1513,12 +1445,18 @@ class UnderWay:
     def write(self, view: memoryview) -> None:
         """Write and hash its next bytes; blocks until done. Raises OSError."""
         if self.entry.size is None:
-            self._store.space.take(self._batch.reservations, self.partial.folder, len(view))
+            room = self._store.room_for(self._batch.client, self.partial.folder)
+            if len(view) > room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.partial.write(view)
-        self._release_space(len(view), used=len(view))
 
-    def _release_space(self, count: int, used: int = 0) -> None:
-        self._batch.reservations.release(self.partial.folder.device, count, used)
+    def needs(self, device: int) -> int:
+        """Return how much of a file system is kept free for it. For any thread.
+
+        That is as much as has come: who offers much and sends nothing keeps nothing from others.
+        """
+        come = self.partial.size - self._offset
+        return min(self.bytes_left, come) if self.partial.folder.device == device else 0
 
     # the end
 
@@ -1576,7 +1514,6 @@ class UnderWay:
     def leave(self, error: BaseException) -> str:
         """Keep what has come, after `error`, if another run can use it; return words about that."""
         number = error.errno if isinstance(error, OSError) else 0
-        self._release_space(self.bytes_left)
         if self.entry.size is None or number == errno.EFBIG:
             self.partial.discard()
         elif number in DISK_FULL:
@@ -1752,7 +1689,7 @@ class Batch:
         self.differed = False
         self._run = run
         self._guesses = 0
-        self.reservations = Reservations()
+        self._room: dict[int, float] = {}  # bytes that nothing of it needs yet, by file system
         self._lines: Counter[tuple[int, str]] = Counter()  # by level and what they say
 
     def fail(self, path: str, error: Exception) -> Outcome:
@@ -1796,21 +1733,29 @@ class Batch:
         self._guesses = number
         return wait_s
 
-    def reserve_space(self, wanted: Wanted) -> Wanted | Outcome:
+    def check_room(self, wanted: Wanted) -> Wanted | Outcome:
         """Refuse what cannot fit before any of it is sent."""
         needed = (wanted.entry.size or 0) - wanted.offset
         try:
             if needed > 0 and (folder := self.folders.find_nearest(folder_of(wanted.entry))):
-                self.store.space.reserve(self.reservations, folder, needed)
+                self._take_room(folder, needed)
         except (Refused, OSError) as error:
             return self.fail(wanted.entry.path, error)
         return wanted
 
+    def _take_room(self, folder: Folder, needed: int) -> None:
+        device = folder.device
+        if device not in self._room:
+            self._room[device] = self.store.room_for(self.client, folder)
+        if needed > self._room[device]:
+            there = format_bytes(max(0, self._room[device]))
+            raise Refused(f"the disk is too full ({format_bytes(needed)} needed, {there} free)")
+        self._room[device] -= needed
+
     def close(self) -> None:
-        """Release all that is still held or reserved, and log how much was left out."""
+        """Release all that is still held, and log how much was left out."""
         for partial in self.partials:
             partial.keep()
-        self.store.space.forget(self.reservations)
         if self._guesses and not self.differed:
             self.store.mismatches.give_back(self.client.host, self._guesses)
         for (level, kind), lines in self._lines.items():
@@ -1859,6 +1804,11 @@ class Reception:
     def aside(self) -> contextlib.AbstractContextManager[None]:
         """Let others have its turn inside the ``with`` block; for its own thread, in a turn."""
         return self._store.looking_up.aside(self._who)
+
+    def needs(self, device: int) -> int:
+        """Return how much of a file system is kept free for what is arriving. For any thread."""
+        large = self.large
+        return large.needs(device) if large else 0
 
     def describe(self) -> str:
         """Return what is arriving, a large file or many, and from where. For any thread."""
@@ -1909,7 +1859,7 @@ class Reception:
             compared = self._compare(batch, looked_up)
             with self._signs:
                 decided = [
-                    batch.reserve_space(each) if isinstance(each, Wanted) else each
+                    batch.check_room(each) if isinstance(each, Wanted) else each
                     for each in compared
                 ]
             start = [each.offset if isinstance(each, Wanted) else each for each in decided]
@@ -2280,17 +2230,13 @@ def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
     """Return what ``--input`` names, at work. Raises SocketPairError where there is none."""
     if args.input is not None and names_sound_file(args.input):
         return open_sound_file(args.input, args.rate, args.channels)
-    if args.input == STDIN:
-        return open_standard_input(AudioFormat(args.rate or DEFAULT_RATE, args.channels or 1))
-    return open_microphone(args.input, args.rate, args.channels)
-
-
-def open_standard_input(audio: AudioFormat) -> PacedInput:
-    """Return raw PCM on standard input as an input; raises SocketPairError at a terminal."""
+    if args.input != STDIN:
+        return open_microphone(args.input, args.rate, args.channels)
     if sys.stdin.isatty():
         raise SocketPairError(
             "--input - is for another program or a file, not for a terminal: add | or <"
         )
+    audio = AudioFormat(args.rate or DEFAULT_RATE, args.channels or 1)
     return PacedInput("standard input", sys.stdin.buffer.read, CaptureQueue(audio))
 
 
@@ -2931,12 +2877,11 @@ class Broadcaster:
         return {each.kbit: each for each in used if isinstance(each, OpusEncoding)}
 
     def remove(self, listener: Listener) -> None:
-        """Send no more to `listener`, whose socket may be closed then. Idempotent."""
+        """Send no more to `listener`, whose socket may be closed then."""
         listener.stop()
         with self._lock:
             self.listeners = tuple(other for other in self.listeners if other is not listener)
             self.missed_blocks += listener.missed_blocks
-            listener.missed_blocks = 0
 
     def _run(self) -> None:
         try:
@@ -2981,14 +2926,15 @@ def handle_audio_client(
         line = f"{connection.peer}: {text}"
         broadcaster.log.write(line, logging.INFO, host_of(connection.peer))
 
-    listener = None
     try:
         size = send_buffer_bytes(broadcaster.captured.audio)
         connection.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         listener = broadcaster.add(connection, opus_kbit)
-        write("listening")
-        listener.take_requests()
-        broadcaster.remove(listener)
+        try:
+            write("listening")
+            listener.take_requests()
+        finally:
+            broadcaster.remove(listener)
         reason = listener.loss
         if reason is None:
             with connection.limit(LISTENER_TIMEOUT_S):  # for what is unsent before it
@@ -2997,9 +2943,6 @@ def handle_audio_client(
         write(f"left ({reason})" if reason else "left")
     except (OSError, SocketPairError) as error:
         write(f"left ({error})")
-    finally:
-        if listener:
-            broadcaster.remove(listener)
 
 
 def send_buffer_bytes(audio: AudioFormat) -> int:
@@ -3717,7 +3660,8 @@ class BackgroundLog(logging.Handler):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
-        self._done, self._wrong = make_formatter(sys.stdout), make_formatter(sys.stderr)
+        stamp = "" if goes_to_journal() else "%(asctime)s "
+        self.setFormatter(logging.Formatter(f"{stamp}%(message)s", "%H:%M:%S"))
         self._lines: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
         self._left_out = 0
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
@@ -3741,10 +3685,8 @@ class BackgroundLog(logging.Handler):
         while (record := self._lines.get()) is not None:
             self._console.show_status("")
             with contextlib.suppress(OSError, ValueError, SocketPairError):  # it cannot be written
-                if record.levelno > logging.INFO:
-                    common.complain(self._wrong.format(record))
-                else:
-                    common.say(self._done.format(record))
+                tell = common.complain if record.levelno > logging.INFO else common.say
+                tell(self.format(record))
 
     def close(self) -> None:
         """Write what is queued, for a short while at most. Idempotent."""
@@ -3792,19 +3734,13 @@ def logging_to_streams(args: argparse.Namespace) -> Iterator[Console]:
         yield console
 
 
-def make_formatter(stream: TextIO) -> logging.Formatter:
-    """Return what makes lines for `stream`, with the time but for systemd's journal."""
-    stamp = "" if goes_to_journal(stream) else "%(asctime)s "
-    return logging.Formatter(f"{stamp}%(message)s", "%H:%M:%S")
+def goes_to_journal() -> bool:
+    """Return whether standard error goes to systemd's journal, which stamps each line itself.
 
-
-def goes_to_journal(stream: TextIO) -> bool:
-    """Return whether systemd reads `stream` for its journal, which stamps each line itself.
-
-    ``JOURNAL_STREAM`` holds the device and the inode that it passed on (systemd.exec(5)).
+    ``JOURNAL_STREAM`` holds the device and the inode that systemd passed on (systemd.exec(5)).
     """
     with contextlib.suppress(OSError, ValueError):  # no file, or closed
-        found = os.fstat(stream.fileno())
+        found = os.fstat(sys.stderr.fileno())
         return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
     return False
 

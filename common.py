@@ -2783,6 +2783,7 @@ def quiet_libraries(verbose: bool) -> None:
 # --- console --------------------------------------------------------------------------------
 
 STATUS_INTERVAL_S = 0.1
+NO_STATUS_INTERVAL_S = 3600.0
 CTRL_C_ECHO = "^C"  # what a terminal shows of it
 METER_BLOCKS = 64  # of sound, which come in STATUS_INTERVAL_S
 METER_CLIP_SHOWS = 20
@@ -2906,8 +2907,15 @@ class Console:
             if self.has_status:
                 self._show(fit(text, self.columns))
 
+    @property
+    def status_interval_s(self) -> float:
+        """For how long a status line stays as it is: without a terminal, nobody need look."""
+        return STATUS_INTERVAL_S if self.has_status else NO_STATUS_INTERVAL_S
+
     def show_loudness(self, meter: LevelMeter, beside: str) -> None:
         """Show `meter`, its bar as long as the terminal has room for, and `beside` it the rest."""
+        if not self.has_status:
+            return
         room = self.columns - len(METER_TEXT) - len(beside)
         self.show_status(f"{meter.show(max(1, min(METER_COLUMNS, room)))}  {beside}")
 
@@ -3081,12 +3089,17 @@ class Interrupts:
         self._is_armed = True
 
     def wait(self, seconds: float) -> None:
-        """Block the main thread for `seconds`; a signal ends it at once.
+        """Block the main thread for `seconds`; a signal and `wake` end that at once.
 
         Unlike time.sleep, it also sees a signal that came just before, or to another thread.
         """
         if wait_for_socket(self._woken, seconds, to_write=False):
             self._woken.recv(MAX_SIGNALS)
+
+    def wake(self) -> None:
+        """End the main thread's wait, or the next one. For any thread."""
+        with contextlib.suppress(BlockingIOError):  # it has long been told
+            self._waker.send(b"\0")
 
     def _interrupt(self, number: int, _frame: object) -> None:
         if not self._is_armed:

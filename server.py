@@ -2824,17 +2824,11 @@ class Broadcaster:
         self._pcm = PcmEncoding(captured.audio)
         self._lock = threading.Lock()
         self.sent_s = 0.0
-        self._ended = False
-        self._thread = threading.Thread(target=self._run, name="broadcaster", daemon=True)
+        self.has_ended = False  # which the main thread is woken for
 
     def start(self) -> None:
         """Begin to send."""
-        self._thread.start()
-
-    def join(self, timeout_s: float) -> bool:
-        """Wait up to `timeout_s` for the sound to end; return whether it has."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        threading.Thread(target=self._run, name="broadcaster", daemon=True).start()
 
     def check_opus(self, kbit: int) -> None:
         """Raise Refused where Opus at `kbit` a second cannot be had."""
@@ -2861,7 +2855,7 @@ class Broadcaster:
             # A new tuple, not a changed list: the broadcaster goes through the old one unlocked.
             self.listeners = (*self.listeners, listener)
             self.served_count += 1
-            if self._ended:
+            if self.has_ended:
                 listener.end()
         return listener
 
@@ -2889,9 +2883,10 @@ class Broadcaster:
         except Exception as error:  # noqa: BLE001  (is told)
             self.captured.end(common.describe_unexpected(error), failed=True)
         with self._lock:
-            self._ended = True
+            self.has_ended = True
         for listener in self.listeners:
             listener.end()
+        common.INTERRUPTS.wake()
 
     def _send_all(self) -> None:
         while (block := self.captured.take(timeout_s=SIGN_INTERVAL_S)) is not None:
@@ -3886,8 +3881,7 @@ def attend_folder(store: Store, console: Console) -> None:
             sweep = Deadline(SWEEP_INTERVAL_S)
             while sweep.remaining():
                 console.show_status(store.describe_arrivals())
-                shown_s = common.STATUS_INTERVAL_S if console.has_status else SWEEP_INTERVAL_S
-                common.INTERRUPTS.wait(min(shown_s, sweep.remaining()))
+                common.INTERRUPTS.wait(min(console.status_interval_s, sweep.remaining()))
 
 
 def finish_files(server: Server, quiet: bool) -> int:
@@ -3959,9 +3953,10 @@ def make_audio_server(
 
 def show_until_ended(broadcaster: Broadcaster, console: Console) -> None:
     """Keep the status line up to date until the sound ends; blocks."""
-    while not broadcaster.join(common.STATUS_INTERVAL_S):
+    while not broadcaster.has_ended:
         listeners = counted(len(broadcaster.listeners), "listener")
         console.show_loudness(broadcaster.meter, listeners)
+        common.INTERRUPTS.wait(console.status_interval_s)
 
 
 def finish_audio(server: Server, broadcaster: Broadcaster, console: Console) -> int:

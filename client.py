@@ -395,6 +395,12 @@ def connect_once(address: Address, hello: Hello, timeout_s: float) -> tuple[Conn
     return connection, welcome
 
 
+def command_line(script: str, *args: str) -> str:
+    """Return the line that runs `script`, beside the one that runs, in a shell here."""
+    path = os.path.join(os.path.dirname(sys.argv[0]), script)
+    return common.shell_line(common.PYTHON, path, *args)
+
+
 def describe_no_server(address: Address, mode: str, error: OSError | ValueError) -> str:
     """Return what may be the reason that nobody answers, and what to do about it."""
     host = escape(address.host)
@@ -409,7 +415,7 @@ def describe_no_server(address: Address, mode: str, error: OSError | ValueError)
         )
     options = [] if address.port == common.DEFAULT_PORT else ["--port", str(address.port)]
     if is_here:
-        command = common.command_line("server.py", mode, *options)
+        command = command_line("server.py", mode, *options)
         return f"no server at {peer}: start one with: {command}"
     command = " ".join(["python3 server.py", mode, "--host 0.0.0.0", *options])
     return f"no server at {peer}: start one there with: {command}"
@@ -544,7 +550,7 @@ def look_up_named(paths: Iterable[str], name: str | None) -> Iterator[Source | P
 
 def how_to_send_a_pipe() -> str:
     """Return what sends a program's output, for the end of a line."""
-    command = common.command_line("client.py", "file", STDIN, "--name", "NAME")
+    command = command_line("client.py", "file", STDIN, "--name", "NAME")
     return f"send what a program prints by COMMAND | {command}"
 
 

@@ -221,11 +221,6 @@ def describe_error(error: Exception) -> str:
     return "out of memory" if isinstance(error, MemoryError) else str(error)
 
 
-def command_line(script: str, *args: str) -> str:
-    """Return the line that runs `script`, beside the one that runs, in a shell here."""
-    return shell_line(PYTHON, os.path.join(os.path.dirname(sys.argv[0]), script), *args)
-
-
 def shell_line(*words: str) -> str:
     """Return `words` as a shell here takes them for just these."""
     if sys.platform == "win32":

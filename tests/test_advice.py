@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import client
 import common
 from support import ROOT, Result, Server, linux, make_file, run_script
 
@@ -28,7 +29,7 @@ def test_a_number_in_its_range_is_taken() -> None:
 
 
 def test_a_command_that_is_shown_runs() -> None:
-    command = common.command_line("client.py", "--version")
+    command = client.command_line("client.py", "--version")
     words = shlex.split(command)
     words[1] = str(ROOT / words[1].rpartition("/")[2])
     shown = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
@@ -37,7 +38,7 @@ def test_a_command_that_is_shown_runs() -> None:
 
 def test_a_command_that_is_shown_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/some place/client.py"])
-    words = shlex.split(common.command_line("server.py", "file", "--folder", "a b"))
+    words = shlex.split(client.command_line("server.py", "file", "--folder", "a b"))
     assert words[1:] == ["/some place/server.py", "file", "--folder", "a b"]
 
 

@@ -1526,7 +1526,8 @@ class ByteStream(TimedSocket):
         when it ended later, PeerStalled when they did not come in time. Whatever has arrived stays
         buffered then, so that the caller may try again.
         """
-        self._wait_for(size, ahead)
+        if len(self._received) < size:
+            self._wait_for(size, ahead)
         return self._take(size)
 
     def peek(self, size: int) -> bytes:

@@ -1404,6 +1404,7 @@ def end_others(tag: str, others: set[PartialFile], compared: set[PartialFile]) -
 PIECE_S = 1.0
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 STATUS_NAME_CHARS = 30
+CHECKSUM_BYTES = hashlib.sha256().digest_size
 # A client waits half a second to gather more than this in a segment or an offer, but at the end.
 SMALL_BYTES = 4096
 
@@ -1591,7 +1592,7 @@ class Content:
             self.received += count
             self._segment_left -= count
             blocks.give(block[:count])
-        checksum = self._connection.read(hashlib.sha256().digest_size)
+        checksum = self._connection.read(CHECKSUM_BYTES)
         self.is_over = True
         return checksum
 

@@ -6,12 +6,10 @@
 In the order of the file; to follow a run, begin at `main`, at its end:
 
 ======================  ===========================================================
-finding a server        ``pick_server``: those that announce themselves on the local network
-connection              ``connect``: a connection past its handshake
 sources                 ``look_up_named`` and ``find_sources``: what the user named, as ``Source``s
 progress                ``Progress`` and ``Gauge``: bars, on a terminal
 results                 ``Report`` and ``Batch``: what became of each file; ``reading`` it meanwhile
-file mode               ``start_file_client``; ``Sender``, which comes back to a lost server;
+file conversation       ``start_file_client``; ``Sender``, which comes back to a lost server;
                         ``Upload``: one connection's conversation, in four stages;
                         ``ContentSender``: the bytes of one file after another
 sound: the clocks       ``EarliestLine`` and ``SpeedLoop``: playing at the server's speed
@@ -24,6 +22,8 @@ sound: recordings       ``RecordingFiles``, ``Pipe``: WAV, FLAC and Opus, standa
                         ``find_destinations``: which of all these the user wants
 sound: Opus             ``OpusDecoder``: what comes as Opus, as PCM
 sound: listening        ``start_audio_client``, ``Listening``: receives, comes back; ``Numbering``
+finding a server        ``pick_server``: those that announce themselves on the local network
+connection              ``connect``: a connection past its handshake
 command line            ``main`` asks for what the arguments leave open
 ======================  ===========================================================
 
@@ -119,341 +119,6 @@ if TYPE_CHECKING:
     from zeroconf import ServiceInfo
 
     Floats = NDArray[np.floating[Any]]  # 32-bit, frames by channels, 1.0 for full scale
-
-
-# --- finding a server -----------------------------------------------------------------------
-
-# Servers answer within some tenths of a second, and a lost question is asked again after one.
-FIND_S = 2.0
-# Of all that anyone may announce; so many are asked at once, and have so long to answer.
-MAX_ANNOUNCED = 5_000
-ASKED_AT_ONCE = 200
-ASK_S = 1.0
-MAX_SHOWN = 50
-MAX_SHOWN_CHARS = 40
-FOUND_ACCESS = {common.CODE_WANTED: "pairing code", common.NO_CODE: "needs --open"}
-
-
-class FoundServer(NamedTuple):
-    """A server that was announced, and the address that leads to it from here.
-
-    `answer` is the kind of its own answer, empty if there was none: anyone can announce anything.
-    """
-
-    announced: common.Announced
-    host: str
-    port: int
-    answer: str = ""
-
-    def describe(self) -> str:
-        """Return a line of a table; the name, which may be of any width, is last."""
-        name, mode, _ = self.announced
-        access = FOUND_ACCESS.get(self.answer, "does not answer")
-        address = escape(common.format_address(self.host, self.port))
-        return f"{mode:<5}  {address:<21}  {access:<15}  {escape(name)[:MAX_SHOWN_CHARS]}"
-
-
-def find_servers(mode: str | None) -> list[FoundServer]:
-    """Return the servers on the local network, those in `mode` if it is given.
-
-    Those that answer come first, then the first of each host, then by name. Blocks for ``FIND_S``,
-    and for their answers. Raises SocketPairError if there is no way to ask.
-    """
-    services, own = browse(), common.own_interfaces()
-    announced = {look_at_announcement(service, own) for service in services}
-    found = [each for each in announced if each and mode in (None, each.announced.mode)]
-    answers = ask_servers(list({(each.host, each.port) for each in found}))
-    asked = [each._replace(answer=answers.get((each.host, each.port), "")) for each in found]
-    by_name = sorted(asked, key=lambda each: (not each.answer, each.announced.name, each))
-    of_host: Counter[str] = Counter()
-
-    def order(server: FoundServer) -> tuple[bool, int]:
-        of_host[server.host] += 1  # one host alone cannot fill what is shown
-        return not server.answer, of_host[server.host]
-
-    return sorted(by_name, key=order)
-
-
-def look_at_announcement(
-    service: ServiceInfo, own: Sequence[IPv4Interface | IPv6Interface]
-) -> FoundServer | None:
-    """Return the server that is announced, if it can be one on a network of `own` addresses."""
-    try:
-        announced = common.Announced.from_txt(service.properties)
-        host = nearest(service.parsed_scoped_addresses(), own)
-    except (ValueError, AttributeError):  # it holds what no server sends
-        return None
-    if not (announced.name and announced.mode in common.MODES and host and service.port):
-        return None
-    return FoundServer(announced, host, service.port)
-
-
-def browse() -> list[ServiceInfo]:
-    """Return all that is announced on the local network as Socket Pair; see `find_servers`.
-
-    A name may come with several addresses, one after the other: none of them hides another.
-    """
-    try:
-        import zeroconf  # noqa: PLC0415  (only this needs it, and it takes long to import)
-    except common.LOAD_ERRORS as error:
-        raise SocketPairError(
-            f"--find needs the package zeroconf, which cannot be loaded "
-            f"({common.first_line(error)}): {common.how_to_install('zeroconf')}, or use --host"
-        ) from None
-    services: queue.SimpleQueue[ServiceInfo] = queue.SimpleQueue()
-
-    def note(service_type: str, name: str, **_: object) -> None:
-        # Servers tell all of themselves at once. What has not come with the name is not asked
-        # for: anyone can announce names that nobody answers for.
-        with contextlib.suppress(Exception):  # of a name that none should be
-            service = zeroconf.ServiceInfo(service_type, name)
-            if services.qsize() < MAX_ANNOUNCED and service.load_from_cache(network):
-                services.put(service)
-
-    try:
-        with contextlib.closing(common.open_network()) as network:
-            zeroconf.ServiceBrowser(network, common.SERVICE_TYPE, handlers=[note])
-            common.INTERRUPTS.wait(FIND_S)
-            return [services.get() for _ in range(services.qsize())]
-    except (OSError, zeroconf.Error) as error:
-        reason = escape(describe_error(error))
-        raise SocketPairError(f"cannot ask the local network: {reason}") from error
-
-
-def ask_servers(addresses: list[tuple[str, int]]) -> dict[tuple[str, int], str]:
-    """Return the kinds of the answers of those servers that answer; blocks for a second or more."""
-    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  (see browse)
-
-    with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
-        answers = zip(addresses, threads.map(ask_server, addresses), strict=True)
-        return {address: kind for address, kind in answers if kind}
-
-
-def ask_server(address: tuple[str, int]) -> str:
-    """Return the kind of what a server answers, empty for none; blocks for ``ASK_S`` at most."""
-    deadline = Deadline(ASK_S)
-    try:
-        sock = socket.create_connection(address, timeout=ASK_S)
-        with Connection(sock, "") as connection, connection.limit(deadline.remaining()):
-            connection.send(Hello(common.PROTOCOL, common.FINDING))
-            connection.receive(Welcome, max_bytes=common.MAX_HELLO_BYTES)
-    except PeerRefused as error:
-        return error.kind
-    except (OSError, SocketPairError):
-        pass
-    return ""
-
-
-def nearest(addresses: Iterable[str], own: Sequence[IPv4Interface | IPv6Interface]) -> str | None:
-    """Return the one of a server's addresses that most likely leads to it from here, if any.
-
-    It is on a network of `own`, this machine's addresses. One that is also in `own` comes last:
-    there are addresses that every machine has for its own virtual networks.
-    """
-    import ipaddress  # noqa: PLC0415  (see browse)
-
-    reachable = []
-    for address in addresses:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        ip = getattr(ip, "ipv4_mapped", None) or ip
-        is_unclear = ip.is_link_local and ip.version == 6 and "%" not in address
-        if not is_unclear and any(ip in interface.network for interface in own):
-            is_own = any(ip == interface.ip for interface in own)
-            reachable.append((is_own, ip.version, address))
-    return min(reachable, key=lambda each: each[:2])[-1] if reachable else None
-
-
-def pick_server(mode: str | None, console: Console) -> FoundServer:
-    """Show the servers on the local network, and return the one that the user picks.
-
-    Blocks until then. Raises SocketPairError where there is none, or no answer.
-    """
-    while True:
-        console.say("Looking for servers on the local network ...")
-        servers = find_servers(mode)
-        if not servers:
-            raise SocketPairError(
-                f"no server {f'in {mode} mode ' if mode else ''}announces itself here: start one "
-                f"with python3 server.py {mode or 'file'} --host 0.0.0.0, or use --host"
-            )
-        choices = {str(number): server for number, server in enumerate(servers[:MAX_SHOWN], 1)}
-        for number, server in choices.items():
-            console.say(f"{number:>3}  {server.describe()}")
-        if len(servers) > MAX_SHOWN:
-            console.say(f"     and {len(servers) - MAX_SHOWN} more")
-        answer = "?"
-        numbers = "1" if len(choices) == 1 else f"a number from 1 to {len(choices)}"
-        while answer and answer not in choices:
-            console.say(f"Type {numbers}, or only Enter to look again.")
-            answer = console.ask("Number: ").strip()
-        if answer:
-            return choices[answer]
-
-
-# --- connection -----------------------------------------------------------------------------
-
-OPEN_SERVER = (
-    "this server takes no pairing code: anyone on the network could be it, or read along; "
-    "add --open if you trust them all"
-)
-
-NO_SUCH_HOST = (socket.gaierror, ValueError)  # the latter for what cannot be a name
-UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
-# What a server may say in place of pairing, to follow its address.
-REFUSED_PAIRING = {
-    common.CODE_WANTED: "is of an older version of Socket Pair: update it",
-    common.NO_CODE: "says that it has no pairing code: check that it is the right server",
-    common.WAIT: "has had too many wrong pairing codes from this address: try again in a minute",
-}
-FILE_HELLO = Hello(common.PROTOCOL, "file")
-
-
-class WrongCode(SocketPairError):
-    """The server has another pairing code than this client."""
-
-
-class Address:
-    """Where the server is, and what lets this client in there.
-
-    `code` is the pairing code, normalized; `open` does without, wherever the server is. `asks` says
-    that standard input answers questions, also where it is no terminal.
-    """
-
-    def __init__(
-        self,
-        host: str,
-        port: int,
-        code: str | None = None,
-        open: bool = False,
-        asks: bool = False,
-    ) -> None:
-        self.host = host
-        self.port = port
-        self.code = code
-        self.open = open
-        self.asks = asks
-
-
-def ask_for_code(console: Console) -> str:
-    """Ask for the pairing code until it can be one."""
-    while True:
-        try:
-            return common.normalize_code(console.ask("Pairing code: "))
-        except argparse.ArgumentTypeError as error:
-            console.complain(str(error))
-
-
-def connect(
-    address: Address, hello: Hello, console: Console, timeout_s: float = HANDSHAKE_TIMEOUT_S
-) -> tuple[Connection, Welcome]:
-    """Return a connection past its handshake, and the server's welcome.
-
-    Asks for the pairing code where the server wants one that `address` lacks, and there is somebody
-    to ask; again, if the answer was wrong. `console` shows no status line meanwhile.
-    Otherwise blocks for `timeout_s` for connecting and for 10 s for the handshake at most.
-
-    Raises ConnectionLost, ProtocolError where it is no Socket Pair server, WrongCode, PeerRefused,
-    and SocketPairError where it does not pair.
-    """
-    try:
-        return connect_once(address, hello, timeout_s)
-    except PeerRefused as error:
-        is_code_wanted = error.kind == common.CODE_WANTED
-        if is_code_wanted and address.open:
-            raise PeerRefused(f"{error}, in place of --open") from None
-        if not (is_code_wanted and (address.asks or sys.stdin.isatty())):
-            raise
-    common.require_pairing_packages()
-    while True:
-        address.code = ask_for_code(console)
-        try:
-            return connect_once(address, hello, timeout_s)
-        except WrongCode as error:
-            console.complain(str(error))
-
-
-def connect_once(address: Address, hello: Hello, timeout_s: float) -> tuple[Connection, Welcome]:
-    """Do what `connect` does, with the code of `address` alone."""
-    peer = escape(common.format_address(address.host, address.port))
-    # As bytes, where it can be: Python loads the codec for international names for any text.
-    host = address.host.encode() if address.host.isascii() else address.host
-    try:
-        sock = socket.create_connection((host, address.port), timeout_s)  # type: ignore[arg-type]
-    except (OSError, *NO_SUCH_HOST) as error:
-        raise ConnectionLost(describe_no_server(address, hello.mode, error)) from error
-    with contextlib.ExitStack() as opened:
-        opened.callback(sock.close)
-        try:
-            connection = opened.enter_context(Connection(sock, peer))
-            is_near = common.is_loopback(sock.getpeername()[0])
-            welcome = shake_hands(connection, address.code, hello)
-        except OSError as error:  # it has gone again
-            raise ConnectionLost(f"{peer}: {describe_error(error)}") from error
-        if not (address.code or address.open or is_near):
-            raise PeerRefused(OPEN_SERVER)
-        opened.pop_all()
-    return connection, welcome
-
-
-def command_line(script: str, *args: str) -> str:
-    """Return the line that runs `script`, beside the one that runs, in a shell here."""
-    path = os.path.join(os.path.dirname(sys.argv[0]), script)
-    return common.shell_line(common.PYTHON, path, *args)
-
-
-def describe_no_server(address: Address, mode: str, error: OSError | ValueError) -> str:
-    """Return what may be the reason that nobody answers, and what to do about it."""
-    host = escape(address.host)
-    if isinstance(error, NO_SUCH_HOST):
-        return f"no machine is known as {host!r} ({describe_error(error)}): check --host"
-    is_here = host == "localhost" or common.is_loopback(host)
-    peer = f"{common.format_address(host, address.port)} ({describe_error(error)})"
-    if isinstance(error, TimeoutError) or error.errno in UNREACHABLE:
-        return (
-            f"no answer from {peer}: is --host right, are both machines on one network, and does "
-            f"a firewall there let port {address.port} through?"
-        )
-    options = [] if address.port == common.DEFAULT_PORT else ["--port", str(address.port)]
-    if is_here:
-        command = command_line("server.py", mode, *options)
-        return f"no server at {peer}: start one with: {command}"
-    command = " ".join(["python3 server.py", mode, "--host 0.0.0.0", *options])
-    return f"no server at {peer}: start one there with: {command}"
-
-
-def shake_hands(connection: Connection, code: str | None, hello: Hello) -> Welcome:
-    """Return the server's welcome; blocks and raises as `connect` does."""
-    try:
-        with connection.limit(HANDSHAKE_TIMEOUT_S):
-            if code:
-                pair(connection, code)
-            connection.send(hello)
-            return connection.receive(Welcome)
-    except common.NotPaired as error:
-        if error.wrong_code:
-            problem = f"{connection.peer} has another pairing code: check it there"
-            raise WrongCode(problem) from error
-        raise SocketPairError(f"{connection.peer} does not pair: {error}") from error
-    except ProtocolError as error:
-        raise ProtocolError(f"{connection.peer} is not a Socket Pair server: {error}") from None
-    except ConnectionLost as error:
-        raise ConnectionLost(f"{connection.peer}: {error} before it answered") from None
-
-
-def pair(connection: Connection, code: str) -> None:
-    """Prove to the server that this side has its pairing code, and have it prove the same.
-
-    Until then it may be anyone: what it says of itself is told as that, and no advice follows.
-    """
-    connection.send(Hello(common.PROTOCOL, common.PAIRING))
-    pairing = common.Pairing(code, server_side=False)  # while the server makes its own
-    connection.send(Pair(pairing.share))
-    try:
-        answer = connection.receive(Pair, max_bytes=common.MAX_HELLO_BYTES)
-    except PeerRefused as error:
-        told = REFUSED_PAIRING.get(error.kind, f'does not pair, and says: "{error}"')
-        raise PeerRefused(f"{connection.peer} {told}") from None
-    connection.start_tls(pairing.finish(answer.share), server_side=False)
 
 
 # --- sources --------------------------------------------------------------------------------
@@ -1015,7 +680,7 @@ def reading(connection: Connection, read: Callable[[], None]) -> Iterator[None]:
         raise errors[0]
 
 
-# --- file mode ------------------------------------------------------------------------------
+# --- file conversation ----------------------------------------------------------------------
 
 DEFAULT_RETRY_S = 60.0
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -3594,6 +3259,341 @@ def start_audio_client(address: Address, args: argparse.Namespace) -> int:
         return EXIT_FAILED
     console.say(listening.summarize())
     return EXIT_FAILED if listening.is_cut_short else EXIT_OK
+
+
+# --- finding a server -----------------------------------------------------------------------
+
+# Servers answer within some tenths of a second, and a lost question is asked again after one.
+FIND_S = 2.0
+# Of all that anyone may announce; so many are asked at once, and have so long to answer.
+MAX_ANNOUNCED = 5_000
+ASKED_AT_ONCE = 200
+ASK_S = 1.0
+MAX_SHOWN = 50
+MAX_SHOWN_CHARS = 40
+FOUND_ACCESS = {common.CODE_WANTED: "pairing code", common.NO_CODE: "needs --open"}
+
+
+class FoundServer(NamedTuple):
+    """A server that was announced, and the address that leads to it from here.
+
+    `answer` is the kind of its own answer, empty if there was none: anyone can announce anything.
+    """
+
+    announced: common.Announced
+    host: str
+    port: int
+    answer: str = ""
+
+    def describe(self) -> str:
+        """Return a line of a table; the name, which may be of any width, is last."""
+        name, mode, _ = self.announced
+        access = FOUND_ACCESS.get(self.answer, "does not answer")
+        address = escape(common.format_address(self.host, self.port))
+        return f"{mode:<5}  {address:<21}  {access:<15}  {escape(name)[:MAX_SHOWN_CHARS]}"
+
+
+def find_servers(mode: str | None) -> list[FoundServer]:
+    """Return the servers on the local network, those in `mode` if it is given.
+
+    Those that answer come first, then the first of each host, then by name. Blocks for ``FIND_S``,
+    and for their answers. Raises SocketPairError if there is no way to ask.
+    """
+    services, own = browse(), common.own_interfaces()
+    announced = {look_at_announcement(service, own) for service in services}
+    found = [each for each in announced if each and mode in (None, each.announced.mode)]
+    answers = ask_servers(list({(each.host, each.port) for each in found}))
+    asked = [each._replace(answer=answers.get((each.host, each.port), "")) for each in found]
+    by_name = sorted(asked, key=lambda each: (not each.answer, each.announced.name, each))
+    of_host: Counter[str] = Counter()
+
+    def order(server: FoundServer) -> tuple[bool, int]:
+        of_host[server.host] += 1  # one host alone cannot fill what is shown
+        return not server.answer, of_host[server.host]
+
+    return sorted(by_name, key=order)
+
+
+def look_at_announcement(
+    service: ServiceInfo, own: Sequence[IPv4Interface | IPv6Interface]
+) -> FoundServer | None:
+    """Return the server that is announced, if it can be one on a network of `own` addresses."""
+    try:
+        announced = common.Announced.from_txt(service.properties)
+        host = nearest(service.parsed_scoped_addresses(), own)
+    except (ValueError, AttributeError):  # it holds what no server sends
+        return None
+    if not (announced.name and announced.mode in common.MODES and host and service.port):
+        return None
+    return FoundServer(announced, host, service.port)
+
+
+def browse() -> list[ServiceInfo]:
+    """Return all that is announced on the local network as Socket Pair; see `find_servers`.
+
+    A name may come with several addresses, one after the other: none of them hides another.
+    """
+    try:
+        import zeroconf  # noqa: PLC0415  (only this needs it, and it takes long to import)
+    except common.LOAD_ERRORS as error:
+        raise SocketPairError(
+            f"--find needs the package zeroconf, which cannot be loaded "
+            f"({common.first_line(error)}): {common.how_to_install('zeroconf')}, or use --host"
+        ) from None
+    services: queue.SimpleQueue[ServiceInfo] = queue.SimpleQueue()
+
+    def note(service_type: str, name: str, **_: object) -> None:
+        # Servers tell all of themselves at once. What has not come with the name is not asked
+        # for: anyone can announce names that nobody answers for.
+        with contextlib.suppress(Exception):  # of a name that none should be
+            service = zeroconf.ServiceInfo(service_type, name)
+            if services.qsize() < MAX_ANNOUNCED and service.load_from_cache(network):
+                services.put(service)
+
+    try:
+        with contextlib.closing(common.open_network()) as network:
+            zeroconf.ServiceBrowser(network, common.SERVICE_TYPE, handlers=[note])
+            common.INTERRUPTS.wait(FIND_S)
+            return [services.get() for _ in range(services.qsize())]
+    except (OSError, zeroconf.Error) as error:
+        reason = escape(describe_error(error))
+        raise SocketPairError(f"cannot ask the local network: {reason}") from error
+
+
+def ask_servers(addresses: list[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    """Return the kinds of the answers of those servers that answer; blocks for a second or more."""
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  (see browse)
+
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as threads:
+        answers = zip(addresses, threads.map(ask_server, addresses), strict=True)
+        return {address: kind for address, kind in answers if kind}
+
+
+def ask_server(address: tuple[str, int]) -> str:
+    """Return the kind of what a server answers, empty for none; blocks for ``ASK_S`` at most."""
+    deadline = Deadline(ASK_S)
+    try:
+        sock = socket.create_connection(address, timeout=ASK_S)
+        with Connection(sock, "") as connection, connection.limit(deadline.remaining()):
+            connection.send(Hello(common.PROTOCOL, common.FINDING))
+            connection.receive(Welcome, max_bytes=common.MAX_HELLO_BYTES)
+    except PeerRefused as error:
+        return error.kind
+    except (OSError, SocketPairError):
+        pass
+    return ""
+
+
+def nearest(addresses: Iterable[str], own: Sequence[IPv4Interface | IPv6Interface]) -> str | None:
+    """Return the one of a server's addresses that most likely leads to it from here, if any.
+
+    It is on a network of `own`, this machine's addresses. One that is also in `own` comes last:
+    there are addresses that every machine has for its own virtual networks.
+    """
+    import ipaddress  # noqa: PLC0415  (see browse)
+
+    reachable = []
+    for address in addresses:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        ip = getattr(ip, "ipv4_mapped", None) or ip
+        is_unclear = ip.is_link_local and ip.version == 6 and "%" not in address
+        if not is_unclear and any(ip in interface.network for interface in own):
+            is_own = any(ip == interface.ip for interface in own)
+            reachable.append((is_own, ip.version, address))
+    return min(reachable, key=lambda each: each[:2])[-1] if reachable else None
+
+
+def pick_server(mode: str | None, console: Console) -> FoundServer:
+    """Show the servers on the local network, and return the one that the user picks.
+
+    Blocks until then. Raises SocketPairError where there is none, or no answer.
+    """
+    while True:
+        console.say("Looking for servers on the local network ...")
+        servers = find_servers(mode)
+        if not servers:
+            raise SocketPairError(
+                f"no server {f'in {mode} mode ' if mode else ''}announces itself here: start one "
+                f"with python3 server.py {mode or 'file'} --host 0.0.0.0, or use --host"
+            )
+        choices = {str(number): server for number, server in enumerate(servers[:MAX_SHOWN], 1)}
+        for number, server in choices.items():
+            console.say(f"{number:>3}  {server.describe()}")
+        if len(servers) > MAX_SHOWN:
+            console.say(f"     and {len(servers) - MAX_SHOWN} more")
+        answer = "?"
+        numbers = "1" if len(choices) == 1 else f"a number from 1 to {len(choices)}"
+        while answer and answer not in choices:
+            console.say(f"Type {numbers}, or only Enter to look again.")
+            answer = console.ask("Number: ").strip()
+        if answer:
+            return choices[answer]
+
+
+# --- connection -----------------------------------------------------------------------------
+
+OPEN_SERVER = (
+    "this server takes no pairing code: anyone on the network could be it, or read along; "
+    "add --open if you trust them all"
+)
+
+NO_SUCH_HOST = (socket.gaierror, ValueError)  # the latter for what cannot be a name
+UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
+# What a server may say in place of pairing, to follow its address.
+REFUSED_PAIRING = {
+    common.CODE_WANTED: "is of an older version of Socket Pair: update it",
+    common.NO_CODE: "says that it has no pairing code: check that it is the right server",
+    common.WAIT: "has had too many wrong pairing codes from this address: try again in a minute",
+}
+FILE_HELLO = Hello(common.PROTOCOL, "file")
+
+
+class WrongCode(SocketPairError):
+    """The server has another pairing code than this client."""
+
+
+class Address:
+    """Where the server is, and what lets this client in there.
+
+    `code` is the pairing code, normalized; `open` does without, wherever the server is. `asks` says
+    that standard input answers questions, also where it is no terminal.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        code: str | None = None,
+        open: bool = False,
+        asks: bool = False,
+    ) -> None:
+        self.host = host
+        self.port = port
+        self.code = code
+        self.open = open
+        self.asks = asks
+
+
+def ask_for_code(console: Console) -> str:
+    """Ask for the pairing code until it can be one."""
+    while True:
+        try:
+            return common.normalize_code(console.ask("Pairing code: "))
+        except argparse.ArgumentTypeError as error:
+            console.complain(str(error))
+
+
+def connect(
+    address: Address, hello: Hello, console: Console, timeout_s: float = HANDSHAKE_TIMEOUT_S
+) -> tuple[Connection, Welcome]:
+    """Return a connection past its handshake, and the server's welcome.
+
+    Asks for the pairing code where the server wants one that `address` lacks, and there is somebody
+    to ask; again, if the answer was wrong. `console` shows no status line meanwhile.
+    Otherwise blocks for `timeout_s` for connecting and for 10 s for the handshake at most.
+
+    Raises ConnectionLost, ProtocolError where it is no Socket Pair server, WrongCode, PeerRefused,
+    and SocketPairError where it does not pair.
+    """
+    try:
+        return connect_once(address, hello, timeout_s)
+    except PeerRefused as error:
+        is_code_wanted = error.kind == common.CODE_WANTED
+        if is_code_wanted and address.open:
+            raise PeerRefused(f"{error}, in place of --open") from None
+        if not (is_code_wanted and (address.asks or sys.stdin.isatty())):
+            raise
+    common.require_pairing_packages()
+    while True:
+        address.code = ask_for_code(console)
+        try:
+            return connect_once(address, hello, timeout_s)
+        except WrongCode as error:
+            console.complain(str(error))
+
+
+def connect_once(address: Address, hello: Hello, timeout_s: float) -> tuple[Connection, Welcome]:
+    """Do what `connect` does, with the code of `address` alone."""
+    peer = escape(common.format_address(address.host, address.port))
+    # As bytes, where it can be: Python loads the codec for international names for any text.
+    host = address.host.encode() if address.host.isascii() else address.host
+    try:
+        sock = socket.create_connection((host, address.port), timeout_s)  # type: ignore[arg-type]
+    except (OSError, *NO_SUCH_HOST) as error:
+        raise ConnectionLost(describe_no_server(address, hello.mode, error)) from error
+    with contextlib.ExitStack() as opened:
+        opened.callback(sock.close)
+        try:
+            connection = opened.enter_context(Connection(sock, peer))
+            is_near = common.is_loopback(sock.getpeername()[0])
+            welcome = shake_hands(connection, address.code, hello)
+        except OSError as error:  # it has gone again
+            raise ConnectionLost(f"{peer}: {describe_error(error)}") from error
+        if not (address.code or address.open or is_near):
+            raise PeerRefused(OPEN_SERVER)
+        opened.pop_all()
+    return connection, welcome
+
+
+def command_line(script: str, *args: str) -> str:
+    """Return the line that runs `script`, beside the one that runs, in a shell here."""
+    path = os.path.join(os.path.dirname(sys.argv[0]), script)
+    return common.shell_line(common.PYTHON, path, *args)
+
+
+def describe_no_server(address: Address, mode: str, error: OSError | ValueError) -> str:
+    """Return what may be the reason that nobody answers, and what to do about it."""
+    host = escape(address.host)
+    if isinstance(error, NO_SUCH_HOST):
+        return f"no machine is known as {host!r} ({describe_error(error)}): check --host"
+    is_here = host == "localhost" or common.is_loopback(host)
+    peer = f"{common.format_address(host, address.port)} ({describe_error(error)})"
+    if isinstance(error, TimeoutError) or error.errno in UNREACHABLE:
+        return (
+            f"no answer from {peer}: is --host right, are both machines on one network, and does "
+            f"a firewall there let port {address.port} through?"
+        )
+    options = [] if address.port == common.DEFAULT_PORT else ["--port", str(address.port)]
+    if is_here:
+        command = command_line("server.py", mode, *options)
+        return f"no server at {peer}: start one with: {command}"
+    command = " ".join(["python3 server.py", mode, "--host 0.0.0.0", *options])
+    return f"no server at {peer}: start one there with: {command}"
+
+
+def shake_hands(connection: Connection, code: str | None, hello: Hello) -> Welcome:
+    """Return the server's welcome; blocks and raises as `connect` does."""
+    try:
+        with connection.limit(HANDSHAKE_TIMEOUT_S):
+            if code:
+                pair(connection, code)
+            connection.send(hello)
+            return connection.receive(Welcome)
+    except common.NotPaired as error:
+        if error.wrong_code:
+            problem = f"{connection.peer} has another pairing code: check it there"
+            raise WrongCode(problem) from error
+        raise SocketPairError(f"{connection.peer} does not pair: {error}") from error
+    except ProtocolError as error:
+        raise ProtocolError(f"{connection.peer} is not a Socket Pair server: {error}") from None
+    except ConnectionLost as error:
+        raise ConnectionLost(f"{connection.peer}: {error} before it answered") from None
+
+
+def pair(connection: Connection, code: str) -> None:
+    """Prove to the server that this side has its pairing code, and have it prove the same.
+
+    Until then it may be anyone: what it says of itself is told as that, and no advice follows.
+    """
+    connection.send(Hello(common.PROTOCOL, common.PAIRING))
+    pairing = common.Pairing(code, server_side=False)  # while the server makes its own
+    connection.send(Pair(pairing.share))
+    try:
+        answer = connection.receive(Pair, max_bytes=common.MAX_HELLO_BYTES)
+    except PeerRefused as error:
+        told = REFUSED_PAIRING.get(error.kind, f'does not pair, and says: "{error}"')
+        raise PeerRefused(f"{connection.peer} {told}") from None
+    connection.start_tls(pairing.finish(answer.share), server_side=False)
 
 
 # --- command line ---------------------------------------------------------------------------

@@ -20,8 +20,8 @@ sound card           in five rooms: the *devices*, and what opens them: ``SoundS
                      *PortAudio*, or ``JackProcess``, PortAudio in a process that *JACK* may end;
                      one *in use*: ``SoundCard``; the *last words* of a C library
 console              ``Console``: lines, questions and the status line; ``LevelMeter``
-command line         arguments of both scripts, and ``run``, which turns every end
-                     of a program into its exit status
+command line         arguments of both scripts; ``INTERRUPTS``: signals; ``run``, which turns every
+                     end of a program into its exit status
 ===================  ==============================================================
 
 Neither this module nor ``client.py`` uses dataclasses: importing them, and inspect with them,

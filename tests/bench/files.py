@@ -334,6 +334,7 @@ def main() -> int:
     options = parse_arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.pop("SOCKET_PAIR_CODE", None)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's Python compiles common.py once
     try:
         run(options)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ folders               ``Folder``, kept open; ``Folders``: nothing outside the ro
 partial files         ``PartialFile``: until complete and given a name; ``Leases``: who has which
 what clients share    ``Store``: where files go; ``Digests``, ``Turns`` and ``RateLimiter`` bound
                       what each of them may cost
-looking up            ``LookUp``: what is here already; ``Here``: and the same at the client
+looking up            ``LookUp``: what is here already; ``LookedUp``: which of it is the client's
 one file              ``UnderWay``, until it has its name; ``Content``: its bytes
 file conversation     ``handle_file_client`` and ``Reception``: from offer to results; ``Batch``:
                       what the entries of an offer share
@@ -70,7 +70,7 @@ import threading
 import time
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -677,10 +677,9 @@ class PartialFile:
         self.digest.update(view)
         self.size += len(view)
 
-    def resume(self, digest: hashlib._Hash) -> None:
-        """Write on behind what it holds, whose SHA-256 is `digest`."""
+    def resume(self) -> None:
+        """Write on behind what it holds."""
         os.lseek(self.descriptor, self.size, os.SEEK_SET)
-        self.digest = digest
 
     def make_room(self) -> None:
         """Give back, from its end, as much as is kept free on its disk; no `write` after that."""
@@ -1250,6 +1249,9 @@ class Wanted(NamedTuple):
         return self.beginning.size if self.beginning else 0
 
 
+Checksums = dict["PartialFile | str", str]  # of partial files, and of finished ones by their names
+
+
 class LookedUp(NamedTuple):
     """An offered file, and what is here that may be its beginning, or the whole of it."""
 
@@ -1264,42 +1266,51 @@ class LookedUp(NamedTuple):
         lengths = {each.size for each in self.partials}
         return sorted(lengths | {self.size} if self.candidates else lengths)
 
-    def read(self, store: Store, on_progress: Callable[[int], object]) -> Here:
-        """Return the SHA-256 of all that is here; blocks until it is read."""
-        beginnings = {}
+    def read(self, store: Store, on_progress: Callable[[int], object]) -> Checksums:
+        """Return the SHA-256 of all that is here and can be read; blocks until it is read."""
+        here: Checksums = {}
         for each in self.partials:
             with contextlib.suppress(OSError, FileShrunk):  # as good as different
-                beginnings[each] = store.digests.read(each.descriptor, each.size, on_progress)
-        names = {
-            name: store.read_finished(self.folder, name, self.size, on_progress)
-            for name in self.candidates
-        }
-        return Here(beginnings, names)
+                each.digest = store.digests.read(each.descriptor, each.size, on_progress)
+                here[each] = each.digest.hexdigest()
+        for name in self.candidates:
+            if checksum := store.read_finished(self.folder, name, self.size, on_progress):
+                here[name] = checksum
+        return here
 
+    def decide(
+        self, batch: Batch, here: Checksums, there: dict[int, str], taken: set[PartialFile]
+    ) -> Wanted | Outcome:
+        """Return what is done with it, by the SHA-256 of what is here, and of the client's file.
 
-class Here(NamedTuple):
-    """What is here that may be a file's beginning or the whole of it, with its SHA-256."""
-
-    beginnings: dict[PartialFile, hashlib._Hash]
-    names: dict[str, str]  # of finished files
-    compared: Collection[PartialFile] = ()  # known to be its beginning, or of no use for it
-
-    def same_as(self, there: dict[int, str], size: int) -> Here:
-        """Return what of it is the client's, who has the SHA-256 `there` for these lengths.
-
-        Where it tells none, it cannot read its file just now: what is worth keeping is there for
-        the next run.
+        A partial file is for one entry only: it is `taken` then.
         """
-        beginnings = self.beginnings.items()
-        return Here(
-            {each: its for each, its in beginnings if there.get(each.size) == its.hexdigest()},
-            {name: its for name, its in self.names.items() if its and its == there.get(size)},
-            [
-                each
-                for each in self.beginnings
-                if each.size < KEPT_BYTES or each.size > size or there.get(each.size)
-            ],
-        )
+        for name in self.candidates:
+            if name in here and here[name] == there.get(self.size):
+                return batch.settle("already", self.folder, name)
+        same = [
+            each for each in self.partials if each in here and here[each] == there.get(each.size)
+        ]
+        beginning = max(set(same) - taken, key=lambda each: each.size, default=None)
+        if beginning is None:
+            batch.differed = True
+        else:
+            taken.add(beginning)
+            beginning.resume()
+        return Wanted(self.entry, beginning, different=self.candidates)
+
+    def compared(self, here: Checksums, there: dict[int, str]) -> set[PartialFile]:
+        """Return the partial files that are known to be its beginning, or of no use for it.
+
+        Where the client tells no SHA-256, it cannot read its file just now: what is worth keeping
+        is there for the next run.
+        """
+        return {
+            each
+            for each in self.partials
+            if each in here
+            and (each.size < KEPT_BYTES or each.size > self.size or there.get(each.size))
+        }
 
 
 class LookUp:
@@ -1366,36 +1377,6 @@ class LookUp:
             if self._batch.store.overwrite:
                 break
         return finished
-
-
-def decide(batch: Batch, stage: LookedUp, same: Here, taken: set[PartialFile]) -> Wanted | Outcome:
-    """Return what is done with an entry, knowing what is the same as at the client.
-
-    A partial file is for one entry only: it is `taken` then.
-    """
-    for name in same.names:
-        return batch.settle("already", stage.folder, name)
-    left = same.beginnings.keys() - taken
-    beginning = max(left, key=lambda each: each.size, default=None)
-    if beginning is None:
-        batch.differed = True
-    else:
-        taken.add(beginning)
-        beginning.resume(same.beginnings[beginning])
-    return Wanted(stage.entry, beginning, different=stage.candidates)
-
-
-def end_others(tag: str, others: set[PartialFile], compared: set[PartialFile]) -> None:
-    """Close what nobody has taken, and remove what was `compared` of it.
-
-    But not what a client of another address may continue.
-    """
-    for partial in others:
-        with contextlib.suppress(OSError):  # of a network, at the end of any file
-            if partial in compared and has_tag(partial.name, tag):
-                partial.discard()
-            else:
-                partial.close()
 
 
 # --- one file -------------------------------------------------------------------------------
@@ -1893,19 +1874,28 @@ class Reception:
     ) -> list[Wanted | Outcome]:
         """Return what is done with each entry; blocks until both sides have read their files."""
         held = {index: each for index, each in enumerate(looked_up) if isinstance(each, LookedUp)}
-        same = self._ask(batch, held) if held else {}
+        checksums = self._ask(batch, held) if held else {}
         taken: set[PartialFile] = set()
         decided = [
-            decide(batch, each, same[index], taken) if isinstance(each, LookedUp) else each
+            each.decide(batch, *checksums[index], taken) if isinstance(each, LookedUp) else each
             for index, each in enumerate(looked_up)
         ]
-        partials = {each for one in held.values() for each in one.partials}
-        compared = {each for one in same.values() for each in one.compared}
-        end_others(self.tag, partials - taken, compared)
+        compared = {
+            partial for index, each in held.items() for partial in each.compared(*checksums[index])
+        }
+        for partial in set(batch.partials) - taken:
+            with contextlib.suppress(OSError):  # of a network, at the end of any file
+                # A client of another address may continue what was made for it.
+                if partial in compared and has_tag(partial.name, self.tag):
+                    partial.discard()
+                else:
+                    partial.close()
         return decided
 
-    def _ask(self, batch: Batch, held: dict[int, LookedUp]) -> dict[int, Here]:
-        """Return, for each entry, what is here and the same at the client."""
+    def _ask(
+        self, batch: Batch, held: dict[int, LookedUp]
+    ) -> dict[int, tuple[Checksums, dict[int, str]]]:
+        """Return, for each entry, the SHA-256 of what is here, and of the client's by length."""
         alike = Counter(each.entry.path for each in held.values())
         deadline = Deadline(batch.reserve_guesses(max(alike.values())))
         with self._signs:
@@ -1916,12 +1906,11 @@ class Reception:
         self._connection.send(common.Held(lengths))
         with self._signs:
             here = [each.read(self._store, self._signs.check) for each in held.values()]
-        same = {}
-        for (index, each), its, checksums in zip(
-            held.items(), here, self._receive_prefixes(len(held)), strict=True
-        ):
-            same[index] = its.same_as(dict(zip(each.held(), checksums, strict=False)), each.size)
-        return same
+        answers = self._receive_prefixes(len(held))
+        return {
+            index: (its, dict(zip(each.held(), checksums, strict=False)))
+            for (index, each), its, checksums in zip(held.items(), here, answers, strict=True)
+        }
 
     def _receive_prefixes(self, count: int) -> Sequence[Sequence[str]]:
         while isinstance(message := self._connection.receive(common.Prefixes, Hashing), Hashing):

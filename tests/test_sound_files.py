@@ -272,7 +272,13 @@ def test_what_is_no_sound_is_a_line(
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("a.mp3", "MP3"), ("a.flac", "FLAC"), ("a.opus", "Ogg"), ("a.m4a", "MP4"), ("a.aiff", "AIFF")],
+    [
+        ("a.mp3", "MP3"),
+        ("a.flac", "FLAC"),
+        ("a.opus", "OPUS"),
+        ("a.m4a", "M4A"),
+        ("a.aiff", "AIFF"),
+    ],
 )
 def test_without_av_a_line_says_what_a_file_is_and_what_would_help(
     source: Path, without_av: dict[str, str], name: str, kind: str

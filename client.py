@@ -711,22 +711,20 @@ def start_file_client(address: Address, args: argparse.Namespace) -> int:
     report = Report(console, args.verbose)
     sender = Sender(address, console, report, args.retry)
     try:
-        named = list(report.without_problems(look_up_named(args.paths, args.name)))
-        if named:
-            sender.send(named)
+        with contextlib.ExitStack() as closing:
+            closing.callback(console.end_status)
+            named = list(report.without_problems(look_up_named(args.paths, args.name)))
+            if named:
+                sender.send(named)
     except SocketPairError as error:
-        console.end_status()
         console.complain(str(error))
         return EXIT_FAILED
     except KeyboardInterrupt:
-        console.end_status()
         if sender.begun:
             can_resume = any(source.path != STDIN for source in sender.begun)
             rest = ": the same command goes on from here" if can_resume else ""
             console.complain(f"\ninterrupted{rest}")  # not behind the terminal's ^C
         raise
-    finally:
-        console.end_status()
     return EXIT_FAILED if report.failed else EXIT_OK
 
 
@@ -1101,6 +1099,7 @@ class Upload:
     def _compare(self, batch: Batch, held: Held) -> dict[int, Digests]:
         """Answer with the SHA-256 of what the server holds of its files; return them by index."""
         found: dict[int, Digests] = {}
+        answers = []
         for index, lengths in held.entries:
             if index >= len(batch.sources):
                 raise ProtocolError("received a held of what was not offered")
@@ -1109,15 +1108,10 @@ class Upload:
                 raise ProtocolError("received a held of what has no size")
             self._progress.start(source, 0, "comparing ")
             with self._signs:
-                found[index] = hash_prefixes(source, lengths, self._progress.move)
-        self._connection.send(
-            common.Prefixes(
-                [
-                    [found[index][n].hexdigest() if n in found[index] else "" for n in lengths]
-                    for index, lengths in held.entries
-                ]
-            )
-        )
+                digests = hash_prefixes(source, lengths, self._progress.move)
+            found[index] = digests
+            answers.append([digests[n].hexdigest() if n in digests else "" for n in lengths])
+        self._connection.send(common.Prefixes(answers))
         return found
 
     def _begin(self, batch: Batch, start: Start, digests: Mapping[int, Digests]) -> list[UnderWay]:
@@ -1279,8 +1273,7 @@ class EarliestLine:
         self.offset_s = 0.0
         self._part_s = window_s / LINE_PARTS
         self.slope = 0.0  # how fast it moves, as far as that is known, in seconds a second
-        self._parts = [math.inf] * LINE_PARTS
-        self._newest_s = math.inf
+        self._parts = [math.inf] * (LINE_PARTS + 1)  # their earliest; the last is not over yet
         self._part_end_s = -math.inf
         self._noted_s = 0.0
 
@@ -1296,20 +1289,18 @@ class EarliestLine:
         self.shift(self.slope * (now_s - self._noted_s))
         if now_s >= self._part_end_s:
             self._begin_part(now_s)
-        self._newest_s = min(self._newest_s, offset_s)
-        edge_s = min(*self._parts, self._newest_s)
+        self._parts[-1] = min(self._parts[-1], offset_s)
+        edge_s = min(self._parts)
         if math.inf in self._parts:
             # Too little has come lately to tell a late burst from a new edge.
             edge_s = min(edge_s, self.offset_s + (now_s - self._noted_s) * MAX_CLOCK_OFFSET)
         self.offset_s, self._noted_s = edge_s, now_s
 
     def _begin_part(self, now_s: float) -> None:
-        """Put the newest part to the older ones, and forget those that are out of the window."""
+        """Begin the next part, and forget those that are out of the window."""
         passed = (now_s - self._part_end_s) / self._part_s if self.is_known else 0.0
-        self._parts.append(self._newest_s)
-        self._parts += [math.inf] * int(min(passed, LINE_PARTS))
-        self._parts = self._parts[-LINE_PARTS:]
-        self._newest_s = math.inf
+        self._parts += [math.inf] * (int(min(passed, LINE_PARTS)) + 1)
+        self._parts = self._parts[-LINE_PARTS - 1 :]
         self._part_end_s = now_s + self._part_s
 
     def shift(self, offset_s: float) -> None:
@@ -1317,7 +1308,6 @@ class EarliestLine:
         self.offset_s += offset_s
         if offset_s:
             self._parts = [part_s + offset_s for part_s in self._parts]
-        self._newest_s += offset_s
 
 
 class SpeedLoop:
@@ -1331,7 +1321,6 @@ class SpeedLoop:
 
     def __init__(self) -> None:
         self.clock_offset = 0.0
-        self.knows_clocks = False  # whether there was time to find their difference
         self._age_s = 0.0
         self.smooth_error_s = 0.0
 
@@ -1347,7 +1336,6 @@ class SpeedLoop:
         call.
         """
         self._age_s += elapsed_s
-        self.knows_clocks |= self._age_s > BANDWIDTHS_HZ[1][0]
         bandwidth_hz = next(hz for age_s, hz in reversed(BANDWIDTHS_HZ) if self._age_s >= age_s)
         omega = 2 * math.pi * bandwidth_hz
         share = 1 - math.exp(-SMOOTHING * omega * elapsed_s)
@@ -2517,14 +2505,11 @@ class SpeakerOutput:
 
     def status(self) -> str:
         """Return how the playing goes, and the dropouts so far. For any thread."""
-        return f"{self._playout.describe()}  {counted(self._playout.dropouts, 'dropout')}"
+        return f"{self._playout.describe()}  {self.summary()}"
 
     def summary(self) -> str:
-        """Return the dropouts so far, and how far the server's clock is from the sound card's."""
-        told, loop = counted(self._playout.dropouts, "dropout"), self._playout.loop
-        if loop.knows_clocks:
-            told += f", the server's clock {loop.clock_offset * 1e6:+.0f} ppm"
-        return told
+        """Return the dropouts so far."""
+        return counted(self._playout.dropouts, "dropout")
 
 
 def find_blocks_ms(wait_s: float | None) -> tuple[float, float]:
@@ -2868,7 +2853,10 @@ def check_av(what: str) -> None:
 
 
 class Pipe:
-    """Standard output, as a `Destination`. Raises SocketPairError where it takes no sound."""
+    """Standard output, as a `Destination`, and as a `Writer` of raw samples.
+
+    The constructor raises SocketPairError where it takes no sound.
+    """
 
     def __init__(self) -> None:
         if sys.__stdout__ is None:
@@ -2886,11 +2874,7 @@ class Pipe:
                 f"the server's sound is now {audio.describe()}, which ends it here"
             )
         self._has_sound = True
-        return RecordingOutput(PipeWriter(), audio)
-
-
-class PipeWriter:
-    """Writes raw samples to standard output."""
+        return RecordingOutput(self, audio)
 
     def write(self, samples: bytes) -> None:
         """Write all of `samples`; blocks until the reader has taken them.
@@ -2911,7 +2895,7 @@ class PipeWriter:
         """Leave standard output open, as whoever opened it closes it."""
 
 
-Writer = WavWriter | EncodedWriter | PipeWriter
+Writer = WavWriter | EncodedWriter | Pipe
 Output = SpeakerOutput | RecordingOutput  # takes received sound of one format
 Destination = Speaker | RecordingFiles | Pipe  # found to be there before a server is
 
@@ -3158,16 +3142,12 @@ class Listening:
         outputs, self.outputs = self.outputs, []
         close_all(outputs)
         for destination in self._destinations:
-            self._open_output(destination, audio, sync)
-
-    def _open_output(self, destination: Destination, audio: AudioFormat, sync: Sync | None) -> None:
-        """Have an output for this format; a recording goes on without a loudspeaker."""
-        try:
-            self.outputs.append(destination.open(audio, sync))
-        except AudioUnavailable as error:
-            if len(self._destinations) == 1:
-                raise
-            self._console.complain(f"{error}; recording without playing")
+            try:
+                self.outputs.append(destination.open(audio, sync))
+            except AudioUnavailable as error:
+                if len(self._destinations) == 1:
+                    raise
+                self._console.complain(f"{error}; recording without playing")
 
     def _is_enough(self, audio: AudioFormat) -> bool:
         """Return whether ``--seconds`` have been heard, or have gone by, in silence at first."""

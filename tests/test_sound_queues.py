@@ -129,7 +129,7 @@ def test_a_server_that_is_lost_before_the_seconds_have_been_heard_is_a_failure(
     assert capsys.readouterr().out.endswith("heard 0:00.0 of 0:00.2\n")
 
 
-class Unfinishable(client.PipeWriter):
+class Unfinishable(client.Pipe):
     """A writer whose last bytes find no room; it fails once."""
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ def test_an_output_that_cannot_be_finished_for_another_format_is_closed_once() -
     assert writer.closed == 1
 
 
-class Stuck(client.PipeWriter):
+class Stuck(client.Pipe):
     """A writer that writes nothing until it may."""
 
     def __init__(self) -> None:
@@ -179,7 +179,7 @@ def test_blocks_without_samples_fill_the_queue_of_a_recording_as_well(
     output.close()
 
 
-class Broken(client.PipeWriter):
+class Broken(client.Pipe):
     """A writer that fails in a way that nobody has thought of."""
 
     def write(self, _samples: bytes) -> None:

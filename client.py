@@ -207,10 +207,8 @@ def look_up_named(paths: Iterable[str], name: str | None) -> Iterator[Source | P
     for path in paths:
         try:
             yield Source(STDIN, Entry(name or "")) if path == STDIN else look_up(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SocketPairError) as error:
             yield Problem(path or "''", path, describe_missing(path, error))
-        except SocketPairError as error:
-            yield Problem(path, path, str(error))
 
 
 def how_to_send_a_pipe() -> str:
@@ -248,7 +246,7 @@ def name_of(path: str, system: ModuleType = os.path) -> str:
     return str(system.basename(whole)) or drive.rpartition("/")[2] or "root"
 
 
-def describe_missing(path: str, error: OSError | ValueError) -> str:
+def describe_missing(path: str, error: Exception) -> str:
     """Return why a file that the user named cannot be looked at."""
     if not isinstance(error, FileNotFoundError):
         return describe_error(error)
@@ -1181,12 +1179,14 @@ class Upload:
         """Report what the server says has become of a file. Also for the results' thread."""
         source, end = batch.decide(index)
         self._backlog.decided += 1
-        is_saved = outcome.kind == "saved" and not isinstance(end, NotSent)
-        self._progress.decide(source, is_saved)
-        if not isinstance(end, NotSent):
-            self._report.decided(source, outcome, end)
-        elif end != OFFERED_AGAIN:
+        if end == OFFERED_AGAIN:
+            return
+        is_sent = not isinstance(end, NotSent)
+        self._progress.decide(source, is_sent and outcome.kind == "saved")
+        if isinstance(end, NotSent):
             self._report.problem(Problem(source.path, source.name, end.reason))
+        else:
+            self._report.decided(source, outcome, end)
 
 
 def hash_prefixes(

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -360,3 +361,33 @@ def test_a_file_that_is_offered_anew_is_so_once_when_the_connection_is_lost(
     assert isinstance(second, Offer)
     assert [len(offer.entries) for offer in (first, second)] == [1, 1]
     assert capsys.readouterr().out.count("Saved as") == 1
+
+
+def test_a_file_that_is_offered_anew_counts_once_for_the_bar(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[client.Progress] = []
+
+    class Kept(client.Progress):
+        """One that the test can look at."""
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    def serve(peer: RawPeer) -> None:
+        welcome(peer)
+        read_message(peer, Offer)
+        file.write_bytes(b"changed")
+        peer.send(say(Start([0])))
+        assert read_file(peer) == (b"", None)
+        peer.send(say(Results([(0, Outcome("failed", "given up"))])))
+        read_message(peer, Offer)
+        peer.send(say(Start([0])))
+        read_file(peer)
+        peer.send(say(Results([(0, SAVED)])))
+        peer.read_all()
+
+    monkeypatch.setattr(client, "Progress", Kept)
+    assert send(serve, file) == 0
+    assert [progress._decided_bytes for progress in made] == [len(b"changed")]

@@ -3670,8 +3670,8 @@ def recording_name(text: str) -> str:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the command line's arguments; exits with status 2 where they are wrong."""
-    parser = common.make_parser("Send files to server.py, or play its sound.", EXAMPLES)
-    common.add_address_arguments(parser, "where the server is")
+    description = "Send files to server.py, or play its sound."
+    parser = common.make_parser(description, EXAMPLES, host_help="where the server is")
     parser.add_argument(
         "--find", action="store_true", help="show the servers on the local network, to pick one"
     )

@@ -664,28 +664,33 @@ class Sound(NamedTuple):
 
     `stream` names the numbering of its sample frames: a client that comes back to the same one
     can tell how many it has missed. With `sync_ms` every listener plays each sample frame so long
-    after its capture; without, as soon as it can. With `opus_kbit` a second it comes as Opus, and
-    `audio` is the format that it is decoded to.
+    after its capture; without, as soon as it can. With `opus_kbit` a second it comes as Opus.
     """
 
-    audio: AudioFormat
+    rate: int
+    channels: int
     stream: str
     sync_ms: int | None = None
     opus_kbit: int | None = None
 
-    def encode(self) -> Fields:
-        """Return it as fields of a Welcome."""
-        fields = self._asdict()
-        return {**fields.pop("audio")._asdict(), **fields}
+    @property
+    def audio(self) -> AudioFormat:
+        """The format of its samples; of Opus, that which it is decoded to."""
+        return AudioFormat(self.rate, self.channels)
 
     @classmethod
     def decode(cls, fields: Fields) -> Sound:
         """Return what a Welcome tells of the sound; raises ProtocolError where that is wrong."""
-        audio, stream = AudioFormat.decode(fields), require(fields, "stream", str)
-        opus_kbit = optional_number(fields, "opus_kbit", OPUS_KBIT_PER_S)
-        if opus_kbit and (audio.rate != OPUS_RATE or audio.channels not in OPUS_CHANNELS):
-            raise ProtocolError(f"received Opus with {audio.describe()}")
-        return cls(audio, stream, optional_number(fields, "sync_ms", SYNC_MS), opus_kbit)
+        sound = cls(
+            require_number(fields, "rate", SAMPLE_RATES),
+            require_number(fields, "channels", CHANNEL_COUNTS),
+            require(fields, "stream", str),
+            optional_number(fields, "sync_ms", SYNC_MS),
+            optional_number(fields, "opus_kbit", OPUS_KBIT_PER_S),
+        )
+        if sound.opus_kbit and (sound.rate != OPUS_RATE or sound.channels not in OPUS_CHANNELS):
+            raise ProtocolError(f"received Opus with {sound.audio.describe()}")
+        return sound
 
 
 def disguise(folder: tuple[int, int]) -> tuple[int, int]:
@@ -714,7 +719,7 @@ class Welcome(NamedTuple):
     folder: tuple[int, int] | None = None
 
     def _encode(self) -> Fields:
-        sound = {} if self.sound is None else self.sound.encode()
+        sound = {} if self.sound is None else self.sound._asdict()
         return {"protocol": self.protocol, "mode": self.mode, **sound, "folder": self.folder}
 
     @classmethod
@@ -1009,12 +1014,6 @@ class AudioFormat(NamedTuple):
     def describe(self) -> str:
         """Return the format in words, as ``48000 Hz mono``."""
         return f"{self.rate} Hz {describe_channels(self.channels)}"
-
-    @classmethod
-    def decode(cls, fields: Fields) -> AudioFormat:
-        """Return the format that a Welcome tells; raises ProtocolError where it is none."""
-        rate = require_number(fields, "rate", SAMPLE_RATES)
-        return cls(rate, require_number(fields, "channels", CHANNEL_COUNTS))
 
     @property
     def max_block_bytes(self) -> int:
@@ -2956,7 +2955,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: error: {shown} (see {self.prog} --help)\n")
 
 
-def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
+def make_parser(description: str, examples: str, host_help: str) -> argparse.ArgumentParser:
     """Return a parser with the arguments that both scripts have; the caller checks the mode."""
     parser = Parser(
         description=description,
@@ -2974,21 +2973,6 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-v", "--verbose", action="store_true", help="say more")
     volume.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")
-    return parser
-
-
-def ask_mode(console: Console) -> str:
-    """Ask for the mode until the answer is one."""
-    while True:
-        answer = console.ask("Mode (file/audio): ").strip().lower()
-        for mode in MODES:
-            if answer and mode.startswith(answer):
-                return mode
-        console.say("please type file or audio")
-
-
-def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> None:
-    """Add --host, --port, --code and --open."""
     parser.add_argument(
         "--host", type=name_given, default=DEFAULT_HOST, help=f"{host_help} (%(default)s)"
     )
@@ -3002,6 +2986,17 @@ def add_address_arguments(parser: argparse.ArgumentParser, host_help: str) -> No
         help=f"pairing code (or set {CODE_VARIABLE}, as arguments show in ps)",
     )
     pairing.add_argument("--open", action="store_true", help="do without a pairing code")
+    return parser
+
+
+def ask_mode(console: Console) -> str:
+    """Ask for the mode until the answer is one."""
+    while True:
+        answer = console.ask("Mode (file/audio): ").strip().lower()
+        for mode in MODES:
+            if answer and mode.startswith(answer):
+                return mode
+        console.say("please type file or audio")
 
 
 def refuse_other_mode(

@@ -3772,8 +3772,8 @@ def add_audio_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the command line's arguments; exits with status 2 where they are wrong."""
-    parser = common.make_parser("Receive files from client.py, or send it sound.", EXAMPLES)
-    common.add_address_arguments(parser, "address to listen on")
+    description = "Receive files from client.py, or send it sound."
+    parser = common.make_parser(description, EXAMPLES, host_help="address to listen on")
     parser.add_argument(
         "--no-announce",
         action="store_true",
@@ -3905,14 +3905,13 @@ def make_audio_server(
     args: argparse.Namespace, endpoint: Endpoint, broadcaster: Broadcaster
 ) -> Server:
     """Return a server that listens, and whose welcome tells what a listener has to know."""
-    as_pcm = common.Sound(broadcaster.captured.audio, secrets.token_hex(8), args.sync)
+    as_pcm = common.Sound(*broadcaster.captured.audio, secrets.token_hex(8), args.sync)
 
     def welcome(hello: Hello, _host: str) -> Welcome:
         sound = as_pcm
         if hello.opus_kbit is not None:
             broadcaster.check_opus(hello.opus_kbit)
-            audio = AudioFormat(common.OPUS_RATE, as_pcm.audio.channels)
-            sound = as_pcm._replace(audio=audio, opus_kbit=hello.opus_kbit)
+            sound = as_pcm._replace(rate=common.OPUS_RATE, opus_kbit=hello.opus_kbit)
         return Welcome(common.PROTOCOL, "audio", sound)
 
     return Server(

@@ -47,11 +47,9 @@ JSON_VALUES = st.recursive(
 TEXTS = st.text(st.characters(), max_size=30)
 SIZES = st.integers(0, 2**63 - 1)
 INDEXES = st.integers(0, MAX_BATCH_ENTRIES - 1)
-FORMATS = st.builds(
-    AudioFormat,
-    st.integers(common.SAMPLE_RATES.start, common.SAMPLE_RATES.stop - 1),
-    st.integers(common.CHANNEL_COUNTS.start, common.CHANNEL_COUNTS.stop - 1),
-)
+RATES = st.integers(common.SAMPLE_RATES.start, common.SAMPLE_RATES.stop - 1)
+CHANNELS = st.integers(common.CHANNEL_COUNTS.start, common.CHANNEL_COUNTS.stop - 1)
+FORMATS = st.builds(AudioFormat, RATES, CHANNELS)
 FILES = st.builds(
     Entry,
     TEXTS,
@@ -63,9 +61,8 @@ FOLDERS = FILES.map(lambda entry: entry._replace(size=None, is_folder=True))
 OUTCOMES = st.builds(Outcome, st.sampled_from(["saved", "already", "failed"]), TEXTS)
 SYNC = st.none() | st.integers(10, 10_000)
 OPUS = st.integers(6, 510)
-OPUS_FORMATS = st.builds(AudioFormat, st.just(48_000), st.integers(1, 2))
-SOUNDS = st.builds(Sound, FORMATS, TEXTS, SYNC, st.none())
-SOUNDS |= st.builds(Sound, OPUS_FORMATS, TEXTS, SYNC, OPUS)
+SOUNDS = st.builds(Sound, RATES, CHANNELS, TEXTS, SYNC, st.none())
+SOUNDS |= st.builds(Sound, st.just(48_000), st.integers(1, 2), TEXTS, SYNC, OPUS)
 MESSAGES: dict[type[Message], st.SearchStrategy[Message]] = {
     Hello: st.builds(Hello, st.integers(), TEXTS, st.none() | OPUS),
     Welcome: st.builds(Welcome, st.integers(), st.just("file"), st.none())

@@ -131,7 +131,7 @@ def opus_blocks(count: int) -> bytes:
 
 
 def welcome(audio: AudioFormat, sync_ms: int | None = None, opus_kbit: int | None = None) -> bytes:
-    return encode_message(Welcome(2, "audio", Sound(audio, "a stream", sync_ms, opus_kbit)))
+    return encode_message(Welcome(2, "audio", Sound(*audio, "a stream", sync_ms, opus_kbit)))
 
 
 END = StreamEnd("the microphone has gone").encode()

@@ -417,15 +417,6 @@ class Folders:
             return self._open[path]
         return None if path in self._missing else self._walk(path, None)
 
-    def find_nearest(self, path: str) -> Folder | None:
-        """Return the folder at `path`, or the nearest above it, whose disk it will be on.
-
-        None where not even the root is there; raises as `find` does.
-        """
-        while not (folder := self.find(path)) and path:
-            path = path.rpartition("/")[0]
-        return folder
-
     def make(self, path: str, mode: int) -> Folder:
         """Return the folder at `path`, made with `mode` if it is missing; raises as `find` does."""
         folder = self.find(path) or self._walk(path, mode)
@@ -1719,13 +1710,17 @@ class Batch:
         """Refuse what cannot fit before any of it is sent."""
         needed = (wanted.entry.size or 0) - wanted.offset
         try:
-            if needed > 0 and (folder := self.folders.find_nearest(folder_of(wanted.entry))):
-                self._take_room(folder, needed)
+            if needed > 0:
+                self._take_room(folder_of(wanted.entry), needed)
         except (Refused, OSError) as error:
             return self.fail(wanted.entry.path, error)
         return wanted
 
-    def _take_room(self, folder: Folder, needed: int) -> None:
+    def _take_room(self, path: str, needed: int) -> None:
+        # On whose disk a folder will be that is not there yet, if none is mounted in between.
+        folder = self.folders.find(path) or self.folders.find("")
+        if folder is None:
+            return
         device = folder.device
         if device not in self._room:
             self._room[device] = self.store.room_for(self.client, folder)

@@ -46,6 +46,13 @@ def test_an_offer_that_is_only_looked_up_writes_nothing(server: Server) -> None:
     assert contents(server.folder) == {}
 
 
+def test_deep_folders_that_are_only_offered_take_little_memory(server: Server) -> None:
+    with RawClient(server.port).greet() as client:
+        deep = 470 * "a/"
+        client.offer(*({"path": f"{number}/{deep}x", "size": 1} for number in range(1000)))
+    assert server.peak_mib() < 80
+
+
 def test_a_batch_has_a_few_lines_in_the_log(server: Server) -> None:
     with RawClient(server.port).greet() as client:
         client.offer(*({"path": "../x", "size": number} for number in range(1000)))

@@ -564,7 +564,7 @@ class Report:
     def resumed(self, source: Source, offset: int) -> None:
         """Report that some of a file is at the server already."""
         there = format_bytes(offset)
-        self._console.say(f"{escape(source.path)}: going on after the first {there}")
+        self._console.say(f"{escape(source.path)}: resuming after the first {there}")
 
     def decided(self, source: Source, outcome: Outcome, sent: Sent | None) -> None:
         """Report what the server says has become of what was `sent`.
@@ -684,7 +684,7 @@ DEFAULT_RETRY_S = 60.0
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 # Connections in a row that bring nothing to where it stays, before that counts as no server.
 MAX_FRUITLESS = 10
-RESUMED_LATER = "what has arrived is kept, and the same command goes on from there"
+RESUMED_LATER = "what has arrived is kept, and the same command resumes from there"
 # What is read and sent at once: as much as takes no longer than this.
 PACE_S = 0.5
 MIN_PACE_BYTES = 16 * 1024
@@ -720,7 +720,7 @@ def start_file_client(address: Address, args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if sender.begun:
             can_resume = any(source.path != STDIN for source in sender.begun)
-            rest = ": the same command goes on from here" if can_resume else ""
+            rest = ": the same command resumes from here" if can_resume else ""
             console.complain(f"\ninterrupted{rest}")  # not behind the terminal's ^C
         raise
     return EXIT_FAILED if report.failed else EXIT_OK

@@ -109,6 +109,13 @@ class ProtocolError(SocketPairError):
     """The other side sent something that Socket Pair never sends."""
 
 
+class BadField(ProtocolError):
+    """A message has a field that it never has."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"received a message with a bad {field!r}")
+
+
 class PeerRefused(SocketPairError):
     """The other side answered with an error of its own: its words, escaped, and their kind."""
 
@@ -623,7 +630,7 @@ def require(fields: Fields, field: str, kind: type[T]) -> T:
     value = fields.get(field)
     # bool is a kind of int to Python, but never to a peer.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ProtocolError(f"received a message with a bad {field!r}")
+        raise BadField(field)
     return value
 
 
@@ -631,7 +638,7 @@ def require_number(fields: Fields, field: str, allowed: range) -> int:
     """Return `fields[field]`, a whole number that is `allowed`, as `require` does."""
     value = require(fields, field, int)
     if value not in allowed:
-        raise ProtocolError(f"received a message with a bad {field!r}")
+        raise BadField(field)
     return value
 
 
@@ -640,7 +647,7 @@ def optional_number(fields: Fields, field: str, allowed: range) -> int | None:
     value: int | None = fields.get(field)
     if value is None or (type(value) is int and value in allowed):
         return value
-    raise ProtocolError(f"received a message with a bad {field!r}")
+    raise BadField(field)
 
 
 # handshake
@@ -744,7 +751,7 @@ class Pair(NamedTuple):
     def _decode(cls, fields: Fields) -> Pair:
         share = require(fields, "share", str)
         if not re.fullmatch(f"[0-9a-f]{{{2 * SHARE_BYTES}}}", share):
-            raise ProtocolError("received a message with a bad 'share'")
+            raise BadField("share")
         return cls(bytes.fromhex(share))
 
 
@@ -804,7 +811,7 @@ class Entry(NamedTuple):
     def decode(cls, item: Any) -> Entry:
         """Return the entry in an item of an Offer; raises ProtocolError."""
         if not isinstance(item, dict):
-            raise ProtocolError("received an offer that is not one")
+            raise BadField("entries")
         return cls(
             require(item, "path", str),
             optional_number(item, "size", FILE_SIZES),
@@ -835,7 +842,7 @@ class Outcome(NamedTuple):
             for kind in ("failed", "already", "saved"):
                 if kind in item:
                     return cls(kind, require(item, kind, str))
-        raise ProtocolError("received an outcome that is not one")
+        raise BadField("entries")
 
 
 class Offer(NamedTuple):
@@ -885,7 +892,7 @@ class Held(NamedTuple):
                 ):
                     entries.append((index, lengths))
                 case _:
-                    raise ProtocolError("received a held that is not one")
+                    raise BadField("entries")
         return cls(entries)
 
 
@@ -911,7 +918,7 @@ class Prefixes(NamedTuple):
         entries = require(fields, "entries", list)
         for entry in entries:
             if not isinstance(entry, list) or not all(isinstance(each, str) for each in entry):
-                raise ProtocolError("received a message with bad 'entries'")
+                raise BadField("entries")
         return cls(entries)
 
 
@@ -956,7 +963,7 @@ class Results(NamedTuple):
                 case [int(index), outcome] if type(index) is int:
                     entries.append((index, Outcome.decode(outcome)))
                 case _:
-                    raise ProtocolError("received a result that is not one")
+                    raise BadField("entries")
         return cls(entries)
 
 
@@ -1072,7 +1079,7 @@ class OpusBlock(NamedTuple):
             _, skipped, frames = OPUS_PART_HEADER.unpack_from(content)
             start = OPUS_PART_HEADER.size
         elif content[0] != OPUS_WHOLE or len(content) == 1:
-            raise ProtocolError("received a packet of Opus that is none")
+            raise ProtocolError("received a bad packet of Opus")
         if skipped + frames > MAX_OPUS_FRAMES:
             raise ProtocolError("received a packet of Opus with too much sound")
         return cls(first_frame, captured_ns, content[start:], skipped, frames)

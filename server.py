@@ -1911,7 +1911,7 @@ class Reception:
         while isinstance(message := self._connection.receive(common.Prefixes, Hashing), Hashing):
             self._note_sign()
         if len(message.entries) != count:
-            raise ProtocolError("received a message with bad 'entries'")
+            raise common.BadField("entries")
         return message.entries
 
     # under way

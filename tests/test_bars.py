@@ -44,7 +44,7 @@ def test_ctrl_c_leaves_no_torn_bar(server: Server, tmp_path: Path) -> None:
         result = running.wait()
     assert result.status == 130
     last = re.split(r"[\r\n]+", result.stdout.rstrip())
-    assert last[-1] == "interrupted: the same command goes on from here"
+    assert last[-1] == "interrupted: the same command resumes from here"
     assert last[-2].strip() == "", "the bar was cleared"
 
 

@@ -126,7 +126,7 @@ def test_both_sides_in_one_process_bring_a_tree_over(
         **{f"tree/{name}": content for name, content in contents(tree).items()},
     }
     said = capsys.readouterr()
-    assert "large: going on after the first 2.1 MB" in said.out
+    assert "large: resuming after the first 2.1 MB" in said.out
     assert "Saved tree/ with 1500 files" in said.out
     assert said.err == ""
     assert send(honest_server(inbox), large, tree) == 0

@@ -1,4 +1,4 @@
-"""Broken off, a transfer goes on from where it stopped, and trusts nothing unchecked."""
+"""Broken off, a transfer resumes where it stopped, and trusts nothing unchecked."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_partial_file_is_resumed(server: Server, tmp_path: Path) -> None:
         result = server.send(source, port=link.port)
         assert 5 * MIB - 3 <= link.passed < 6 * MIB, "only the rest is sent"
     assert result.status == 0, result
-    assert "file.bin: going on after the first 15.7 MB\n" in result.stdout
+    assert "file.bin: resuming after the first 15.7 MB\n" in result.stdout
     assert contents(server.folder) == {"file.bin": source.read_bytes()}
     assert f"SHA-256 matches ({sha256(source)[:8]}...)" in result.stdout
 
@@ -121,7 +121,7 @@ def test_a_strangers_thousands_of_partial_files_hide_none_of_ones_own(
         (server.folder / f".{name}.00000000{number}{PARTIAL_SUFFIX}").touch()
     result = server.send(*sources)
     assert result.status == 0, result
-    assert result.stdout.count("going on after the first 50.0 kB") == 5
+    assert result.stdout.count("resuming after the first 50.0 kB") == 5
     assert finished(server.folder) == {source.name: source.read_bytes() for source in sources}
 
 

@@ -42,7 +42,7 @@ def test_a_client_that_is_stopped_half_way_resumes_next_time(
     assert result.status == status
     assert "Traceback" not in result.stderr
     if number == signal.SIGINT:
-        assert "the same command goes on from here" in result.stderr
+        assert "the same command resumes from here" in result.stderr
     server.wait_for_output("are kept for the next run")
     assert visible(server.folder) == []
     with Proxy(server.port) as second:

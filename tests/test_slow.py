@@ -101,7 +101,7 @@ def test_what_came_over_a_slow_line_that_breaks_is_kept(server: Server, tmp_path
         wait_for(lambda: partial_size(server.folder) >= 150 * KIB)
         result = client.wait()
     assert result.status == 0, result
-    assert "going on after the first" in result.stdout
+    assert "resuming after the first" in result.stdout
     assert proxy.passed < 700 * KIB
     assert contents(server.folder) == {"file": source.read_bytes()}
 

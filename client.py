@@ -2423,6 +2423,7 @@ class Speaker:
         self.delay_s = delay_ms / 1000
         self.console = console
         self.card = common.SoundCard(common.SPEAKER, wanted, console.complain)
+        self.dropouts = 0  # of the outputs that are closed
 
     def open(self, audio: AudioFormat, sync: Sync | None) -> SpeakerOutput:
         """Open the card at the sound's own rate, or at its own where it does not do that.
@@ -2453,6 +2454,8 @@ class SpeakerOutput:
         else:
             step = InStep(sync, audio, card_format.rate, speaker.delay_s)
             self._playout = SyncedPlayout(audio, card_format, step)
+        self._speaker = speaker
+        self._dropouts_before = speaker.dropouts
         self._advice = StepAdvice(speaker.console)
         self._exchanged = threading.Condition()  # guards the playout; tells of each write and read
         wait_s = speaker.latency_s if sync is None else sync.after_s + speaker.delay_s
@@ -2501,15 +2504,19 @@ class SpeakerOutput:
         common.INTERRUPTS.wait(CARD_BUFFER_S)
 
     def close(self) -> None:
-        """Nothing to do: the `Speaker` has the card, and another output takes it over."""
+        """Leave the card, which the `Speaker` has, and the dropouts so far to another output."""
+        self._speaker.dropouts = self._dropouts()
+
+    def _dropouts(self) -> int:
+        return self._dropouts_before + self._playout.dropouts
 
     def status(self) -> str:
         """Return how the playing goes, and the dropouts so far. For any thread."""
         return f"{self._playout.describe()}  {self.summary()}"
 
     def summary(self) -> str:
-        """Return the dropouts so far."""
-        return counted(self._playout.dropouts, "dropout")
+        """Return the dropouts so far, with those of the outputs before."""
+        return counted(self._dropouts(), "dropout")
 
 
 def find_blocks_ms(wait_s: float | None) -> tuple[float, float]:

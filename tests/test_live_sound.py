@@ -143,6 +143,8 @@ def test_a_server_that_comes_back_in_another_format_is_heard(card: VirtualSoundC
         with start_server(card, "--port", port, "--rate", "44100", "--channels", "2"):
             player.wait_for("44100 Hz stereo")
             assert hears_tone(card)
+            assert player.interrupt() == common.EXIT_OK
+        assert re.search(r", [1-9]\d* dropout", player.lines[-1]), "one as the first ended"
 
 
 def test_a_sound_card_that_is_unplugged_is_found_again(card: VirtualSoundCard) -> None:

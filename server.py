@@ -2923,6 +2923,11 @@ GUESS_SPACING_S = 5.0
 TLS_HANDSHAKE = 0x16  # the first byte that a TLS client sends
 # What a client of protocol 1, which begins with TLS, tells its user as "alert protocol version".
 PROTOCOL_VERSION_ALERT = bytes([0x15, 3, 3, 0, 2, 2, 70])
+HTTP_METHODS = {b"GET ", b"HEAD", b"POST", b"PUT ", b"OPTI", b"CONN", b"PRI "}
+NOT_A_WEB_SERVER = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+    b"This is a Socket Pair server, not a web server: python3 client.py\n"
+)
 WANTS_CODE = common.Error(
     f"this server wants its pairing code: give it with --code CODE or {common.CODE_VARIABLE}",
     common.CODE_WANTED,
@@ -3013,10 +3018,15 @@ class Gate:
     def let_in(self, connection: Connection, origin: str) -> Hello:
         """Return the hello of a client that may come in; blocks within the `limit` it stands in.
 
-        Raises TurnedAway where it may not, which it has been told then, and whatever reading
-        raises.
+        The first bytes tell who speaks, to answer each in its own language. Raises TurnedAway where
+        it may not, which it has been told then, and whatever reading raises.
         """
-        if connection.peek(1)[0] == TLS_HANDSHAKE:
+        opening = connection.peek(common.LENGTH.size)
+        if opening in HTTP_METHODS:
+            connection.write(NOT_A_WEB_SERVER)
+            connection.finish()
+            raise TurnedAway("not a Socket Pair client: it speaks HTTP, as a browser does")
+        if opening[0] == TLS_HANDSHAKE:
             connection.write(PROTOCOL_VERSION_ALERT)
             connection.finish()
             raise TurnedAway("it speaks TLS: a browser, or an older version of Socket Pair")

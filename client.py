@@ -680,7 +680,7 @@ def reading(connection: Connection, read: Callable[[], None]) -> Iterator[None]:
 
 # --- file conversation ----------------------------------------------------------------------
 
-DEFAULT_RETRY_S = 60.0
+FILE_HELLO = Hello(common.PROTOCOL, "file")
 RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 # Connections in a row that bring nothing to where it stays, before that counts as no server.
 MAX_FRUITLESS = 10
@@ -1252,8 +1252,6 @@ STEP_S = 0.002
 BANDWIDTHS_HZ = ((0.0, 0.3), (6.0, 0.05), (13.0, 0.02), (25.0, 0.006))
 SMOOTHING = 4.0  # of the error, in bandwidths of the loop
 MAX_CORRECTION = 0.002
-# With so much the loop has lost the clocks' difference, and looks for it again.
-LOCKED_S = 0.002
 # What is beyond does not come from the clocks, and teaches nothing about them.
 MAX_ERROR_S = 0.003
 
@@ -1367,7 +1365,6 @@ MIN_RESERVE_S = 0.005
 MAX_RESERVE_S = 0.25
 # What is late for longer comes from a server that lost time.
 MAX_OUTAGE_S = 0.5
-MAX_LATENCY_MS = 900
 # One late window says nothing of how late the usual ones are.
 MAX_SPREAD_S = 0.01
 
@@ -1468,6 +1465,8 @@ READS_WINDOW_S = 1.5
 STOOD_STILL_S = 0.3
 # After so long a silence the server may be another, with another clock.
 FORGETTING_S = 1.0
+# With so much the loop has lost the clocks' difference, and looks for it again.
+LOCKED_S = 0.002
 STEERING_INTERVAL_S = 0.05
 # How long to watch arrivals and the sound card's rhythm before the first sound.
 WATCHING_S = 0.4
@@ -2129,7 +2128,6 @@ class ServerClock:
 
 # --- sound: in step -------------------------------------------------------------------------
 
-MAX_DELAY_MS = 2_000
 NEED_WINDOWS = 10  # of a second each, over which the network's need is looked at
 OUTAGE_S = 1.0  # what is later is no need of the network's, unless it mostly is
 UNTOLD_S = 2.0  # it may be silent for a moment after it has started, or run dry
@@ -2146,7 +2144,6 @@ DOUBTED_S = 10.0  # after which it is believed at once
 FAR_OFF_S = 0.1
 OUT_OF_STEP_S = 0.001
 PULL_PER_S = 0.6  # of an error, beside what the lines' speeds say
-JOINING_S = 3.0  # until it plays
 
 
 class Sync(NamedTuple):
@@ -2393,6 +2390,7 @@ class SyncedPlayout(Playout):
 # --- sound: outputs -------------------------------------------------------------------------
 
 STDOUT = "-"
+JOINING_S = 3.0  # until it plays
 DRAIN_LIMIT_S = 2.0
 CARD_BUFFER_S = 0.15
 # PulseAudio takes 5 ms at once: with blocks of 4 ms its requests wander to and fro by milliseconds
@@ -3432,7 +3430,6 @@ REFUSED_PAIRING = {
     common.NO_CODE: "says that it has no pairing code: check that it is the right server",
     common.WAIT: "has had too many wrong pairing codes from this address: try again in a minute",
 }
-FILE_HELLO = Hello(common.PROTOCOL, "file")
 
 
 class WrongCode(SocketPairError):
@@ -3584,6 +3581,10 @@ def pair(connection: Connection, code: str) -> None:
 
 
 # --- command line ---------------------------------------------------------------------------
+
+DEFAULT_RETRY_S = 60.0
+MAX_LATENCY_MS = 900
+MAX_DELAY_MS = 2_000
 
 EXAMPLES = """examples:
   client.py                               ask for everything

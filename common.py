@@ -310,10 +310,8 @@ def complain(text: str) -> None:
 # travels lets codes be tried elsewhere.
 
 CODE_LENGTH = 8  # 40 bits, if they are random
-CODE_VARIABLE = "SOCKET_PAIR_CODE"
 CLIENT_ID = b"Socket Pair client"
 SERVER_ID = b"Socket Pair server"
-SHARE_BYTES = 33  # of SPAKE2: which side it is, and a point of the curve
 CERTIFICATE_LABEL = b"Socket Pair certificate, version 2"
 # A self-signed X.509 certificate for an Ed25519 key, all of it but the key and the signature. The
 # builder of the package cryptography makes the same, and takes 50 ms to load.
@@ -559,6 +557,7 @@ NO_CODE = "no code"
 WAIT = "wait"
 REFUSAL_KINDS = (CODE_WANTED, NO_CODE, WAIT)
 
+SHARE_BYTES = 33  # of SPAKE2: which side it is, and a point of the curve
 LENGTH = struct.Struct("!I")
 MAX_FRAME_BYTES = 1024 * 1024
 MAX_HELLO_BYTES = 4 * 1024
@@ -2947,6 +2946,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+CODE_VARIABLE = "SOCKET_PAIR_CODE"
 MAX_SIGNALS = 4096  # that may have come since somebody waited for one
 MAX_USAGE_CHARS = 5_000  # of what is wrong with arguments, which may be shown once more
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)

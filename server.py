@@ -831,7 +831,6 @@ MAX_SETTLED = 100_000
 MAX_KNOWN_FOLDERS = 500  # with the leftovers in them
 MAX_LEFTOVERS = 1_000  # that count in one folder, those of the client's own address first
 LEFTOVER_LIFE_S = 7 * 24 * 3600.0
-SWEEP_INTERVAL_S = 3600.0
 # What was written so lately may be written again without a later time: FAT's are of two seconds.
 CLOCK_TICK_NS = 2_100_000_000
 # Kept free for what else is on the disk, and of it the share that small disks keep.
@@ -2017,7 +2016,6 @@ class Reception:
 
 STDIN = "-"
 DEFAULT_RATE = 48_000
-DEFAULT_SYNC_MS = 80
 # Of blocks of 2.5 ms, PortAudio captures two at once; of 3 ms each by itself, which comes 3 ms
 # earlier in the mean.
 CAPTURE_BLOCK_MS = 3.0
@@ -2558,9 +2556,6 @@ def find_sound(path: str, rate: int | None, channels: int | None) -> SoundFile:
 
 # --- sound: encodings -----------------------------------------------------------------------
 
-# An encoder takes 1 to 3 % of a core: whoever is let in shall not make the server run hundreds.
-# Nor keep others from the usual one, which comes besides.
-MAX_OPUS_RATES = 8
 OPUS_KBIT_PER_CHANNEL = 256  # Opus has no more
 # With "lowdelay" Opus looks so far ahead: RFC 6716 has 2.5 ms for CELT alone.
 OPUS_LOOKAHEAD_FRAMES = 120
@@ -2667,6 +2662,9 @@ Encoding = PcmEncoding | OpusEncoding
 
 # --- sound: broadcaster ---------------------------------------------------------------------
 
+# An encoder takes 1 to 3 % of a core: whoever is let in shall not make the server run hundreds.
+# Nor keep others from the usual one, which comes besides.
+MAX_OPUS_RATES = 8
 LISTENER_TIMEOUT_S = 5.0
 SILENCE_S = 3600.0  # of a client, which need not say anything
 REQUESTS_AT_ONCE = 200
@@ -3335,8 +3333,6 @@ class Advertiser:
 # another. To stop: no more are accepted, those at the handshake are dropped, those being served may
 # finish while they make progress.
 
-MAX_CLIENTS = 64
-MAX_LISTENERS = 2_000
 # Connections that have not finished their handshake: a quarter of a second of a flood.
 MAX_PENDING = 256
 # So long without progress, a client is idle: it gives way to others, and is not waited for.
@@ -3719,6 +3715,10 @@ def goes_to_journal() -> bool:
 
 # --- command line ---------------------------------------------------------------------------
 
+MAX_CLIENTS = 64
+MAX_LISTENERS = 2_000
+DEFAULT_SYNC_MS = 80
+SWEEP_INTERVAL_S = 3600.0
 # A listener's thread only waits; its stack holds the handshake.
 LISTENER_STACK_BYTES = 512 * 1024
 # macOS lets a process ask for no more, where there is no limit (setrlimit(2), OPEN_MAX).

@@ -13,7 +13,8 @@ connection           ``TimedSocket``, ``TLS``, ``ByteStream``, and on top of the
                      ``Connection``: a socket that sends and receives messages; ``Deadline``;
                      ``SignsOfLife``, while a disk keeps the other side waiting
 time                 ``TimeLine``: when each sample frame passes a sound card
-local network        ``Announced``: what a server tells it; ``open_network``
+local network        ``Announced``: what a server tells it; ``open_network``; ``disguise``: whether
+                     both sides are on one machine
 blocks and checksum  ``Blocks``; ``BlockPipeline``, where a second thread consumes them while the
                      next is filled; ``calculate_checksum``: SHA-256 of a file or its beginning
 sound card           in five rooms: the *devices*, and what opens them: ``SoundSystem``, which is
@@ -699,23 +700,10 @@ class Sound(NamedTuple):
         return sound
 
 
-def disguise(folder: tuple[int, int]) -> tuple[int, int]:
-    """Return a folder's device and inode as a Welcome has them, or these from there.
-
-    On another machine nothing comes of it: its folders may have the same numbers, and through a
-    tunnel its clients come from the server's own address.
-    """
-    machine = socket.gethostname()
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-        machine = file.read()
-    key = int.from_bytes(hashlib.sha256(machine.encode()).digest()[:8], "big")
-    return folder[0] ^ key, folder[1] ^ key
-
-
 class Welcome(NamedTuple):
     """The answer to a Hello; `sound` is there in audio mode, and there alone.
 
-    `folder` is the one that files go to, in disguise, told on this machine alone: a client that
+    `folder` is the one that files go to, see `disguise`, told on this machine alone: a client that
     sends a folder around it leaves it out.
     """
 
@@ -1974,6 +1962,19 @@ def open_network(addresses: Sequence[str] = ()) -> Zeroconf:
         return zeroconf.Zeroconf(zeroconf.InterfaceChoice.All, ip_version=zeroconf.IPVersion.All)
     except OSError:  # there is no IPv6
         return zeroconf.Zeroconf(zeroconf.InterfaceChoice.All)
+
+
+def disguise(folder: tuple[int, int]) -> tuple[int, int]:
+    """Return a folder's device and inode as a Welcome has them, or these from there.
+
+    On another machine nothing comes of it: its folders may have the same numbers, and through a
+    tunnel its clients come from the server's own address.
+    """
+    machine = socket.gethostname()
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        machine = file.read()
+    key = int.from_bytes(hashlib.sha256(machine.encode()).digest()[:8], "big")
+    return folder[0] ^ key, folder[1] ^ key
 
 
 # --- blocks and checksum --------------------------------------------------------------------

@@ -309,7 +309,7 @@ class Folder:
         self.device = found.st_dev
         self.identity = (found.st_dev, found.st_ino)
         self.is_unfinished = found.st_mode & 0o1777 == UNFINISHED_MODE
-        self.heritage = found.st_mode & stat.S_ISGID  # has what is in it belong to its group
+        self.set_group_id = found.st_mode & stat.S_ISGID  # has what is in it belong to its group
 
     @classmethod
     def open(cls, path: str) -> Folder:
@@ -1945,7 +1945,7 @@ class Reception:
             folder = batch.folders.make(entry.path, making_mode(entry))
             mode = None
             if folder.is_unfinished:
-                mode = (mode_of(entry) | stat.S_IRWXU) & ~store.umask | folder.heritage
+                mode = (mode_of(entry) | stat.S_IRWXU) & ~store.umask | folder.set_group_id
             folder.finish(entry.mtime_ns, mode)
             return Outcome("saved", store.rules_in(folder).fit(name_of(entry)))
         except (Refused, OSError) as error:

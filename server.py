@@ -1629,11 +1629,9 @@ def handle_file_client(connection: Connection, store: Store) -> None:
         with contextlib.suppress(SocketPairError):
             connection.send(common.Error(str(error)))
             connection.finish()
-    except SocketPairError as error:
-        store.log.write(f"{connection.peer}: {error}{reception.kept}", host=reception.host)
-    except OSError as error:
-        text = f"{connection.peer}: {escape(str(error))}"
-        store.log.write(text, logging.ERROR, reception.host)
+    except (SocketPairError, OSError) as error:
+        reason = escape(str(error))
+        store.log.write(f"{connection.peer}: {reason}{reception.kept}", host=reception.host)
 
 
 class Batch:
@@ -3080,6 +3078,7 @@ THIS_MACHINE = "ADDRESS-OF-THIS-MACHINE"
 ALL_ADDRESSES = {"0.0.0.0": (socket.AF_INET,), "::": (socket.AF_INET, socket.AF_INET6)}
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}  # by the version of IP
 MAX_MACHINE_BYTES = 45  # the mode and a token are to fit behind it, in 63 bytes
+NOT_ANNOUNCED = "not announced on the local network: %s"
 ANNOUNCEMENT_TIMEOUT_S = 2.0
 ADDRESS_CHECK_S = 5.0
 LISTEN_HINTS = {
@@ -3243,7 +3242,6 @@ class Advertiser:
         # A name that nobody else has, so that there is nothing to be found out or argued about.
         self._token = secrets.token_hex(4)
         self._closed = threading.Event()
-        self._problem = ""
         self._thread = threading.Thread(target=self._run, name="advertiser", daemon=True)
         self._thread.start()
 
@@ -3252,15 +3250,18 @@ class Advertiser:
             # Here, as most servers do without, and it takes long to import.
             import zeroconf  # noqa: F401, PLC0415
         except common.LOAD_ERRORS:
-            self._complain(
-                f"that needs zeroconf: {common.how_to_install('zeroconf')} (or --no-announce)"
-            )
+            advice = f"{common.how_to_install('zeroconf')} (or --no-announce)"
+            log.warning(NOT_ANNOUNCED, f"that needs zeroconf: {advice}")
             return
+        problem = ""
         while not self._closed.is_set():
             try:
                 self._announce()
+                problem = ""
             except Exception as error:  # noqa: BLE001  (is told; zeroconf raises many that are no kin)
-                self._complain(describe_error(error))
+                if (reason := describe_error(error)) != problem:
+                    log.warning(NOT_ANNOUNCED, reason)
+                problem = reason
                 self._closed.wait(ADDRESS_CHECK_S)
 
     def _announce(self) -> None:
@@ -3272,16 +3273,9 @@ class Advertiser:
         networks = [] if is_everywhere else addresses  # none in particular, or those of these
         with contextlib.closing(common.open_network(networks)) as network:
             network.register_service(self._service(addresses), cooperating_responders=True)
-            self._problem = ""
             while not self._closed.wait(ADDRESS_CHECK_S):
                 if self._endpoint.addresses() != addresses:
                     break
-
-    def _complain(self, problem: str) -> None:
-        """Log why there is no announcement, once in a row."""
-        if problem != self._problem:
-            log.warning("not announced on the local network: %s", problem)
-        self._problem = problem
 
     def _service(self, addresses: list[str]) -> ServiceInfo:
         """Return what is announced; the name that users see is in the TXT record."""

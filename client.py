@@ -923,8 +923,7 @@ class ContentSender:
     def send(self, transfer: UnderWay, is_decided: Callable[[], bool]) -> Sent:
         """Send a file's bytes from its offset on; what says that these were all is not sent.
 
-        Raises ConnectionLost, OSError, FileChanged, and SocketPairError where it is given up, as
-        the server has failed it.
+        Raises ConnectionLost, OSError, FileChanged, and SocketPairError where the server failed it.
         """
         self._progress.start(transfer.source, transfer.offset)
         return self._send_small(transfer) or self._send_large(transfer, is_decided)
@@ -1194,8 +1193,7 @@ def hash_prefixes(
 ) -> Digests:
     """Return the digests of the first `lengths` bytes of a file, read once; blocks until done.
 
-    Leaves out those for which it cannot be read so far, and those that are too near to the one
-    before.
+    Leaves out those for which it cannot be read so far, and those too near to the one before.
     """
     digests: Digests = {}
     digest, done = hashlib.sha256(), 0
@@ -1330,8 +1328,7 @@ class SpeedLoop:
     def advance(self, error_s: float, elapsed_s: float) -> float:
         """Return how fast to play from now on, in parts of the usual speed.
 
-        `error_s` is by how much sound is played too late, `elapsed_s` the time since the last
-        call.
+        `error_s` is how late sound is played, `elapsed_s` the time since the last call.
         """
         self._age_s += elapsed_s
         bandwidth_hz = next(hz for age_s, hz in reversed(BANDWIDTHS_HZ) if self._age_s >= age_s)
@@ -1511,8 +1508,7 @@ def load_converters() -> None:
 class Tape:
     """The latest sound by the numbers of its frames: from `first` to before `end`.
 
-    It keeps `kept_frames` of it. Sound is a float32 array, frames by channels, with 1.0 for full
-    scale.
+    It keeps `kept_frames` of it. Sound is a float32 array, frames by channels; 1.0 is full scale.
     """
 
     def __init__(self, kept_frames: int, channels: int) -> None:
@@ -1579,10 +1575,8 @@ class Concealment:
         self._end = int(CONCEALED_S * rate)
         self._channels = sound.shape[1]
         self._period = self._find_period(sound)
-        self._step = np.zeros(self._channels, np.float32)
         if len(self._period):
-            before = sound[-len(self._period) - 1] if len(sound) > len(self._period) else 0
-            self._step = sound[-1] - before
+            self._step = sound[-1] - sound[-len(self._period) - 1]
 
     def _find_period(self, sound: Floats) -> Floats:
         """Return the last period of `sound`, its end leading into its beginning; none if short."""
@@ -1615,7 +1609,7 @@ def pitch_period(sound: Floats, rate: int) -> int:
     template = mono[-int(TEMPLATE_S * rate) :]
     shortest, longest = int(SHORTEST_PERIOD_S * rate), int(LONGEST_PERIOD_S * rate)
     searched = mono[-longest - len(template) : -shortest]
-    if len(template) < int(TEMPLATE_S * rate) or len(searched) <= len(template):
+    if len(searched) <= len(template):
         return 0
     return shortest + len(searched) - len(template) - most_alike(searched, template)
 
@@ -2097,11 +2091,9 @@ class ServerClock:
         kept = [bounds for bounds in self._kept if bounds.moment_s > now_s - CLOCK_WINDOW_S]
         narrowest = {min(burst, key=lambda b: b.most_s), max(burst, key=lambda b: b.least_s)}
         self._kept = [*kept, *sorted(narrowest)][-MOST_KEPT:]
-        width_s = self._fit(now_s)
-        while width_s < 0:
+        while (width_s := self._fit(now_s)) < 0:
             self._intervals = iter(BURST_INTERVALS_S)
             del self._kept[0]
-            width_s = self._fit(now_s)
         interval_s = next(self._intervals, STEADY_INTERVAL_S)
         if min(bounds.width_s for bounds in burst) > width_s + POOR_S:
             interval_s = min(interval_s, POOR_INTERVAL_S)
@@ -2147,9 +2139,7 @@ PULL_PER_S = 0.6  # of an error, beside what the lines' speeds say
 
 
 class Sync(NamedTuple):
-    """What a server with --sync has its listeners do: play each sample frame `after_s` after its
-    capture, by its `clock`.
-    """
+    """A server's --sync: each sample frame is played `after_s` after its capture by its `clock`."""
 
     clock: ServerClock
     after_s: float
@@ -2379,8 +2369,7 @@ class SyncedPlayout(Playout):
             return
         if abs(error_s) > OUT_OF_STEP_S:
             error_s -= self._jump(error_s)
-        correction = PULL_PER_S * error_s
-        self._play_at(self.step.speed + clamp(correction, MAX_CORRECTION))
+        self._play_at(self.step.speed + clamp(PULL_PER_S * error_s, MAX_CORRECTION))
 
     def _aligned(self, place: int, old: Floats) -> int:
         """Return `place`: here it counts when, not how smoothly."""
@@ -2643,9 +2632,8 @@ class RecordingFiles:
     """Files that sound is recorded into, as a `Destination`: the first as it was named.
 
     A file that is there already stays: ``talk.wav`` becomes ``talk (1).wav``. So do the next
-    files, which follow when one is full, or the server came back in another format, or is played
-    with another --sync. The constructor raises SocketPairError where there can be no such file, or
-    its package is missing.
+    files, when one is full, or the server came back with another format or --sync. The constructor
+    raises SocketPairError where there can be no such file, or its package is missing.
     """
 
     def __init__(self, path: str, console: Console) -> None:
@@ -3024,8 +3012,7 @@ class Numbering:
     def advance(self, block: AudioBlock, audio: AudioFormat) -> int:
         """Return how many sample frames were missed before `block`, and go behind it.
 
-        A block without samples tells nothing of that: none were, so far. Raises ProtocolError where
-        the numbers go back.
+        Without samples it tells of none. Raises ProtocolError where the numbers go back.
         """
         if not block.samples:
             return 0
@@ -3753,10 +3740,7 @@ def clean_paths(answer: str) -> list[str]:
     """Return the paths that `answer` means: as typed, or as a shell or a file manager quotes it."""
     if os.path.lexists(answer):
         return [answer]
-    path = answer.strip()
-    if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
-        path = path[1:-1]
-    path = os.path.expanduser(path)
+    path = os.path.expanduser(answer.strip().strip("'\""))
     if os.name == "posix" and not os.path.lexists(path):
         import shlex  # noqa: PLC0415  (only a prompt needs it)
 

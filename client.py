@@ -78,6 +78,7 @@ from common import (
     EXIT_OK,
     HANDSHAKE_TIMEOUT_S,
     LENGTH,
+    STDIN,
     AudioBlock,
     AudioFormat,
     AudioUnavailable,
@@ -132,7 +133,6 @@ LOOK_UP_S = 1.0
 MAX_DOUBTFUL_BYTES = 4096
 LEADS_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-STDIN = "-"
 
 
 class Source(NamedTuple):
@@ -221,9 +221,9 @@ def look_up(path: str) -> Source:
     """Return what `path` is. Raises OSError and ValueError; SocketPairError if neither of both."""
     found = os.stat(path)
     if stat.S_ISDIR(found.st_mode):
-        return folder_source(path, name_of(path), found)
+        return folder_source(path, offered_name(path), found)
     if stat.S_ISREG(found.st_mode):
-        return look_up_file(path, name_of(path), found)
+        return look_up_file(path, offered_name(path), found)
     if stat.S_ISFIFO(found.st_mode):
         raise SocketPairError(f"a pipe, not a file: {how_to_send_a_pipe()}")
     raise SocketPairError(describe_left_out(found.st_mode))
@@ -235,7 +235,7 @@ def folder_source(path: str, name: str, found: os.stat_result) -> Source:
     return Source(path, entry._replace(size=None, is_folder=True), found)
 
 
-def name_of(path: str, system: ModuleType = os.path) -> str:
+def offered_name(path: str, system: ModuleType = os.path) -> str:
     r"""Return what a named file or folder is to be called at the server.
 
     Not just its last part: ``.`` and ``folder/`` have a name, and so have ``/``, ``E:\`` and

@@ -2948,6 +2948,7 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 CODE_VARIABLE = "SOCKET_PAIR_CODE"
+STDIN = "-"  # in place of the name of a file
 MAX_SIGNALS = 4096  # that may have come since somebody waited for one
 MAX_USAGE_CHARS = 5_000  # of what is wrong with arguments, which may be shown once more
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)

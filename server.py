@@ -9,8 +9,8 @@ In the order of the file; to follow a run, begin at `main`, at its end:
 names                 ``split_path``; ``NameRules``: the nearest name that a system can hold
 folders               ``Folder``, kept open; ``Folders``: nothing outside the root
 partial files         ``PartialFile``: until complete and given a name; ``Leases``: who has which
-what clients share    ``Store``: where files go; ``Digests``, ``Turns`` and ``RateLimiter`` bound
-                      what each of them may cost
+what clients share    ``Store``: where files go; ``DigestCache``, ``Turns`` and ``RateLimiter``
+                      bound what each of them may cost
 looking up            ``LookUp``: what is here already; ``LookedUp``: which of it is the client's
 one file              ``UnderWay``, until it has its name; ``Content``: its bytes
 file conversation     ``handle_file_client`` and ``Reception``: from offer to results; ``Batch``:
@@ -89,6 +89,7 @@ from common import (
     PARTIAL_SUFFIX,
     SEGMENT_BYTES,
     SIGN_INTERVAL_S,
+    STDIN,
     AudioBlock,
     AudioFormat,
     AudioUnavailable,
@@ -974,7 +975,7 @@ class Turns:
         time.sleep(times * (time.thread_time() - self._began_s))
 
 
-class Digests:
+class DigestCache:
     """The SHA-256 of files that were read before and have not changed since. For any thread."""
 
     def __init__(self) -> None:
@@ -1087,7 +1088,7 @@ class Store:
         self.without_nameless: set[int] = set()  # file systems on which each file has a name
         self.numbers: Recent[tuple[tuple[int, int], str], int] = Recent()  # next for a taken name
         self.leases = Leases()
-        self.digests = Digests()
+        self.digests = DigestCache()
         # By folder and tag, with the time.monotonic() at which they were looked for.
         self.leftovers: Recent[tuple[tuple[int, int], str], tuple[float, Leftovers]] = Recent(
             MAX_KNOWN_FOLDERS
@@ -1991,7 +1992,6 @@ class Reception:
 
 # --- sound: inputs --------------------------------------------------------------------------
 
-STDIN = "-"
 DEFAULT_RATE = 48_000
 # Of blocks of 2.5 ms, PortAudio captures two at once; of 3 ms each by itself, which comes 3 ms
 # earlier in the mean.

@@ -18,7 +18,7 @@ from support import Server, as_root, contents, linux, make_file, make_partial, p
     [("/", "root"), ("//", "root"), ("/usr/", "usr"), ("/usr/.", "usr")],
 )
 def test_a_root_has_a_name(path: str, name: str) -> None:
-    assert client.name_of(path, posixpath) == name
+    assert client.offered_name(path, posixpath) == name
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_a_root_has_a_name(path: str, name: str) -> None:
     ],
 )
 def test_a_drive_and_a_share_have_a_name(path: str, name: str) -> None:
-    assert client.name_of(path, ntpath) == name
+    assert client.offered_name(path, ntpath) == name
 
 
 @posix

@@ -542,7 +542,7 @@ class Leases:
             if file not in self._holders:
                 self._holders[file] = holder
                 return file
-        with holder.aside():
+        with holder.released_turn():
             return self._wait_and_take(file, holder, since)
 
     def _wait_and_take(self, file: FileName, holder: Reception, since: float) -> FileName | None:
@@ -962,8 +962,8 @@ class Turns:
             chosen[2].release()
 
     @contextlib.contextmanager
-    def aside(self, who: Who) -> Iterator[None]:
-        """Let others have their turn while this one waits. Only inside that ``with`` block."""
+    def released(self, who: Who) -> Iterator[None]:
+        """Release a turn inside the ``with`` block, for others, and take another at its end."""
         self._end(who)
         try:
             yield
@@ -994,8 +994,8 @@ class DigestCache:
         digest = self._known.find(key, None)
         if digest is None:
             digest = self._read(descriptor, size, on_progress)
-            is_settled = key[-1] < time.time_ns() - CLOCK_TICK_NS
-            if is_settled and self._key(descriptor, size) == key:
+            is_old = key[-1] < time.time_ns() - CLOCK_TICK_NS
+            if is_old and self._key(descriptor, size) == key:
                 self._known.note(key, digest)
         return digest.copy()
 
@@ -1010,7 +1010,7 @@ class DigestCache:
         who, digest = (object(),), hashlib.sha256()
 
         def take_turns(count: int) -> None:
-            with self._turns.aside(who):  # what a client does not read holds up nobody else
+            with self._turns.released(who):  # what a client does not read holds up nobody else
                 on_progress(count)
 
         os.lseek(descriptor, 0, os.SEEK_SET)
@@ -1755,9 +1755,9 @@ class Reception:
         """Break the connection, which then releases what it holds."""
         self._connection.wake()
 
-    def aside(self) -> contextlib.AbstractContextManager[None]:
-        """Let others have its turn inside the ``with`` block; for its own thread, in a turn."""
-        return self._store.looking_up.aside(self._who)
+    def released_turn(self) -> contextlib.AbstractContextManager[None]:
+        """Release its turn inside the ``with`` block, for others; for its own thread, in a turn."""
+        return self._store.looking_up.released(self._who)
 
     def needs(self, device: int) -> int:
         """Return how much of a file system is kept free for what is arriving. For any thread."""

@@ -44,7 +44,7 @@ class Client(Reception):
         """Do as a reception does."""
         self.has_ended = True
 
-    def aside(self) -> contextlib.AbstractContextManager[None]:
+    def released_turn(self) -> contextlib.AbstractContextManager[None]:
         """Do as a reception does."""
         return contextlib.nullcontext()
 

@@ -21,7 +21,7 @@ def have(turns: Turns, who: Who, seconds: float) -> None:
 def test_others_have_their_turn_while_one_waits_for_something_else() -> None:
     turns, waiting = Turns(), ("waiting",)
     with turns.turn(waiting):
-        with turns.aside(waiting):
+        with turns.released(waiting):
             have(turns, ("other",), 0.0)
         other = threading.Thread(target=have, args=(turns, ("other",), 0.0), daemon=True)
         other.start()

@@ -2990,6 +2990,9 @@ NEGLIGIBLE_S = 0.05  # of --seconds
 RECONNECT_WAIT_S = 0.5
 # While a cable is out an attempt goes nowhere: let there soon be another.
 RECONNECT_TIMEOUT_S = 1.5
+# Refusals of which those who were listening before wait for the end, and how often they try.
+TEMPORARY = (common.WAIT, common.BUSY)
+REFUSED_WAIT_S = 3.0
 # How fast a server's sound may come, by this machine's clock, and how far ahead of it.
 MAX_SPEED = 1.05
 MAX_AHEAD_S = 5.0
@@ -3050,7 +3053,7 @@ class Listening:
         self._wanted: tuple[AudioFormat, float | None] | None = None
         self._latest_samples = b""
         self._meter = common.LevelMeter()
-        self._problem_told = False
+        self._problems_told: set[type[SocketPairError]] = set()  # since sound was heard
         self.is_cut_short = False  # as the server was lost, and did not come back in time
 
     def run(self) -> None:
@@ -3066,23 +3069,27 @@ class Listening:
                     self._listen(connection, welcome)
                 return
             except ConnectionLost as error:
-                self._wait_for_server(error)
+                self._wait_for_server(error, RECONNECT_WAIT_S)
+            except PeerRefused as error:
+                if self._wanted is None or error.kind not in TEMPORARY:
+                    raise
+                self._wait_for_server(error, REFUSED_WAIT_S)
             if not self._deadline.remaining():
                 break
         if self._wanted is None:
             raise SocketPairError("no server was found in the time given")
         self.is_cut_short = self._seconds - self.heard_s > NEGLIGIBLE_S
 
-    def _wait_for_server(self, error: ConnectionLost) -> None:
-        """Say once that there is no server, and leave it a little time to come back."""
+    def _wait_for_server(self, error: ConnectionLost | PeerRefused, wait_s: float) -> None:
+        """Say once that there is no server, or that it is busy, and leave it time to come back."""
         if self._wanted is None and isinstance(error.__cause__, NO_SUCH_HOST):
             raise SocketPairError(str(error)) from None
         self._latest_samples = b""
         self._meter.hear(b"")
-        if not self._problem_told:
+        if type(error) not in self._problems_told:
             self._console.complain(f"{error} - looking for it until Ctrl+C")
-            self._problem_told = True
-        common.INTERRUPTS.wait(min(RECONNECT_WAIT_S, self._deadline.remaining()))
+            self._problems_told.add(type(error))
+        common.INTERRUPTS.wait(min(wait_s, self._deadline.remaining()))
 
     def _listen(self, connection: Connection, welcome: Welcome) -> None:
         """Pass on the sound of one connection; returns when it has ended, or is enough."""
@@ -3098,7 +3105,7 @@ class Listening:
             self._deadline = Deadline(self._seconds)  # however long all that took
             self._last_deadline = Deadline(self._seconds + MAX_BEHIND_S)
         self._open_outputs(sound.audio, sync)
-        self._problem_told = False
+        self._problems_told.clear()
         what = sound.audio.describe()
         what += f", Opus at {sound.opus_kbit} kbit/s" if sound.opus_kbit else ""
         what += f", in step {sound.sync_ms} ms after the microphone" if sync else ""
@@ -3243,7 +3250,11 @@ ASKED_AT_ONCE = 200
 ASK_S = 1.0
 MAX_SHOWN = 50
 MAX_SHOWN_CHARS = 40
-FOUND_ACCESS = {common.CODE_WANTED: "pairing code", common.NO_CODE: "needs --open"}
+FOUND_ACCESS = {
+    common.CODE_WANTED: "pairing code",
+    common.NO_CODE: "needs --open",
+    common.BUSY: "is busy",
+}
 
 
 class FoundServer(NamedTuple):
@@ -3416,6 +3427,7 @@ REFUSED_PAIRING = {
     common.CODE_WANTED: "is of an older version of Socket Pair: update it",
     common.NO_CODE: "says that it has no pairing code: check that it is the right server",
     common.WAIT: "has had too many wrong pairing codes from this address: try again in a minute",
+    common.BUSY: "is busy: try again later",
 }
 
 
@@ -3563,7 +3575,8 @@ def pair(connection: Connection, code: str) -> None:
         answer = connection.receive(Pair, max_bytes=common.MAX_HELLO_BYTES)
     except PeerRefused as error:
         told = REFUSED_PAIRING.get(error.kind, f'does not pair, and says: "{error}"')
-        raise PeerRefused(f"{connection.peer} {told}") from None
+        kind = error.kind if error.kind in TEMPORARY else ""  # so that no code is asked for
+        raise PeerRefused(f"{connection.peer} {told}", kind) from None
     connection.start_tls(pairing.finish(answer.share), server_side=False)
 
 

@@ -556,7 +556,8 @@ FINDING = "finding"  # in place of a mode, by who only asks whether a server is 
 CODE_WANTED = "code wanted"
 NO_CODE = "no code"
 WAIT = "wait"
-REFUSAL_KINDS = (CODE_WANTED, NO_CODE, WAIT)
+BUSY = "busy"
+REFUSAL_KINDS = (CODE_WANTED, NO_CODE, WAIT, BUSY)
 
 SHARE_BYTES = 33  # of SPAKE2: which side it is, and a point of the curve
 LENGTH = struct.Struct("!I")

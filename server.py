@@ -3315,7 +3315,7 @@ ACCEPT_RETRY_S = 0.1
 # Lines of the log about clients that are turned away, at once and for good.
 TURNED_AWAY_LINES = 50
 TURNED_AWAY_SPACING_S = 0.5
-BUSY = common.Error("this server is busy: try again later")
+BUSY = common.Error("this server is busy: try again later", common.BUSY)
 
 
 def host_of(peer: str) -> str:
@@ -3575,7 +3575,7 @@ class Server:
         if not self.clients.admit(client):
             clients = counted(self._max_clients, "client")
             problem = f"this server is busy with {clients}: try again later"
-            turn_away(connection, common.Error(problem))
+            turn_away(connection, common.Error(problem, common.BUSY))
         return welcome
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,16 @@ import common
 from common import AudioBlock
 from pairing import CODE
 from sound import (
+    MONO,
     Script,
     ends_with_one_line,
     let_pass,
+    make_tone,
     pack_welcome,
     port_of,
     start_client,
     start_server,
+    write_wav,
 )
 from sound_card import (
     VirtualSoundCard,
@@ -58,6 +62,28 @@ def test_ctrl_c_before_anything_was_heard_is_status_130(card: VirtualSoundCard) 
 
 
 # --- what may go wrong ----------------------------------------------------------------------
+
+
+def test_a_server_that_is_busy_when_it_comes_back_is_waited_for(
+    silent_machine: dict[str, str], tmp_path: Path
+) -> None:
+    write_wav(tmp_path / "tone.wav", make_tone(1), MONO)
+    tone = ("--input", str(tmp_path / "tone.wav"), "--max-clients", "1")
+    output = ("--output", str(tmp_path / "heard.wav"))
+    with start_server(silent_machine, *tone) as sender:
+        player = start_client(silent_machine, port := port_of(sender), *output)
+        player.wait_for("Listening")
+        sender.kill()
+    with player:
+        player.wait_for("looking for it")
+        player.signal(signal.SIGSTOP)
+        with start_server(silent_machine, *tone, "--port", port):
+            with start_client(silent_machine, port, *output) as other:
+                other.wait_for("Listening")
+                player.signal(signal.SIGCONT)
+                player.wait_for("this server is busy with 1 client: try again later - looking")
+                assert other.interrupt() == common.EXIT_OK
+            player.wait_for("Listening", times=2)
 
 
 def test_no_microphone_and_no_loudspeaker_are_a_line_each(silent_machine: dict[str, str]) -> None:

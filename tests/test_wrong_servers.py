@@ -106,7 +106,7 @@ def test_another_protocol_is_told_so(server: Server, protocol: int) -> None:
         (b"\0\0\0\x02{}", "is not a Socket Pair server"),
         (b"\0\0", "connection lost"),
         (message("error", error="no \x1b[2J thanks"), r"no \x1b[2J thanks"),
-        (WELCOME + message("start", entries=[1]), "received an outcome"),
+        (WELCOME + message("start", entries=[1]), "received a message with a bad 'entries'"),
         (WELCOME + message("start", entries=[{"offset": -1}]), "bad 'offset'"),
         (WELCOME + 2 * message("held", entries=[]), "a second held"),
         (WELCOME + 100_000 * message("hashing"), "signs of life without end"),

@@ -407,16 +407,15 @@ class Folders:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._open: OrderedDict[str, Folder] = OrderedDict()
-        self._missing: set[str] = set()
+        self._known: OrderedDict[str, Folder | None] = OrderedDict()  # None: it is missing
         self._new_left = MAX_NEW_FOLDERS
 
     def find(self, path: str) -> Folder | None:
         """Return the folder at `path` ("" is the root) if there is one; raises Refused, OSError."""
-        if path in self._open:
-            self._open.move_to_end(path)
-            return self._open[path]
-        return None if path in self._missing else self._walk(path, None)
+        if path in self._known:
+            self._known.move_to_end(path)
+            return self._known[path]
+        return self._walk(path, None)
 
     def make(self, path: str, mode: int) -> Folder:
         """Return the folder at `path`, made with `mode` if it is missing; raises as `find` does."""
@@ -425,38 +424,29 @@ class Folders:
             raise Refused(FOLDER_GONE)
         return folder
 
-    def forget(self, path: str) -> None:
-        """Have `path` looked up anew: its folder is not where it was."""
-        self._open.clear()
-        self._missing.discard(path)
+    def forget(self) -> None:
+        """Have all folders looked up anew: one is not where it was."""
+        self._known.clear()
 
     def _walk(self, path: str, mode: int | None) -> Folder | None:
         """Open the folder at `path`, part by part; make what is missing if there is a `mode`."""
         parent, _, name = path.rpartition("/")
-        known = self._open.get(parent)
+        known = self._known.get(parent)
         folder, left = (known, [name]) if known else (self._root(mode), path.split("/"))
         for part in filter(None, left):
             folder = self._enter(folder, part, mode) if folder else None
-        if folder is None:
-            self._missing.add(path)
-            return None
-        self._missing.discard(path)
-        self._open[path] = folder
-        if len(self._open) > MAX_OPEN_FOLDERS:
-            self._open.popitem(last=False)
+        self._known[path] = folder
+        while len(self._known) > MAX_OPEN_FOLDERS:
+            self._known.popitem(last=False)
         return folder
 
     def _root(self, mode: int | None) -> Folder | None:
-        if "" in self._open:
-            return self._open[""]
-        root = self._store.root
-        if mode is not None:
-            os.makedirs(root, exist_ok=True)
-        try:
-            self._open[""] = Folder.open(root)
-        except FileNotFoundError:
-            return None
-        return self._open[""]
+        root = self._known.get("")
+        if root is None and mode is not None:
+            os.makedirs(self._store.root, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            root = self._known[""] = root or Folder.open(self._store.root)
+        return root
 
     def _enter(self, folder: Folder, offered: str, mode: int | None) -> Folder | None:
         """Open a folder in another, or make it, under the nearest name that it can have."""
@@ -1436,7 +1426,7 @@ class UnderWay:
                 self.partial.folder, name_of(self.entry), self._take_name
             )
         except FileNotFoundError:
-            self._batch.folders.forget(folder_of(self.entry))  # those after it may go on
+            self._batch.folders.forget()  # those after it may go on
             raise Refused(FOLDER_GONE) from None
 
     def _take_name(self, name: str) -> Outcome:
@@ -1966,7 +1956,7 @@ class Reception:
         try:
             partial = wanted.beginning or self._create(folder, entry)
         except FileNotFoundError:  # removed since it was looked up
-            batch.folders.forget(path)
+            batch.folders.forget()
             partial = self._create(batch.folders.make(path, mode), entry)
         under_way = UnderWay(batch, wanted, partial)
         if under_way.bytes_left >= LARGE_BYTES:

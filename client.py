@@ -175,21 +175,15 @@ def describe_file(name: str, found: os.stat_result) -> Entry:
 
 
 def look_up_file(path: str, name: str, found: os.stat_result) -> Source:
-    """Return the source that a file with these properties is; reads it if its size is doubtful."""
+    """Return the source that a file with these properties is; reads it if its size is doubtful.
+
+    Raises OSError.
+    """
     entry = describe_file(name, found)
     is_doubtful = not getattr(found, "st_blocks", 1) and found.st_size <= MAX_DOUBTFUL_BYTES
-    if is_doubtful and not has_size(path, found.st_size):
+    if is_doubtful and read_small(path, found) is None:
         return Source(path, entry._replace(size=None))
     return Source(path, entry, found)
-
-
-def has_size(path: str, size: int) -> bool:
-    """Return False if reading a file gives more or less than `size` bytes."""
-    try:
-        with open_file(path) as file:
-            return len(file.read(size + 1) or b"") == size  # None: nothing yet
-    except OSError:  # sending it will say so
-        return True
 
 
 def open_file(path: str) -> FileIO:

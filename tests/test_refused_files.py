@@ -52,7 +52,7 @@ def test_an_unreadable_file_fails_and_the_others_arrive(server: Server, tmp_path
     expected = {f"{tree / name}: permission denied" for name in os.listdir(tree) if name != "file"}
     assert set(result.error_lines) == expected
     assert "without 4 that failed" in result.stdout
-    server.wait_for_output(r"failed tree/secret 0: the client cannot read it, or it has changed")
+    server.wait_for_output(r"failed tree/secret 1: the client cannot read it, or it has changed")
     assert (server.folder / "tree" / "file").read_bytes() == source.read_bytes()
     assert set(contents(server.folder)) <= {"tree/", "tree/closed/", "tree/file"}
 

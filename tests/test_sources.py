@@ -36,11 +36,12 @@ def test_a_drive_and_a_share_have_a_name(path: str, name: str) -> None:
 
 
 @posix
-def test_what_gives_nothing_yet_is_looked_up_all_the_same(tmp_path: Path) -> None:
-    """As some of Linux's virtual files do, and a pipe that stands in a file's place by now."""
+def test_a_pipe_that_stands_in_a_files_place_by_now_is_not_waited_for(tmp_path: Path) -> None:
+    found = os.stat(make_file(tmp_path / "file", 0))
     os.mkfifo(tmp_path / "pipe")
     descriptor = os.open(tmp_path / "pipe", os.O_RDWR)
-    assert client.has_size(str(tmp_path / "pipe"), 0)
+    with pytest.raises(BlockingIOError):
+        client.look_up_file(str(tmp_path / "pipe"), "file", found)
     os.close(descriptor)
 
 

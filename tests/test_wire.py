@@ -201,6 +201,13 @@ def test_what_would_fill_memory_is_refused_before_it_is_parsed(part: bytes) -> N
         decode_message(content, [Offer])
 
 
+def test_a_string_without_an_end_is_looked_through_once() -> None:
+    """From each of its quotes anew, to the end of all, it took over an hour."""
+    content = b"," * (common.MAX_JSON_VALUES + 1) + b'"' + b'\\"' * (450 * 1024)
+    with pytest.raises(ProtocolError, match="too many parts"):
+        decode_message(content, [Offer])
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le", "utf-32"])
 def test_a_message_comes_in_utf_8_alone(encoding: str) -> None:
     content = '{"type":"offer","\u2200":"","entries":[' + "{}," * 100_000 + '{}],"":""}'

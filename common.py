@@ -564,7 +564,7 @@ LENGTH = struct.Struct("!I")
 MAX_FRAME_BYTES = 1024 * 1024
 MAX_HELLO_BYTES = 4 * 1024
 MAX_JSON_VALUES = 32_000  # of JSON in a frame; the longest offer has six thousand
-# Up to its end, or that of all: a string without an end would be looked for from each of its quotes.
+# Up to its end or that of all: else one without an end is looked through from each of its quotes.
 JSON_STRING = rb'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?'  # compiled where it is used, as few need it
 
 Fields = dict[str, Any]

@@ -2904,9 +2904,12 @@ def find_destinations(
             closing.callback(speaker.card.close)
             yield speaker
         except AudioUnavailable as error:
+            told = str(error)
+            if args.output and ending_of(args.output):  # a file is meant, most likely
+                told += f"; of files, only {', '.join(WRITERS)} are written"
             if args.record is None:
-                raise
-            console.complain(f"{error}; recording without playing")
+                raise AudioUnavailable(told) from error
+            console.complain(f"{told}; recording without playing")
     if args.record is not None:
         yield RecordingFiles(args.record, console)
 

@@ -103,6 +103,8 @@ def test_no_pyaudio_is_a_line(card: VirtualSoundCard, tmp_path: Path) -> None:
 def test_a_name_that_no_device_has_is_a_line(card: VirtualSoundCard) -> None:
     with start_client(card, "1", "--output", "gramophone") as player:
         ends_with_one_line(player, "gramophone", "pulse")
+    with start_client(card, "1", "--output", "talk.mp3") as player:
+        ends_with_one_line(player, "talk.mp3", "of files, only .wav, .flac, .opus are written")
 
 
 def test_devices_are_listed(card: VirtualSoundCard) -> None:

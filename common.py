@@ -3065,7 +3065,7 @@ class Interrupts:
     """Turns SIGINT and SIGTERM into KeyboardInterrupt and Terminated in the main thread.
 
     One at a time: while the program deals with one, another ends it at once, with its exit status
-    and without a word, unless the program has called `arm` for it.
+    and without a word, unless the program has called `arm` for it. So does one in a destructor.
     """
 
     def __init__(self) -> None:
@@ -3081,7 +3081,7 @@ class Interrupts:
         argparse does not bear an exception everywhere.
         """
         self._is_armed = True
-        sys.unraisablehook = self._raise_again
+        sys.unraisablehook = self._end_in_destructor
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGINT, self._interrupt)
         signal.signal(signal.SIGTERM, self._interrupt)
@@ -3109,14 +3109,13 @@ class Interrupts:
         self._is_armed = False
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-    def _raise_again(self, unraisable: Any) -> None:
-        """Raise anew what came up in a destructor, where Python can only print it."""
-        if isinstance(unraisable.exc_value, (KeyboardInterrupt, Terminated)):
-            self._is_armed = True
-            is_ctrl_c = isinstance(unraisable.exc_value, KeyboardInterrupt)
-            signal.raise_signal(signal.SIGINT if is_ctrl_c else signal.SIGTERM)
-        else:
-            sys.__unraisablehook__(unraisable)
+    def _end_in_destructor(self, unraisable: Any) -> None:
+        """End the program where its exception came up where Python can only print it."""
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            os._exit(EXIT_INTERRUPTED)
+        if isinstance(unraisable.exc_value, Terminated):
+            os._exit(EXIT_TERMINATED)
+        sys.__unraisablehook__(unraisable)
 
 
 INTERRUPTS = Interrupts()

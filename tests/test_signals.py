@@ -214,3 +214,25 @@ def test_a_signal_at_any_moment_of_the_start_is_no_traceback(
 def wait_until_grown(process: Process, size: float) -> None:
     """Wait until a process has taken so many kB of memory, or has ended."""
     wait_for(lambda: process.status_field("VmRSS") >= size or not process.running())
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_a_destructor_ends_a_program_without_a_word(
+    number: signal.Signals, status: int
+) -> None:
+    program = f"""
+import signal, common
+class Left:
+    def __del__(self):
+        signal.raise_signal({int(number)})
+def main(argv):
+    common.INTERRUPTS.take()
+    Left()
+    return 0
+common.run(main)
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (status, "", "")

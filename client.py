@@ -1311,6 +1311,7 @@ class SpeedLoop:
 
     def __init__(self) -> None:
         self.clock_offset = 0.0
+        self.knows_clocks = False  # whether there was time to find their difference
         self._age_s = 0.0
         self.smooth_error_s = 0.0
 
@@ -1325,6 +1326,7 @@ class SpeedLoop:
         `error_s` is how late sound is played, `elapsed_s` the time since the last call.
         """
         self._age_s += elapsed_s
+        self.knows_clocks |= self._age_s > BANDWIDTHS_HZ[1][0]
         bandwidth_hz = next(hz for age_s, hz in reversed(BANDWIDTHS_HZ) if self._age_s >= age_s)
         omega = 2 * math.pi * bandwidth_hz
         share = 1 - math.exp(-SMOOTHING * omega * elapsed_s)
@@ -2493,11 +2495,14 @@ class SpeakerOutput:
 
     def status(self) -> str:
         """Return how the playing goes, and the dropouts so far. For any thread."""
-        return f"{self._playout.describe()}  {self.summary()}"
+        return f"{self._playout.describe()}  {counted(self._dropouts(), 'dropout')}"
 
     def summary(self) -> str:
-        """Return the dropouts so far, with those of the outputs before."""
-        return counted(self._dropouts(), "dropout")
+        """Return the dropouts so far, and how far the server's clock is from the sound card's."""
+        told, loop = counted(self._dropouts(), "dropout"), self._playout.loop
+        if loop.knows_clocks:
+            told += f", the server's clock {loop.clock_offset * 1e6:+.0f} ppm"
+        return told
 
 
 def find_blocks_ms(wait_s: float | None) -> tuple[float, float]:

@@ -16,7 +16,7 @@ one file              ``UnderWay``, until it has its name; ``Content``: its byte
 file conversation     ``handle_file_client`` and ``Reception``: from offer to results; ``Batch``:
                       what the entries of an offer share
 sound: inputs         ``Microphone``, ``PacedInput``: sound card, file, pipe; ``CaptureQueue``
-sound: files          ``PlainWav``, and ``DecodedFile`` by FFmpeg; ``SoundLoop``: over and over
+sound: files          ``PlainWav``, and ``DecodedFile`` by FFmpeg: over and over
 sound: encodings      ``PcmEncoding``, ``OpusEncoding``: what goes out, encoded once for many
 sound: broadcaster    ``handle_audio_client``, ``Broadcaster``, ``Listener``: sound to everyone
 who may connect       ``Gate``: the pairing code, and how fast it may be guessed
@@ -1990,6 +1990,9 @@ CAPTURE_BLOCK_MS = 3.0
 CAPTURE_LIMIT_MS = 2_000
 SILENCE_LIMIT_MS = 10_000
 PACING_SLACK_S = 0.2
+# The beginning of a file takes a while to be found again and decoded: longer than a block.
+READ_AHEAD_PARTS = 16
+PIPE_BYTES = 512  # of a pipe, in a part: what has been read ahead of it is late
 # A microphone is not believed that says of a block that it was captured by so much before what came
 # before it, unless it says so for so long.
 IMPLAUSIBLE_S, BELIEVED_S = 0.03, 5.0
@@ -2138,42 +2141,63 @@ def open_microphone(wanted: str | None, rate: int | None, channels: int | None) 
 
 
 class PacedInput:
-    """Reads sound that is not live, in real time: from now on, by a thread of its own.
+    """Takes sound that is not live in real time, from now on.
 
-    `read` returns the next samples, up to as many bytes as it is asked for, and none at the end;
-    it may block. A source that falls behind is not rushed after: time starts anew.
+    `parts` gives its bytes in portions of any length, and may block. One thread reads some way
+    ahead, another keeps time. A source that falls behind is not rushed after: time starts anew.
     """
 
-    def __init__(self, name: str, read: Callable[[int], bytes], captured: CaptureQueue) -> None:
+    def __init__(self, name: str, parts: Iterator[bytes], captured: CaptureQueue) -> None:
         self.name = name
-        self._read = read
         self.captured = captured
+        self._parts: queue.Queue[bytes] = queue.Queue(READ_AHEAD_PARTS)  # an empty one at the end
+        self._error: Exception | None = None
+        threading.Thread(target=self._read_ahead, args=(parts,), daemon=True).start()
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def close(self) -> None:
-        """Nothing to do: the thread ends with the process, or its input."""
+        """Nothing to do: the threads end with the process, or their input."""
+
+    def _read_ahead(self, parts: Iterator[bytes]) -> None:
+        try:
+            for part in filter(None, parts):
+                self._parts.put(part)
+        except Exception as error:  # noqa: BLE001  (is told)
+            self._error = error
+        self._parts.put(b"")
 
     def _run(self) -> None:
         audio = self.captured.audio
         block_bytes = audio.frames_in(CAPTURE_BLOCK_MS) * audio.frame_bytes
         start_s = due_s = common.clock_s()
-        try:
-            while samples := self._read(block_bytes):
-                frames = audio.frames_of(samples)  # without a last one that is incomplete
-                due_s += frames / audio.rate
-                late_s = common.clock_s() - due_s
-                if late_s > PACING_SLACK_S:
-                    due_s += late_s
-                elif late_s < 0:
-                    time.sleep(-late_s)
-                self.captured.put(samples[: frames * audio.frame_bytes])
-            if due_s == start_s:  # whoever was to write there has failed, most likely
-                self.captured.end(f"there was no sound on {self.name}", failed=True)
-            else:
-                self.captured.end(f"{self.name} is at its end")
-        except Exception as error:  # noqa: BLE001  (is told)
-            reason = describe_error(error)
+        for samples in in_blocks(iter(self._parts.get, b""), block_bytes):
+            frames = audio.frames_of(samples)  # without a last one that is incomplete
+            due_s += frames / audio.rate
+            late_s = common.clock_s() - due_s
+            if late_s > PACING_SLACK_S:
+                due_s += late_s
+            elif late_s < 0:
+                time.sleep(-late_s)
+            self.captured.put(samples[: frames * audio.frame_bytes])
+        if self._error:
+            reason = describe_error(self._error)
             self.captured.end(f"{self.name} cannot be read any further ({reason})", failed=True)
+        elif due_s == start_s:  # whoever was to write there has failed, most likely
+            self.captured.end(f"there was no sound on {self.name}", failed=True)
+        else:
+            self.captured.end(f"{self.name} is at its end")
+
+
+def in_blocks(parts: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """Give the bytes of `parts` in blocks of `size`, and then what is left."""
+    unread = b""
+    for part in parts:
+        unread += part
+        while len(unread) >= size:
+            yield unread[:size]
+            unread = unread[size:]
+    if unread:
+        yield unread
 
 
 def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
@@ -2187,7 +2211,8 @@ def open_input(args: argparse.Namespace) -> Microphone | PacedInput:
             "--input - is for another program or a file, not for a terminal: add | or <"
         )
     audio = AudioFormat(args.rate or DEFAULT_RATE, args.channels or 1)
-    return PacedInput("standard input", sys.stdin.buffer.read, CaptureQueue(audio))
+    parts = iter(lambda: os.read(sys.stdin.fileno(), PIPE_BYTES), b"")
+    return PacedInput("standard input", parts, CaptureQueue(audio))
 
 
 # --- sound: files ---------------------------------------------------------------------------
@@ -2199,8 +2224,6 @@ SOUND_ENDINGS = (
     *(".au", ".snd", ".caf", ".wma", ".wv", ".ape", ".tta", ".amr"),
 )
 PATH_BEGINNINGS = ("/", "./", "../", "~", ".\\", "..\\")
-# The beginning takes a while to be found again and decoded: longer than a block.
-READ_AHEAD_PARTS = 16
 READ_BYTES = 16 * 1024
 WAV_CHUNK = struct.Struct("<4sI")
 WAV_FORMAT = struct.Struct("<HHIIHH")
@@ -2445,36 +2468,6 @@ def double_channel(samples: bytes) -> bytes:
     return stereo.tobytes()
 
 
-class SoundLoop:
-    """A sound file over and over, without a gap, read some way ahead by a thread of its own."""
-
-    def __init__(self, sound: SoundFile) -> None:
-        self._parts: queue.Queue[bytes | Exception] = queue.Queue(READ_AHEAD_PARTS)
-        self._unread = b""
-        self._error: Exception | None = None
-        threading.Thread(target=self._read_ahead, args=(sound,), daemon=True).start()
-
-    def _read_ahead(self, sound: SoundFile) -> None:
-        try:
-            for part in over_and_over(sound):
-                self._parts.put(part)
-        except Exception as error:  # noqa: BLE001  (whoever reads raises it)
-            self._parts.put(error)
-
-    def read(self, size: int) -> bytes:
-        """Return `size` bytes, fewer where the file breaks off; raises whatever reading it does."""
-        while len(self._unread) < size and not self._error:
-            part = self._parts.get()
-            if isinstance(part, Exception):
-                self._error = part
-            else:
-                self._unread += part
-        samples, self._unread = self._unread[:size], self._unread[size:]
-        if self._error and not samples:
-            raise self._error
-        return samples
-
-
 def over_and_over(sound: SoundFile) -> Iterator[bytes]:
     """Give a file's sound without an end; raises as its `read_once` does."""
     while True:
@@ -2501,7 +2494,7 @@ def open_sound_file(name: str, rate: int | None, channels: int | None) -> PacedI
         sound = find_sound(os.path.expanduser(name), rate, channels)
     except (OSError, Unplayable) as error:
         raise SocketPairError(f"cannot play {escape(name)}: {describe_error(error)}") from error
-    return PacedInput(escape(name), SoundLoop(sound).read, CaptureQueue(sound.audio))
+    return PacedInput(escape(name), over_and_over(sound), CaptureQueue(sound.audio))
 
 
 def find_sound(path: str, rate: int | None, channels: int | None) -> SoundFile:

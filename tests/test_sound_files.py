@@ -175,11 +175,13 @@ def test_a_wav_file_with_a_header_of_its_own_kind_plays_without_av(
     assert read_twice(tmp_path / "x.wav") == 2 * samples
 
 
-def test_what_is_asked_for_in_any_size_comes_in_whole_frames_without_a_gap(tmp_path: Path) -> None:
+@pytest.mark.parametrize("frames", [1, 6, 7, 199, 9_999])
+def test_a_file_comes_in_blocks_of_any_size_without_a_gap(tmp_path: Path, frames: int) -> None:
     write_wav(tmp_path / "short.wav", numbered_frames(7, 2), STEREO)
-    loop = server.SoundLoop(server.find_sound(str(tmp_path / "short.wav"), None, None))
-    heard = b"".join(loop.read(4 * frames) for frames in range(1, 200))
-    assert heard == (numbered_frames(7, 2) * 9_999)[: len(heard)]
+    parts = server.over_and_over(server.find_sound(str(tmp_path / "short.wav"), None, None))
+    blocks = list(server.in_blocks(itertools.islice(parts, 200), 4 * frames))
+    assert [len(each) for each in blocks[:-1]] == [4 * frames] * (len(blocks) - 1)
+    assert b"".join(blocks) == 200 * numbered_frames(7, 2)
 
 
 # --- what does not --------------------------------------------------------------------------

@@ -298,10 +298,10 @@ def test_a_broadcaster_that_can_send_no_more_says_why(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyError("?")])
 def test_an_input_that_fails_in_any_way_ends(error: Exception) -> None:
-    def fail(_size: int) -> bytes:
+    def fail() -> bytes:
         raise error
 
-    source = server.PacedInput("a file", fail, server.CaptureQueue(MONO))
+    source = server.PacedInput("a file", iter(fail, b""), server.CaptureQueue(MONO))
     assert source.captured.take(LIMIT_S) is None
     assert source.captured.failed
     assert source.captured.end_reason.startswith("a file cannot be read any further (")

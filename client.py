@@ -505,9 +505,10 @@ LAST_WORDS_S = 1.0  # in which a server that hangs up may say why
 
 
 class Sent(NamedTuple):
-    """A file of which all was sent: its SHA-256, and what else there is to say."""
+    """A file of which all was sent: its SHA-256, its bytes, and what else there is to say."""
 
     checksum: str
+    size: int
     note: str = ""
 
 
@@ -581,7 +582,7 @@ class Report:
             with self._lock:
                 tally = self._tally(source.name)
                 tally["files"] += 1
-                tally["bytes"] += source.entry.size or 0
+                tally["bytes"] += sent.size
                 tally["already"] += outcome.kind == "already"
         if is_named or self._verbose or name != source.name or sent.note:
             self._console.say(
@@ -841,6 +842,7 @@ class Content:
     def __init__(self, transfer: UnderWay, file: FileIO) -> None:
         self._source = source = transfer.source
         self._file = file
+        self._size = transfer.offset  # up to what has been read
         self.is_stdin = source.path == STDIN
         self.is_over = False  # a terminal tells of its end only once
         if source.found:
@@ -864,6 +866,7 @@ class Content:
             self.is_over = not size
             if not deadline.remaining():
                 break
+        self._size += have
         return have
 
     def compare(self, checksum: str) -> Sent:
@@ -874,19 +877,20 @@ class Content:
         """
         then = self._source.found
         if then is None:
-            return Sent(checksum)
+            return Sent(checksum, self._size)
         now, position = os.fstat(self._file.fileno()), self._file.tell()
         if now.st_size == then.st_size and (position < now.st_size or self._file.read(1)):
             raise changed(self._source, None)
         if is_same(then, now):
-            return Sent(checksum)
+            return Sent(checksum, then.st_size)
         has_grown = now.st_size > then.st_size
         if position < then.st_size or not (has_grown or is_as_offered(then, now)):
             raise FileChanged
         self._file.seek(0)
         if calculate_checksum(self._file.fileno(), then.st_size) != checksum:
             raise FileChanged
-        return Sent(checksum, ", as it was: it has grown since" if has_grown else "")
+        note = ", as it was: it has grown since" if has_grown else ""
+        return Sent(checksum, then.st_size, note)
 
 
 def has_stdin(seconds: float) -> bool:
@@ -934,7 +938,7 @@ class ContentSender:
         if content:
             self._connection.queue(LENGTH.pack(size) + content)
         self._progress.move(size)
-        return Sent(hashlib.sha256(content).hexdigest())
+        return Sent(hashlib.sha256(content).hexdigest(), size)
 
     def _send_large(self, transfer: UnderWay, is_decided: Callable[[], bool]) -> Sent:
         """Send a file step by step, hashed meanwhile."""
@@ -1129,7 +1133,7 @@ class Upload:
         if outcome.kind != "failed" and not entry.is_folder:
             if entry.size not in known:
                 raise ProtocolError("received a start of a file that was not compared")
-            batch.ends[index] = Sent(known[entry.size].hexdigest())
+            batch.ends[index] = Sent(known[entry.size].hexdigest(), entry.size)
         self._decide(batch, index, outcome)
 
     # under way

@@ -102,6 +102,16 @@ def test_virtual_files_arrive_with_what_they_hold(server: Server, tmp_path: Path
         assert (server.folder / Path(path).name).read_bytes() == content
 
 
+@linux
+def test_the_size_of_a_folder_of_virtual_files_is_that_of_what_they_hold(server: Server) -> None:
+    folder = Path("/sys/kernel/mm/transparent_hugepage/khugepaged")
+    result = server.send(folder)
+    assert result.status == 0, result
+    sizes = [path.stat().st_size for path in (server.folder / folder.name).iterdir()]
+    assert 0 < sum(sizes) < 1000
+    assert f"with {len(sizes)} files ({sum(sizes)} bytes)" in result.stdout
+
+
 def test_unfinished_files_of_a_server_are_left_out(server: Server, tmp_path: Path) -> None:
     tree = make_file(tmp_path / "tree" / "x", 10).parent
     partial = make_partial(tree, "y", b"begins")

@@ -2332,7 +2332,7 @@ class DecodedFile:
         self._av = av
         self._path = path
         self._url = f"file:{path}"  # FFmpeg would read from the network as well
-        with self._translated(), self._open() as container:
+        with self._opened() as container:
             first = next(decode_frames(container), None)
             if first is None:
                 raise Unplayable("there is no sound in it")
@@ -2343,15 +2343,13 @@ class DecodedFile:
             )
             list(Converter(av, self.audio).convert(first))
 
-    def _open(self) -> Any:
-        options = {"protocol_whitelist": "file"}
-        return self._av.open(self._url, metadata_errors="replace", options=options)
-
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Raise what FFmpeg says as Unplayable."""
+    def _opened(self) -> Iterator[Any]:
+        """Open it for the ``with`` block; what FFmpeg raises there is raised as Unplayable."""
+        options = {"protocol_whitelist": "file"}
         try:
-            yield
+            with self._av.open(self._url, metadata_errors="replace", options=options) as container:
+                yield container
         except self._av.error.FFmpegError as error:
             reason = (error.strerror or str(error)).lower()
             raise Unplayable(f"FFmpeg cannot read it ({reason})") from error
@@ -2360,7 +2358,7 @@ class DecodedFile:
         """Give all the sound, converted, as `PlainWav.read_once` does."""
         converter = Converter(self._av, self.audio)
         decoded = 0
-        with self._translated(), self._open() as container:
+        with self._opened() as container:
             for frame in decode_frames(container):
                 decoded += frame.samples
                 yield from converter.convert(frame)

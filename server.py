@@ -1583,6 +1583,8 @@ class Content:
 
 # --- file conversation ----------------------------------------------------------------------
 
+# In the log, for one batch: what is more is counted.
+LINES_A_BATCH = 10
 # A file of which so much is to come has a line in the log when it begins.
 LARGE_BYTES = 64 * 1024 * 1024
 ENTRIES_BETWEEN_CHECKS = 64
@@ -1626,7 +1628,7 @@ def handle_file_client(connection: Connection, store: Store) -> None:
 
 
 class Batch:
-    """What the entries of one offer share: folders, partial files, space."""
+    """What the entries of one offer share: folders, partial files, space, lines of the log."""
 
     def __init__(self, store: Store, reception: Reception, run: str) -> None:
         self.store = store
@@ -1637,15 +1639,18 @@ class Batch:
         self._run = run
         self._guesses = 0
         self._room: dict[int, float] = {}  # bytes that nothing of it needs yet, by file system
+        self._lines: Counter[tuple[int, str]] = Counter()  # by level and what they say
 
     def fail(self, path: str, error: Exception) -> Outcome:
         """Return that an entry is not taken, and log it."""
         reason = describe_error(error)
-        self._log(logging.WARNING, f"failed {escape(path)}: {reason}")
+        self._log(logging.WARNING, "failed", f"failed {escape(path)}: {reason}")
         return Outcome("failed", reason)
 
-    def _log(self, level: int, text: str) -> None:
-        self.store.log.write(f"{self.client.peer} {text}", level, self.client.host)
+    def _log(self, level: int, kind: str, text: str) -> None:
+        self._lines[level, kind] += 1
+        if self._lines[level, kind] <= LINES_A_BATCH:
+            self.store.log.write(f"{self.client.peer} {text}", level, self.client.host)
 
     def settle(self, kind: str, folder: Folder, name: str) -> Outcome:
         """Return that the client has a file here, "saved" or "already", which is noted."""
@@ -1654,7 +1659,7 @@ class Batch:
                 self.store.settled.note(self._settled_key(folder, name), True)
         if kind == "already":
             path = self.store.spell(folder, name)
-            self._log(logging.INFO, f"offers what is there already: {path}")
+            self._log(logging.INFO, "are there already", f"offers what is there already: {path}")
         return Outcome(kind, name)
 
     def is_settled(self, folder: Folder, name: str) -> bool:
@@ -1701,11 +1706,15 @@ class Batch:
         self._room[device] -= needed
 
     def close(self) -> None:
-        """Release all that is still held."""
+        """Release all that is still held, and log how much was left out."""
         for partial in self.partials:
             partial.keep()
         if self._guesses and not self.differed:
             self.store.mismatches.give_back(self.client.host, self._guesses)
+        for (level, kind), lines in self._lines.items():
+            if lines > LINES_A_BATCH:
+                more = f"{self.client.peer} and {lines - LINES_A_BATCH} more {kind}"
+                self.store.log.write(more, level, self.client.host)
 
 
 class Reception:
@@ -3564,7 +3573,7 @@ class Server:
 
 MAX_WAITING_LINES = 10_000
 # Of one host's clients, but those about files that were saved: at once, and for good.
-LINES_AT_ONCE = 100
+LINES_AT_ONCE = 1_000
 LINE_SPACING_S = 1.0
 # Whoever reads the log goes by the words before the path: in other lines no name may hold them.
 SAVED_LINE = "%s sent %s, saved as %s"

@@ -3070,9 +3070,14 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._is_armed = False
-        self._woken, self._waker = socket.socketpair()
-        for sock in (self._woken, self._waker):
-            sock.setblocking(False)
+
+    @functools.cached_property
+    def _sockets(self) -> tuple[socket.socket, socket.socket]:
+        """What `wait` reads, and what wakes it: made late, so as not to be a standard stream."""
+        woken, waker = socket.socketpair()
+        woken.setblocking(False)
+        waker.setblocking(False)
+        return woken, waker
 
     def take(self) -> None:
         """Begin, also where a shell has started the program in the background, without SIGINT.
@@ -3082,7 +3087,7 @@ class Interrupts:
         """
         self._is_armed = True
         sys.unraisablehook = self._end_in_destructor
-        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._sockets[1].fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGINT, self._interrupt)
         signal.signal(signal.SIGTERM, self._interrupt)
 
@@ -3095,13 +3100,14 @@ class Interrupts:
 
         Unlike time.sleep, it also sees a signal that came just before, or to another thread.
         """
-        if wait_for_socket(self._woken, seconds, to_write=False):
-            self._woken.recv(MAX_SIGNALS)
+        woken, _ = self._sockets
+        if wait_for_socket(woken, seconds, to_write=False):
+            woken.recv(MAX_SIGNALS)
 
     def wake(self) -> None:
         """End the main thread's wait, or the next one. For any thread."""
         with contextlib.suppress(BlockingIOError):  # it has long been told
-            self._waker.send(b"\0")
+            self._sockets[1].send(b"\0")
 
     def _interrupt(self, number: int, _frame: object) -> None:
         if not self._is_armed:

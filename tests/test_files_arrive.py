@@ -187,6 +187,14 @@ def test_standard_input_arrives_under_its_name(server: Server, tmp_path: Path) -
 
 
 @posix
+def test_a_standard_input_that_is_closed_arrives_as_an_empty_file(server: Server) -> None:
+    closed = ("sh", "-c", 'exec "$@" <&-', "sh")
+    result = server.send("-", "--name", "empty", wrapper=closed)
+    assert result.status == 0, result
+    assert contents(server.folder) == {"empty": b""}
+
+
+@posix
 def test_a_pipe_that_pauses_arrives_whole_among_other_files(server: Server, tmp_path: Path) -> None:
     first, last = make_file(tmp_path / "first", 10), make_file(tmp_path / "last", 20)
     args = ("-", "--name", "piped")

@@ -1187,7 +1187,8 @@ class Store:
 # More partial files than this of one batch are not looked at, of the client's own address and of
 # others: each is an open file, and no client takes over ``MAX_HELD_LENGTHS`` of one name.
 MAX_OPEN_PARTIALS = 16
-# Entries of one batch with one path that are compared: each is a guess at what is here.
+# Entries of one batch that are compared with one file here, as all of one path and size are with
+# finished ones, and all of one path with partial ones: each is a guess at what is here.
 MAX_ALIKE = 8
 # Finished files of one name that are read as they may be the same: those with the offered time, and
 # the newest of the others.
@@ -1292,7 +1293,9 @@ class LookUp:
         self._began_s = time.monotonic()
         # By path: partial files, and finished ones by their names.
         self._found: dict[str, tuple[list[PartialFile], dict[str, os.stat_result]]] = {}
-        self._alike: defaultdict[str, int] = defaultdict(int)
+        # Entries, by path and size; and by path, where there are partial files.
+        self._alike: defaultdict[tuple[str, int | None], int] = defaultdict(int)
+        self._resumable: defaultdict[str, int] = defaultdict(int)
         self._open_left = {True: MAX_OPEN_PARTIALS, False: MAX_OPEN_PARTIALS}  # by whether own
 
     def find(self, entry: Entry) -> LookedUp | Wanted:
@@ -1301,8 +1304,9 @@ class LookUp:
         if entry.is_folder:
             return Wanted(entry)
         folder = self._batch.folders.find(folder_of(entry))
-        self._alike[entry.path] += 1
-        if folder is None or entry.size is None or self._alike[entry.path] > MAX_ALIKE:
+        alike = (entry.path, entry.size)
+        self._alike[alike] += 1
+        if folder is None or entry.size is None or self._alike[alike] > MAX_ALIKE:
             return Wanted(entry)
         name = name_of(entry)
         if entry.path not in self._found:
@@ -1313,10 +1317,14 @@ class LookUp:
             )
             self._found[entry.path] = left, there
         partials, finished = self._found[entry.path]
-        alike = [each for each, found in finished.items() if found.st_size == entry.size]
-        alike.sort(key=lambda each: finished[each].st_mtime_ns == entry.mtime_ns)
-        if partials or alike:
-            return LookedUp(entry, entry.size, folder, partials, alike[-MAX_CANDIDATES:])
+        if partials:
+            self._resumable[entry.path] += 1
+            if self._resumable[entry.path] > MAX_ALIKE:
+                partials = []
+        same = [each for each, found in finished.items() if found.st_size == entry.size]
+        same.sort(key=lambda each: finished[each].st_mtime_ns == entry.mtime_ns)
+        if partials or same:
+            return LookedUp(entry, entry.size, folder, partials, same[-MAX_CANDIDATES:])
         return Wanted(entry)
 
     def _reopen_partials(self, folder: Folder, name: str) -> Iterator[PartialFile]:
@@ -1867,8 +1875,9 @@ class Reception:
         self, batch: Batch, held: dict[int, LookedUp]
     ) -> dict[int, tuple[Checksums, dict[int, str]]]:
         """Return, for each entry, the SHA-256 of what is here, and of the client's by length."""
-        alike = Counter(each.entry.path for each in held.values())
-        deadline = Deadline(batch.reserve_guesses(max(alike.values())))
+        guesses: Counter[Hashable] = Counter((each.entry.path, each.size) for each in held.values())
+        guesses.update(each.entry.path for each in held.values() if each.partials)
+        deadline = Deadline(batch.reserve_guesses(max(guesses.values())))
         with self._signs:
             while left_s := deadline.remaining():
                 time.sleep(min(left_s, SIGN_INTERVAL_S))

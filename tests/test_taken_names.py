@@ -60,6 +60,14 @@ def test_many_of_one_name_and_size_are_known_again_by_their_times(
     assert len(contents(server.folder)) == 20
 
 
+def test_many_of_one_name_are_known_again_in_one_run(server: Server, tmp_path: Path) -> None:
+    sources = [make_file(tmp_path / str(size) / "file", size) for size in range(1000, 1030)]
+    for word in ("Saved as file", "Already there as file"):
+        result = server.send(*sources)
+        assert all(line.startswith(word) for line in result.stdout.splitlines()), result
+    assert len(contents(server.folder)) == len(sources)
+
+
 def test_a_file_in_a_folder_that_goes_beside_is_mentioned(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "tree" / "x", 1000)
     server.send(tmp_path / "tree")

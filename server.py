@@ -1030,20 +1030,32 @@ def has_tag(name: str, tag: str) -> bool:
 def remove_old_leftovers(root: str) -> None:
     """Remove the partial files below `root` that nobody has continued for ``LEFTOVER_LIFE_S``.
 
-    As far as can be. What is deeper than this server makes folders is left alone.
+    As far as can be: `root` may be gone, or no descriptor left to look. What is deeper than this
+    server makes folders is left alone.
     """
-    for place, folders, names in os.walk(root):
-        if place[len(root) :].count(os.sep) >= MAX_FOLDER_DEPTH:
-            folders.clear()
-        for name in names:
-            if name.endswith(PARTIAL_SUFFIX):
-                remove_old_leftover(os.path.join(place, name))
-
-
-def remove_old_leftover(path: str) -> None:
-    """Remove a partial file if nobody uses it, and it is too old."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(path, FILE_FLAGS)
+        for place, folders, names, descriptor in walk(root):
+            if place[len(root) :].count(os.sep) >= MAX_FOLDER_DEPTH:
+                folders.clear()
+            for name in names:
+                remove_old_leftover(name, descriptor)
+
+
+def walk(root: str) -> Iterator[tuple[str, list[str], list[str], int | None]]:
+    """Yield what `os.fwalk` does; on Windows, which has no such thing, with whole paths."""
+    if sys.platform == "win32":
+        for place, folders, names in os.walk(root):
+            yield place, folders, [os.path.join(place, name) for name in names], None
+    else:
+        yield from os.fwalk(root)
+
+
+def remove_old_leftover(name: str, dir_fd: int | None) -> None:
+    """Remove a file if it is a partial file, nobody uses it, and it is too old."""
+    if not name.endswith(PARTIAL_SUFFIX):
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(name, FILE_FLAGS, dir_fd=dir_fd)
         try:
             found = os.fstat(descriptor)
             is_old = found.st_mtime < time.time() - LEFTOVER_LIFE_S
@@ -1051,7 +1063,7 @@ def remove_old_leftover(path: str) -> None:
         finally:
             os.close(descriptor)  # Windows removes no file that is open
         if is_free:
-            os.unlink(path)
+            os.unlink(name, dir_fd=dir_fd)
 
 
 def is_own_file(found: os.stat_result) -> bool:

@@ -28,6 +28,7 @@ from support import (
     make_partial,
     partial_size,
     partials,
+    posix,
     start_client,
     visible,
     wait_for,
@@ -145,19 +146,22 @@ def test_a_tree_too_deep_to_look_for_leftovers_does_not_end_the_server(
 
 
 @contextlib.contextmanager
-def deep_tree(top: Path, depth: int) -> Iterator[None]:
-    """Have so many folders inside each other in `top`, more than a path has room for."""
+def deep_tree(top: Path, name: str, depth: int) -> Iterator[int]:
+    """Have so many folders inside each other in `top`, more than a path has room for.
+
+    Gives a descriptor of the innermost.
+    """
     place = os.open(top, os.O_RDONLY)
     for _ in range(depth):
-        os.mkdir("d", dir_fd=place)
-        inner = os.open("d", os.O_RDONLY, dir_fd=place)
+        os.mkdir(name, dir_fd=place)
+        inner = os.open(name, os.O_RDONLY, dir_fd=place)
         os.close(place)
         place = inner
-    os.close(place)
     try:
-        yield
+        yield place
     finally:
-        subprocess.run(["rm", "-r", str(top / "d")], check=True, timeout=60)
+        os.close(place)
+        subprocess.run(["rm", "-r", str(top / name)], check=True, timeout=60)
 
 
 @linux
@@ -165,10 +169,36 @@ def test_a_tree_too_deep_to_look_through_keeps_no_old_partial_file_beside_it(inb
     week_ago = time.time() - 8 * 24 * 3600
     for letter in string.ascii_lowercase:
         os.utime(make_partial(inbox / letter, "old", b"x"), (week_ago, week_ago))
-    with deep_tree(inbox / "m", 2_000):
+    with deep_tree(inbox / "m", "d", 2_000):
         remove_old_leftovers(str(inbox))
         assert [letter for letter in os.listdir(inbox) if os.listdir(inbox / letter)] == ["m"]
         assert os.listdir(inbox / "m") == ["d"]
+
+
+@linux
+def test_an_old_partial_file_is_removed_whose_path_is_longer_than_the_system_takes(
+    inbox: Path, tmp_path: Path
+) -> None:
+    inbox.mkdir()
+    old = make_partial(tmp_path, "old", b"x")
+    week_ago = time.time() - 8 * 24 * 3600
+    os.utime(old, (week_ago, week_ago))
+    with deep_tree(inbox, "d" * 250, 20) as innermost:
+        os.rename(old, old.name, dst_dir_fd=innermost)
+        remove_old_leftovers(str(inbox))
+        assert os.listdir(innermost) == []
+
+
+@posix
+def test_an_old_partial_file_behind_a_link_is_left_alone(inbox: Path, tmp_path: Path) -> None:
+    inbox.mkdir()
+    old = make_partial(tmp_path / "elsewhere", "old", b"x")
+    week_ago = time.time() - 8 * 24 * 3600
+    os.utime(old, (week_ago, week_ago))
+    (inbox / "folder").symlink_to(old.parent)
+    (inbox / old.name).symlink_to(old)
+    remove_old_leftovers(str(inbox))
+    assert old.exists()
 
 
 def test_what_came_of_a_segment_is_kept(server: Server, tmp_path: Path) -> None:

@@ -1471,14 +1471,17 @@ class UnderWay:
         return self.partial.replace(name)
 
     def _is_same(self, name: str) -> bool:
-        """Return whether a finished file has the same content: if not, that was a guess at it."""
+        """Return whether a finished file has the same content: if not, that was a guess at it.
+
+        What is empty guesses nothing.
+        """
         guesses, host = self._store.mismatches, self._batch.client.host
-        if name in self._different or guesses.reserve(host) is None:
-            return False
         folder, size = self.partial.folder, self.partial.size
+        if name in self._different or (size and guesses.reserve(host) is None):
+            return False
         found = self._store.read_finished(folder, name, size, lambda _: None)
         is_same = found == self.partial.digest.hexdigest()
-        if is_same or not found:
+        if size and (is_same or not found):
             guesses.give_back(host, 1)
         return is_same
 

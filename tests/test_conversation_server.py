@@ -228,6 +228,12 @@ def test_contents_that_are_sent_under_a_name_count_as_guesses_at_what_is_there(
         assert start_of(peer).entries == [0] * 100
         peer.send(b"".join(segments(b"%04d" % guess) for guess in range(100)))
         assert {each.kind for each in outcomes_of(peer, 100).values()} == {"saved"}
+        # An empty file tells nothing: it is known again, also where no guess is left.
+        peer.send(say(Offer([Entry("empty", 0)])))
+        assert start_of(peer).entries == [0]
+        (inbox / "empty").touch()
+        peer.send(segments(b""))
+        assert [each.kind for each in outcomes_of(peer, 1).values()] == ["already"]
 
 
 # --- about the content --------------------------------------------------------------------------

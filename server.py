@@ -3690,13 +3690,14 @@ def logging_to_streams(args: argparse.Namespace) -> Iterator[Console]:
 
 
 def goes_to_journal() -> bool:
-    """Return whether standard error goes to systemd's journal, which stamps each line itself.
+    """Return whether all output goes to systemd's journal, which stamps each line itself.
 
     ``JOURNAL_STREAM`` holds the device and the inode that systemd passed on (systemd.exec(5)).
     """
     with contextlib.suppress(OSError, ValueError):  # no file, or closed
-        found = os.fstat(sys.stderr.fileno())
-        return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+        found = [os.fstat(stream.fileno()) for stream in (sys.stdout, sys.stderr)]
+        streams = {f"{each.st_dev}:{each.st_ino}" for each in found}
+        return streams == {os.environ.get("JOURNAL_STREAM")}
     return False
 
 

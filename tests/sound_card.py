@@ -32,7 +32,6 @@ def raw_format(channels: int = 1) -> tuple[str, ...]:
     return ("--raw", f"--rate={RATE}", f"--channels={channels}", "--format=s16le")
 
 
-START_LIMIT_S = 30.0
 STOP_LIMIT_S = 10.0
 COMMAND_LIMIT_S = 20.0
 

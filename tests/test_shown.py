@@ -96,6 +96,24 @@ def test_lines_for_the_journal_have_no_time_of_their_own(inbox: Path, tmp_path: 
     assert re.fullmatch(r"127\.0\.0\.1:\d+ sent 1\.0 kB, .*, saved as .*/file\.bin", lines[-1])
 
 
+@posix
+def test_lines_for_a_file_have_a_time_where_problems_go_to_the_journal(
+    inbox: Path, tmp_path: Path
+) -> None:
+    source = make_file(tmp_path / "file.bin", 1000)
+    port = free_port()
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    with ours, theirs:
+        status = os.fstat(theirs.fileno())
+        with Process(
+            *("server.py", "file", f"--port={port}", f"--folder={inbox}"),
+            stderr=theirs.fileno(),
+            env={"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
+        ) as server:
+            wait_for(lambda: send(port, source).status == 0)
+            server.wait_for_output(r"\d\d:\d\d:\d\d 127\.0\.0\.1:\d+ sent 1\.0 kB, .*, saved as ")
+
+
 def test_a_quiet_client_says_only_what_went_wrong(server: Server, tmp_path: Path) -> None:
     source = make_file(tmp_path / "file.bin", 1000)
     result = server.send("-q", source, tmp_path / "missing")

@@ -3059,7 +3059,8 @@ class Listening:
         self._wanted: tuple[AudioFormat, float | None] | None = None
         self._latest_samples = b""
         self._meter = common.LevelMeter()
-        self._problems_told: set[type[SocketPairError]] = set()  # since sound was heard
+        # Whether the server was busy, or gone, each told once before sound is heard again.
+        self._problems_told: set[bool] = set()
         self.is_cut_short = False  # as the server was lost, and did not come back in time
 
     def run(self) -> None:
@@ -3092,9 +3093,10 @@ class Listening:
             raise SocketPairError(str(error)) from None
         self._latest_samples = b""
         self._meter.hear(b"")
-        if type(error) not in self._problems_told:
+        is_busy = isinstance(error, PeerRefused)
+        if is_busy not in self._problems_told:
             self._console.complain(f"{error} - looking for it until Ctrl+C")
-            self._problems_told.add(type(error))
+            self._problems_told.add(is_busy)
         common.INTERRUPTS.wait(min(wait_s, self._deadline.remaining()))
 
     def _listen(self, connection: Connection, welcome: Welcome) -> None:

@@ -129,6 +129,35 @@ def test_a_server_that_is_lost_before_the_seconds_have_been_heard_is_a_failure(
     assert capsys.readouterr().out.endswith("heard 0:00.0 of 0:00.2\n")
 
 
+def test_a_server_that_is_lost_is_told_once_in_whatever_ways_it_does_not_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clients = iter(range(1000))
+
+    def serve(peer: RawPeer) -> None:
+        number = next(clients)
+        peer.receive()
+        if number in (1, 2):
+            return  # closes before it has answered
+        if number == 3:
+            peer.send(common.encode_message(common.Error("it is full", common.BUSY)))
+            peer.hang_up()
+            return
+        peer.send(pack_welcome())
+        peer.send(AudioBlock(number, 0, bytes(2)).encode())
+        if number > 3:
+            peer.send(common.StreamEnd("over").encode())
+            peer.hang_up()
+
+    with FakeServer(serve) as fake:
+        assert record(fake.port, tmp_path) == common.EXIT_OK
+    told = [line.partition(" - ") for line in capsys.readouterr().err.splitlines()]
+    assert {end for _, _, end in told} == {"looking for it until Ctrl+C"}
+    lost, busy = (reason for reason, _, _ in told)
+    assert "closed the connection" in lost
+    assert busy == "it is full"
+
+
 class Unfinishable(client.Pipe):
     """A writer whose last bytes find no room; it fails once."""
 

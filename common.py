@@ -1154,9 +1154,8 @@ LINGER_TIMEOUT_S = 1.0
 FLUSH_INTERVAL_S = 1.0
 LINGER = struct.Struct("HH" if sys.platform == "win32" else "ii")
 SO_NWRITE = 0x1024  # of macOS
-# Of Linux: what has not arrived; what has not gone out (whatever SO_SNDBUF says, it takes 64 KiB in
-# small writes).
-SIOCOUTQ, SIOCOUTQNSD = 0x5411, 0x894B
+# Of Linux: what has not gone out (whatever SO_SNDBUF says, it takes 64 KiB in small writes).
+SIOCOUTQNSD = 0x894B
 ENDED_INSIDE = "it ended in the middle of a frame"
 SIGN_INTERVAL_S = 1.0
 RECEIVE_BYTES = 256 * 1024
@@ -1348,7 +1347,11 @@ def count_unacknowledged(sock: socket.socket) -> int:
     if sys.platform == "darwin":
         with contextlib.suppress(OSError):  # closed
             return sock.getsockopt(socket.SOL_SOCKET, SO_NWRITE)
-    return ask_for_count(sock, SIOCOUTQ)
+    if sys.platform == "linux":
+        import termios  # noqa: PLC0415  (Windows has none)
+
+        return ask_for_count(sock, termios.TIOCOUTQ)  # SIOCOUTQ; PowerPC's and MIPS' are others
+    return 0
 
 
 def ask_for_count(sock: socket.socket, request: int) -> int:
@@ -2353,10 +2356,10 @@ def hide_jack() -> dict[str, str]:
 class JackProcess:
     """A process of its own in which PortAudio uses JACK: what ends it does not end this one.
 
-    It runs `serve_jack`, and ends with `close`, or with this process. `request` is a Direction, to
-    learn its `devices`; or also a Device, an AudioFormat and the length of a block in milliseconds,
-    to open that one: then sound flows through it as through a stream of PyAudio's. Raises
-    AudioUnavailable with its words.
+    It runs `serve_jack`, and ends with `close`, or after this process at JACK's next block.
+    `request` is a Direction, to learn its `devices`; or also a Device, an AudioFormat and the
+    length of a block in milliseconds, to open that one: then sound flows through it as through a
+    stream of PyAudio's. Raises AudioUnavailable with its words.
     """
 
     def __init__(self, *request: Direction | Device | AudioFormat | float) -> None:

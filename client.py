@@ -3761,7 +3761,7 @@ def clean_paths(answer: str) -> list[str]:
     """Return the paths that `answer` means: as typed, or as a shell or a file manager quotes it."""
     if os.path.lexists(answer):
         return [answer]
-    path = os.path.expanduser(answer.strip().strip("'\""))
+    path = os.path.expanduser(re.sub(r"^(['\"])(.*)\1$", r"\2", answer.strip()))
     if os.name == "posix" and not os.path.lexists(path):
         import shlex  # noqa: PLC0415  (only a prompt needs it)
 

@@ -121,6 +121,7 @@ def test_ctrl_c_at_a_prompt_is_no_error_message(tmp_path: Path) -> None:
         ("home.txt", "~/home.txt"),
         ("home.txt", "'~/home.txt'"),
         ("'quoted'", "'quoted'"),
+        ('12"', ' 12" '),
         ("back\\slash", "back\\slash"),
         (" blank", " blank"),
         ("café.txt", "café.txt"),

@@ -1426,7 +1426,7 @@ class UnderWay:
 
         That is as much as has come: who offers much and sends nothing keeps nothing from others.
         """
-        come = self.partial.size - self._offset
+        come = max(0, self.partial.size - self._offset)  # `make_room` makes it shorter
         return min(self.bytes_left, come) if self.partial.folder.device == device else 0
 
     # the end

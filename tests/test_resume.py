@@ -246,6 +246,7 @@ def test_a_server_that_comes_back_with_another_code_is_asked_once(
         link.release()
         with Server(inbox, "--code", OTHER_CODE, port=first.port) as second:
             result = client.wait()
+            second.wait_for_output("wrong pairing code")
             assert second.stderr().count("wrong pairing code") == 1
     assert result.status == 1
     assert "pairing code: check it there; what has arrived is kept" in result.error_lines[-1]

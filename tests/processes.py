@@ -385,16 +385,20 @@ class Server(Process):
 
     def held(self) -> tuple[int, int]:
         """Return the counts of the threads and the descriptors that it has once it has started."""
-        wait_for(self._has_started, "its start")
-        return self.threads(), self.descriptors()
+        descriptors = wait_for(self._count_of_idle, "its start")
+        return self.threads(), descriptors
 
-    def _has_started(self) -> bool:
-        """Return whether it waits for clients, and does not look through its folder any more."""
+    def _count_of_idle(self) -> int:
+        """Return how many descriptors it has while it waits for clients and has no folder open.
+
+        0 where it does not, say as it looks for old leftovers. All is told by one listing.
+        """
         folder = f"/proc/{self.popen.pid}/fd"
         with contextlib.suppress(FileNotFoundError):  # one that has just been closed
             targets = [os.readlink(f"{folder}/{number}") for number in os.listdir(folder)]
-            return "anon_inode:[eventpoll]" in targets and not any(map(os.path.isdir, targets))
-        return False
+            if "anon_inode:[eventpoll]" in targets and not any(map(os.path.isdir, targets)):
+                return len(targets)
+        return 0
 
     def wait_until_idle(self, held: tuple[int, int]) -> None:
         """Wait until it has released all that it did not hold at first."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import icecast_server
-from melody import hear, is_melody, make_melody, write_melody
+from melody import has_melody, hear, is_melody, make_melody, write_melody
 from recipes import Workplace, network, read_recipe, workplace
 from sound_card import VirtualSoundCard, stop_process
 from support import ROOT, Program, wait_for
@@ -141,7 +141,7 @@ def test_one_microphone_has_200_listeners_through_icecast(station: Workplace) ->
         crowd = run_all(station, f"python3 {CROWD} {URL} --count 200 --seconds 6 --keep one.opus")
         assert "200 of 200 kept up" in crowd.text()
         run_all(station, f"ffmpeg -loglevel error -i one.opus {PCM} one.raw")
-        assert is_melody((station.folder / "one.raw").read_bytes())
+        assert has_melody((station.folder / "one.raw").read_bytes())
 
 
 # --- Snapcast ---------------------------------------------------------------------------------

@@ -42,8 +42,8 @@ pcm.b\xe4d { type null hint { show on description "-" } }
 """
 
 
-# What ALSA says each time that PortAudio looks for its devices, on any machine.
-ONE_LOOK = "Unknown PCM cards.pcm.rear"
+# What ALSA says each time that PortAudio has looked for its devices, on a machine without any.
+ONE_LOOK = "Unknown PCM dmix"
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +187,9 @@ def test_no_other_card_is_taken_for_one_that_is_lost(card: VirtualSoundCard) -> 
     configuration.write_text(ALSA_CONFIGURATION + first + other)
     try:
         with start_server(card, "--input", name, "-v") as sender:
-            card.unplug()
+            # Not while PortAudio looks: it aborts where a device comes or goes meanwhile.
             configuration.write_text(ALSA_CONFIGURATION + other)
+            card.unplug()
             sender.wait_for("the microphone room is gone")
             card.plug_in()
             looks = sender.text().count(ONE_LOOK)

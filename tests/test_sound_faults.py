@@ -43,7 +43,7 @@ def test_the_pairing_code_is_asked_for_where_the_user_sees_it(
         assert player.text() == shown, "no status line comes over the question"
         player.type(CODE + "\n")
         player.wait_for("Listening")
-        player.wait_for("0:01")
+        player.wait_for_output(r"  0:(0[1-9]|[1-5]\d)")  # on a busy machine it leaves some out
         player.type("\x03")
         assert player.end() == common.EXIT_OK
 

@@ -111,7 +111,11 @@ class Recording:
             self._start_s = min(self._start_s, began_s)
 
     def __enter__(self) -> Recording:
-        wait_for(lambda: self._samples, "the first sound of a recording")
+        try:
+            wait_for(lambda: self._samples, "the first sound of a recording")
+        except AssertionError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

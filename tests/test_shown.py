@@ -8,7 +8,9 @@ import re
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from common import FINDING, PROTOCOL
 from support import (
@@ -73,25 +75,36 @@ def test_only_the_line_of_a_saved_file_has_the_words_that_go_before_its_path(
     assert saved == [str(server.folder / folder.name / "film")]
 
 
-@posix
-def test_lines_for_the_journal_have_no_time_of_their_own(inbox: Path, tmp_path: Path) -> None:
-    source = make_file(tmp_path / "file.bin", 1000)
+@contextlib.contextmanager
+def served_for_journal(
+    inbox: Path, source: Path, *streams: str
+) -> Iterator[tuple[Process, socket.socket]]:
+    """Run a server of which `streams` go to systemd's journal, once it has `source`.
+
+    Gives it, and the journal's end, of which no other end is open here.
+    """
     port = free_port()
-    # systemd gives a service a socket to its journal as both, and tells which one it is.
+    # systemd gives a service a socket to its journal, and tells which one it is.
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     with ours, theirs:
         status = os.fstat(theirs.fileno())
+        options: dict[str, Any] = dict.fromkeys(streams, theirs.fileno())
+        options["env"] = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
         with Process(
-            *("server.py", "file", f"--port={port}", f"--folder={inbox}"),
-            stdout=theirs.fileno(),
-            stderr=theirs.fileno(),
-            env={"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
+            "server.py", "file", f"--port={port}", f"--folder={inbox}", **options
         ) as server:
+            theirs.close()
             wait_for(lambda: send(port, source).status == 0)
-            server.signal(signal.SIGTERM)
-            assert server.wait().status == 143
-        theirs.close()
-        lines = b"".join(iter(lambda: ours.recv(65536), b"")).decode().splitlines()
+            yield server, ours
+
+
+@posix
+def test_lines_for_the_journal_have_no_time_of_their_own(inbox: Path, tmp_path: Path) -> None:
+    source = make_file(tmp_path / "file.bin", 1000)
+    with served_for_journal(inbox, source, "stdout", "stderr") as (server, journal):
+        server.signal(signal.SIGTERM)
+        assert server.wait().status == 143
+        lines = b"".join(iter(lambda: journal.recv(65536), b"")).decode().splitlines()
     assert lines[0].startswith("Receiving into")
     assert re.fullmatch(r"127\.0\.0\.1:\d+ sent 1\.0 kB, .*, saved as .*/file\.bin", lines[-1])
 
@@ -101,17 +114,8 @@ def test_lines_for_a_file_have_a_time_where_problems_go_to_the_journal(
     inbox: Path, tmp_path: Path
 ) -> None:
     source = make_file(tmp_path / "file.bin", 1000)
-    port = free_port()
-    ours, theirs = socket.socketpair(socket.AF_UNIX)
-    with ours, theirs:
-        status = os.fstat(theirs.fileno())
-        with Process(
-            *("server.py", "file", f"--port={port}", f"--folder={inbox}"),
-            stderr=theirs.fileno(),
-            env={"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
-        ) as server:
-            wait_for(lambda: send(port, source).status == 0)
-            server.wait_for_output(r"\d\d:\d\d:\d\d 127\.0\.0\.1:\d+ sent 1\.0 kB, .*, saved as ")
+    with served_for_journal(inbox, source, "stderr") as (server, _):
+        server.wait_for_output(r"\d\d:\d\d:\d\d 127\.0\.0\.1:\d+ sent 1\.0 kB, .*, saved as ")
 
 
 def test_a_quiet_client_says_only_what_went_wrong(server: Server, tmp_path: Path) -> None:

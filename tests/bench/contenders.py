@@ -18,11 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 from proxy import HOST, free_port  # noqa: E402
+from sound_card import stop_process  # noqa: E402
 
 MIB = 1024 * 1024
 HASH_SAMPLE = 64 * MIB
 START_SECONDS = 10.0
-STOP_SECONDS = 5.0
 LOG_TAIL_LINES = 5
 
 OURS = "ours"
@@ -110,16 +110,6 @@ def wait_for_port(port: int, server: subprocess.Popen[bytes]) -> None:
     raise BenchError(f"no server came up on port {port}")
 
 
-def stop(server: subprocess.Popen[bytes]) -> None:
-    """End a server, by force if it does not end by itself."""
-    server.terminate()
-    try:
-        server.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
-
-
 @contextlib.contextmanager
 def serving(command: list[str], port: int, log: Path) -> Iterator[None]:
     """Have a server run in the background, out of reach of the terminal's Ctrl+C."""
@@ -138,7 +128,7 @@ def serving(command: list[str], port: int, log: Path) -> Iterator[None]:
         if server.poll() is not None:
             ended = f"{shlex.join(command)}: ended by itself, exit status {server.returncode}"
             say(str(failure(ended, log.read_text(errors="replace"))))
-        stop(server)
+        stop_process(server)
 
 
 # The contenders

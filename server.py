@@ -3329,7 +3329,7 @@ ACCEPT_RETRY_S = 0.1
 # Lines of the log about clients that are turned away, at once and for good.
 TURNED_AWAY_LINES = 50
 TURNED_AWAY_SPACING_S = 0.5
-BUSY = common.Error("this server is busy: try again later", common.BUSY)
+IS_BUSY = common.Error("this server is busy: try again later", common.BUSY)
 
 
 def host_of(peer: str) -> str:
@@ -3556,7 +3556,7 @@ class Server:
             reason = "dropped: out of memory, threads or open files"
             self._turned_away.write(f"{connection.peer}: {reason}", logging.ERROR)
             with contextlib.suppress(SocketPairError, MemoryError):
-                connection.offer(common.encode_message(BUSY))
+                connection.offer(common.encode_message(IS_BUSY))
         else:
             is_debugging = log.isEnabledFor(logging.DEBUG)
             log.error("%s: internal error: %r", connection.peer, error, exc_info=is_debugging)

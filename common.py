@@ -9,8 +9,8 @@ pairing code         ``normalize_code``; ``Pairing``: SPAKE2, from which both si
                      certificate that TLS takes for this connection
 the wire             every message as a value, ``encode_message`` and ``decode_message``, and the
                      whole conversation of both modes; ``AudioFormat``, ``AudioBlock``: sound
-connection           ``TimedSocket``, ``TLS``, ``ByteStream``, and on top of them
-                     ``Connection``: a socket that sends and receives messages; ``Deadline``;
+connection           ``TimedSocket``, ``TLS``, ``ReceiveBuffer``, ``ByteStream``, and on top of
+                     them ``Connection``, which sends and receives messages; ``Deadline``;
                      ``SignsOfLife``, while a disk keeps the other side waiting
 time                 ``TimeLine``: when each sample frame passes a sound card
 local network        ``Announced``: what a server tells it; ``open_network``; ``disguise``: whether
@@ -1454,6 +1454,16 @@ class TLS:
         return self.output()
 
 
+class ReceiveBuffer(bytearray):
+    """Bytes that have arrived, and that nobody has read yet."""
+
+    def take(self, size: int) -> bytes:
+        """Return up to `size` of them, which are gone then."""
+        data = bytes(self[:size])
+        del self[:size]
+        return data
+
+
 class ByteStream(TimedSocket):
     """Exact bytes over a `TimedSocket`, perhaps encrypted.
 
@@ -1463,7 +1473,7 @@ class ByteStream(TimedSocket):
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         super().__init__(sock, peer)
-        self._received = bytearray()  # what has arrived and nobody has read yet
+        self._received = ReceiveBuffer()
         self._queued = bytearray()
         self._queued_until = 0.0
         self._tls: TLS | None = None
@@ -1498,7 +1508,7 @@ class ByteStream(TimedSocket):
         Raises NotPaired, and what `read` and `write` raise.
         """
         tls = TLS(context, server_side)
-        tls.feed(self._take(len(self._received)))
+        tls.feed(self._received.take(len(self._received)))
         try:
             while not tls.shake_hands():
                 self._send_all(tls.output())
@@ -1526,7 +1536,7 @@ class ByteStream(TimedSocket):
         """
         if len(self._received) < size:
             self._wait_for(size, ahead)
-        return self._take(size)
+        return self._received.take(size)
 
     def peek(self, size: int) -> bytes:
         """Return the next `size` bytes, which stay unread; blocks and raises as `read` does."""
@@ -1538,7 +1548,7 @@ class ByteStream(TimedSocket):
 
         Blocks and raises as `read` does, but not before what has come has been returned.
         """
-        buffered = self._take(len(view))
+        buffered = self._received.take(len(view))
         view[: len(buffered)] = buffered
         have = len(buffered) or self._receive_into(view)
         if not have:
@@ -1575,12 +1585,6 @@ class ByteStream(TimedSocket):
             if not data:
                 raise ConnectionBroken(ENDED_INSIDE) if self._received else PeerClosed()
             self._received += data
-
-    def _take(self, size: int) -> bytes:
-        """Return up to `size` of the bytes that have arrived, and drop them."""
-        data = bytes(self._received[:size])
-        del self._received[:size]
-        return data
 
     def _receive(self, size: int) -> bytes:
         """Return some bytes, decrypted, of `size` at most; none at a clean end."""

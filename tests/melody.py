@@ -67,7 +67,7 @@ def is_melody(samples: bytes) -> bool:
 def has_melody(samples: bytes) -> bool:
     """Return whether all the tones follow each other somewhere in `samples`.
 
-    Between a microphone and its server some of them may be lost, where a machine is busy.
+    Where a machine is busy, some may be lost between a microphone and its server, and in snapcast.
     """
     heard = hear(samples)
     places = range(len(heard) - len(ROUND) + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from sound import (
 from sound_card import (
     VirtualSoundCard,
 )
-from support import FakeServer
+from support import FakeServer, RawClient, frame
 
 # --- at a terminal --------------------------------------------------------------------------
 
@@ -136,6 +137,27 @@ def test_a_bad_server_is_a_line(
         start_client(card, str(fake.port), "-q", "--output", output) as reader,
     ):
         ends_with_one_line(reader)
+
+
+@pytest.mark.parametrize(
+    ("depth", "words"),
+    [
+        (common.MAX_HELLO_BYTES, "received a message that is not JSON"),
+        # On the stack of a listener's thread, Python 3.13 crashes with this.
+        (4_000, "not Socket Pair's protocol"),
+    ],
+)
+def test_a_message_that_is_nested_as_deeply_as_can_be_does_not_end_a_broadcast(
+    silent_machine: dict[str, str], depth: int, words: str
+) -> None:
+    with start_server(silent_machine, "--input", "-", stdin=subprocess.PIPE) as sender:
+        port = int(port_of(sender))
+        with RawClient(port) as stranger:
+            stranger.send(frame(b"[" * depth))
+            stranger.read_all()
+        sender.wait_for(words)
+        with RawClient(port) as listener:
+            listener.greet("audio")
 
 
 def test_seconds_end_a_client_that_finds_no_server(card: VirtualSoundCard, tmp_path: Path) -> None:

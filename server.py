@@ -2512,7 +2512,7 @@ def over_and_over(sound: SoundFile) -> Iterator[bytes]:
 
 def names_sound_file(text: str) -> bool:
     """Return whether ``--input`` means a file rather than a microphone."""
-    if text.isdigit():
+    if text.isdigit() or text == STDIN:
         return False
     is_path = text.lower().endswith(SOUND_ENDINGS) or text.startswith(PATH_BEGINNINGS)
     path = os.path.expanduser(text)

@@ -2767,18 +2767,18 @@ class Broadcaster:
     One round goes once through all listeners. While it takes less than a block's time each block
     is sent as it comes. When there are so many listeners that it takes longer, the next round
     sends all that has gathered since in one write: the load sets the size of a write. `add`,
-    `remove` and `check_opus` are for any thread.
+    `remove`, `count_missed` and `check_opus` are for any thread.
     """
 
     def __init__(self, captured: CaptureQueue) -> None:
         self.captured = captured
         self.meter = common.LevelMeter()
         self.log = LimitedLog()
-        self.missed_blocks = 0
         self.served_count = 0
         self.listeners: tuple[Listener, ...] = ()  # now; for any thread to look at
         self._pcm = PcmEncoding(captured.audio)
         self._lock = threading.Lock()
+        self._missed_before = 0  # blocks, by listeners that have left
         self.sent_s = 0.0
         self.has_ended = False  # which the main thread is woken for
 
@@ -2831,7 +2831,12 @@ class Broadcaster:
         listener.stop()
         with self._lock:
             self.listeners = tuple(other for other in self.listeners if other is not listener)
-            self.missed_blocks += listener.missed_blocks
+            self._missed_before += listener.missed_blocks
+
+    def count_missed(self) -> int:
+        """Return how many blocks all listeners together have missed."""
+        with self._lock:
+            return self._missed_before + sum(each.missed_blocks for each in self.listeners)
 
     def _run(self) -> None:
         try:
@@ -3935,7 +3940,7 @@ def finish_audio(server: Server, broadcaster: Broadcaster, console: Console) -> 
 def summarize(broadcaster: Broadcaster) -> str:
     """Return what has been broadcast, in a line."""
     listeners = counted(broadcaster.served_count, "listener")
-    missed = counted(broadcaster.missed_blocks, "block")
+    missed = counted(broadcaster.count_missed(), "block")
     return f"{common.format_tenths(broadcaster.sent_s)} of sound to {listeners}, {missed} missed"
 
 

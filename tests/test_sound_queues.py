@@ -365,6 +365,18 @@ def test_a_slow_listener_gets_whole_blocks_and_misses_whole_blocks() -> None:
             assert block.samples == data[block.first_frame]
 
 
+def test_what_listeners_have_missed_is_told_while_they_are_there_and_once_they_have_left() -> None:
+    broadcaster = server.Broadcaster(server.CaptureQueue(MONO))
+    near, far = socket_pair()
+    with common.Connection(near, "near") as sending, far:
+        listener = broadcaster.add(sending)
+        while listener.missed_blocks < 2:
+            listener.offer(bytes(20_000), 0.0)
+        assert server.summarize(broadcaster).endswith("1 listener, 2 blocks missed")
+        broadcaster.remove(listener)
+        assert server.summarize(broadcaster).endswith("1 listener, 2 blocks missed")
+
+
 @linux
 @pytest.mark.parametrize("kbit", [None, 16])
 def test_less_than_a_second_waits_for_a_network_that_is_slow_or_stands(kbit: int | None) -> None:

@@ -1153,6 +1153,7 @@ Message = (
 HANDSHAKE_TIMEOUT_S = 10.0
 PROGRESS_TIMEOUT_S = 60.0
 LINGER_TIMEOUT_S = 1.0
+ARRIVAL_CHECK_S = 0.02
 FLUSH_INTERVAL_S = 1.0
 LINGER = struct.Struct("HH" if sys.platform == "win32" else "ii")
 SO_NWRITE = 0x1024  # of macOS
@@ -1497,6 +1498,21 @@ class ByteStream(TimedSocket):
             self._socket.shutdown(socket.SHUT_WR)
             while self._receive_raw(RECEIVE_BYTES) and deadline.remaining():
                 pass
+
+    def wait_until_arrived(self) -> None:
+        """Block until all that was sent has arrived, as far as the system tells.
+
+        What comes meanwhile is dropped, also after `stop_reading`: as `finish` says. Takes no
+        longer than that.
+        """
+        deadline = self._limits.deadline or Deadline(LINGER_TIMEOUT_S)
+        with contextlib.suppress(OSError):  # the other side is gone
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    self._socket.recv(RECEIVE_BYTES)
+                if not (count_unacknowledged(self._socket) and deadline.remaining()):
+                    return
+                time.sleep(ARRIVAL_CHECK_S)  # no system tells when it has
 
     def _end_tls(self) -> None:
         """Send close_notify, unless something was cut off. Never blocks."""

@@ -2739,6 +2739,7 @@ class Listener:
 
     def end(self) -> None:
         """Have the client's thread finish, as no more sound comes. Idempotent."""
+        self.connection.note_progress()  # it is to be told of the end, not evicted as idle
         self.gone.set()
         self.connection.stop_reading()
 
@@ -2895,6 +2896,7 @@ def handle_audio_client(
         if reason is None:
             with connection.limit(LISTENER_TIMEOUT_S):  # for what is unsent before it
                 connection.write(common.StreamEnd(broadcaster.captured.end_reason).encode())
+                connection.wait_until_arrived()  # a request behind it would have it thrown away
             reason = "the sound has ended"
         write(f"left ({reason})" if reason else "left")
     except (OSError, SocketPairError) as error:

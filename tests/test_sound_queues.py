@@ -365,6 +365,40 @@ def test_a_slow_listener_gets_whole_blocks_and_misses_whole_blocks() -> None:
             assert block.samples == data[block.first_frame]
 
 
+@linux
+def test_a_slow_listener_that_asks_for_the_time_is_told_of_the_end() -> None:
+    captured = server.CaptureQueue(MONO)
+    broadcaster = server.Broadcaster(captured)
+    near, far = socket_pair()
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+    request = common.encode_message(common.TimeRequest(0))
+    received = bytearray()
+
+    def serve() -> None:
+        with common.Connection(near, "near") as connection:
+            server.handle_audio_client(connection, broadcaster)
+
+    with far, background(serve):
+        wait_for(lambda: broadcaster.listeners, "a listener")
+        broadcaster.start()
+        while not broadcaster.count_missed():
+            captured.put(bytes(9_600))
+        captured.end("over")
+        while not received.endswith(common.StreamEnd("over").encode()):
+            received += far.recv(4_000) or pytest.fail("it was not told")
+            far.sendall(request)
+
+
+def test_a_listener_is_not_idle_when_the_sound_ends_however_long_there_was_none() -> None:
+    broadcaster = server.Broadcaster(server.CaptureQueue(MONO))
+    near, far = socket_pair()
+    with common.Connection(near, "near") as connection, far:
+        listener = broadcaster.add(connection)
+        before_s = wait_for(connection.idle_s)
+        listener.end()
+        assert connection.idle_s() < before_s
+
+
 def test_what_listeners_have_missed_is_told_while_they_are_there_and_once_they_have_left() -> None:
     broadcaster = server.Broadcaster(server.CaptureQueue(MONO))
     near, far = socket_pair()

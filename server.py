@@ -3519,6 +3519,9 @@ class Server:
             sock, address = listening.accept()
         except (BlockingIOError, ConnectionError):  # it has gone again
             return
+        if not address:  # which is all that macOS tells of one that has gone again
+            sock.close()
+            return
         # As an IPv6 socket shows an IPv4 address.
         host = str(address[0]).removeprefix("::ffff:")
         peer = common.format_address(host, address[1])

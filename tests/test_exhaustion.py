@@ -10,6 +10,7 @@ import os
 import random
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -44,9 +45,12 @@ def greet(connection: common.Connection, _hello: common.Hello) -> None:
 
 
 @contextlib.contextmanager
-def serving(handle: Callable[[common.Connection, common.Hello], None] = greet) -> Iterator[int]:
-    """Serve in this process; give the port."""
-    endpoint = server.Endpoint("file", server.open_sockets(HOST, 0), None, None)
+def serving(
+    handle: Callable[[common.Connection, common.Hello], None] = greet,
+    besides: Sequence[socket.socket] = (),
+) -> Iterator[int]:
+    """Serve in this process, also at the sockets `besides`; give the port."""
+    endpoint = server.Endpoint("file", [*server.open_sockets(HOST, 0), *besides], None, None)
     welcome = common.Welcome(common.PROTOCOL, "file")
     running = server.Server(endpoint, handle, max_clients=4, welcome=lambda *_: welcome)
     running.start(announce=False)
@@ -105,6 +109,22 @@ def test_a_server_that_cannot_wait_for_clients_just_now_takes_them_later(
     with serving() as port, RawClient(port) as raw:
         raw.greet()
         assert next(errors, None) is None
+
+
+@posix
+def test_a_connection_without_an_address_is_left_and_others_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As macOS gives those that were reset before they were accepted, and these always are."""
+    monkeypatch.chdir(tmp_path)  # as such a name has to be short
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as nameless:
+        listening.bind("socket")
+        listening.listen()
+        with serving(besides=[listening]) as port:
+            nameless.connect("socket")
+            assert not nameless.recv(1)
+            with RawClient(port) as raw:
+                raw.greet()
 
 
 @posix

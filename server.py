@@ -2348,8 +2348,8 @@ def parse_wav_format(fields: bytes) -> AudioFormat:
 
 
 def describe_ending(path: str) -> str:
-    """Return what a file is by the ending of its name, which is no WAV file."""
-    kind = os.path.splitext(path)[1][1:].upper()
+    """Return what a file is by the ending of its name, which is no WAV file; fit for a terminal."""
+    kind = escape(os.path.splitext(path)[1][1:].upper())
     return "not a WAV file" if kind in ("", "WAV", "WAVE") else kind
 
 

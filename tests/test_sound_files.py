@@ -290,6 +290,16 @@ def test_without_av_a_line_says_what_a_file_is_and_what_would_help(
         ends_with_one_line(sender, f"it is {kind}", "the package av", "install")
 
 
+def test_without_av_an_ending_is_harmless_to_print(
+    tmp_path: Path, without_av: dict[str, str]
+) -> None:
+    song = tmp_path / "a.\x1b[2J"
+    song.write_bytes(b"no sound")
+    with Script("server.py", without_av, "--port", "0", "--input", str(song)) as sender:
+        ends_with_one_line(sender, r"it is \x1b[2J")
+        assert "\x1b" not in sender.text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(("-c:a", "pcm_s24le"), "24-bit samples"), (("-c:a", "pcm_f32le"), "floating-point samples")],

@@ -2639,7 +2639,9 @@ class SoundCard:
                 self._lengthen_blocks(card)
         elif self._away:
             self._tell_gone()
-            self._open_anew(*self._away)
+            settings, lost_s = self._away
+            # It may have been back for a moment that nobody has seen.
+            self._open_anew(settings, card.last_s if card and card.has_begun else lost_s)
         elif card is not None:
             self._tell_gone()  # first: a sound system that hangs does not let the stream be closed
             self._open_anew(card.settings, card.last_s)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -30,6 +31,9 @@ from sound import (
 from sound_card import ALSA_CONFIGURATION, VirtualSoundCard
 from support import ROOT
 from waiting import wait_for
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # "gone" is a device that PulseAudio does not have: opening it fails, though it is in the list.
 # The last name is in Latin-1.
@@ -227,6 +231,56 @@ def test_a_process_that_stood_still_has_lost_no_card(card: VirtualSoundCard) -> 
             script.signal(signal.SIGCONT)
         assert hears_tone(card)
         assert "is gone" not in sender.text() + player.text()
+
+
+class FlakyCard:
+    """In the place of PortAudio and of a stream: its cable comes off and on in made-up time."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self.is_active = lambda: False
+        self.settings: common.StreamSettings | None = None
+
+    def open(self, _: Device, settings: common.StreamSettings) -> Self:
+        """As PortAudio opens a stream."""
+        self.settings = settings
+        return self
+
+    def close(self) -> None:
+        """As a stream and as PortAudio."""
+
+    def give_block(self) -> None:
+        """Have 3 ms of sound captured."""
+        self.now_s += 0.003
+        assert self.settings is not None
+        self.settings.exchange(bytes(288), common.BlockInfo(144, 0.0, is_after_gap=False))
+
+
+def test_a_microphone_that_is_back_for_a_moment_and_gone_again_is_timed_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flaky = FlakyCard()
+    monkeypatch.setattr(common, "clock_s", lambda: flaky.now_s)
+    monkeypatch.setattr(common, "find_device", lambda *_: (flaky, device(0, "flaky")))
+    monkeypatch.setattr(common, "SoundSystem", lambda _: flaky)
+    monkeypatch.setattr(common.SoundCard, "_watch", lambda _: None)  # here the test looks
+    captured = server.CaptureQueue(MONO)
+
+    def hand_over(samples: bytes | None, info: common.BlockInfo) -> None:
+        captured.skip(info.lost_s)
+        captured.put(samples or b"")
+
+    card = common.SoundCard(common.MICROPHONE, None, print)
+    card.open(common.StreamSettings(MONO, 3.0, hand_over))
+    for _ in range(3):
+        flaky.give_block()
+        card._look_after()
+        flaky.now_s += 60.0
+    flaky.give_block()
+    for number in range(4):
+        block = captured.take(0)
+        assert block is not None
+        assert block.first_frame / MONO.rate == pytest.approx(number * 60.0, abs=0.02)
 
 
 def last_use_of_microphone(card: VirtualSoundCard) -> int:

@@ -3967,8 +3967,8 @@ def main(argv: Sequence[str]) -> int:
 def raise_open_file_limit() -> None:
     """Let this process open as many files as the system allows: each connection is one."""
     if sys.platform != "win32":
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        for wanted in (most, MACOS_OPEN_FILES):
+        current, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for wanted in (most, max(current, MACOS_OPEN_FILES)):
             with contextlib.suppress(OSError, ValueError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
                 return

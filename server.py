@@ -2078,7 +2078,10 @@ class CaptureQueue:
         return self._line.see(frame, now_s - ago_s)
 
     def skip(self, seconds: float) -> None:
-        """Count frames that nobody captured for so long, so that the numbers keep time."""
+        """Count frames that nobody captured for so long, so that the numbers keep time.
+
+        What comes then is timed by itself.
+        """
         self._next_frame += self.audio.frames_in(seconds * 1000)
         self._line = common.TimeLine(self.audio.rate)
 
@@ -2209,6 +2212,7 @@ class PacedInput:
             late_s = common.clock_s() - due_s
             if late_s > PACING_SLACK_S:
                 due_s += late_s
+                self.captured.skip(0.0)  # what comes is not as old as if there had been no pause
             elif late_s < 0:
                 time.sleep(-late_s)
             self.captured.put(samples[: frames * audio.frame_bytes])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from proxy import HOST
 from sound import LIMIT_S, MONO, pack_welcome
 from support import linux
 from waiting import background, ends_soon, wait_for
+
+PAUSE_S = 0.6  # of an input, which is longer than what is taken for a delay
 
 
 def test_ctrl_c_at_any_moment_of_recording_leaves_it_able_to_end(tmp_path: Path) -> None:
@@ -334,6 +338,19 @@ def test_an_input_that_fails_in_any_way_ends(error: Exception) -> None:
     assert source.captured.take(LIMIT_S) is None
     assert source.captured.failed
     assert source.captured.end_reason.startswith("a file cannot be read any further (")
+
+
+def test_sound_that_comes_after_a_pause_is_timed_by_when_it_comes() -> None:
+    def speak() -> Iterator[bytes]:
+        yield bytes(9_600)
+        time.sleep(PAUSE_S)
+        yield bytes(9_600)  # for less than it takes to see that a pause was none of the clock's
+
+    captured = server.PacedInput("speech", speak(), server.CaptureQueue(MONO)).captured
+    blocks = [block for block in iter(lambda: captured.take(LIMIT_S), None) if block.samples]
+    gaps_ns = [later.captured_ns - block.captured_ns for block, later in itertools.pairwise(blocks)]
+    assert max(gaps_ns) > (PAUSE_S - 0.2) * 1e9
+    assert sum(MONO.frames_of(block.samples) for block in blocks) == 9_600
 
 
 def test_listeners_that_come_and_go_have_a_bounded_number_of_lines_in_the_log(

@@ -2668,6 +2668,7 @@ REQUEST_SPACING_S = 0.05
 SEND_BUFFER_MS = 200
 MIN_SEND_BUFFER_BYTES = 16 * 1024
 LONGEST_REST_S = 0.02
+SIGN_BYTES = common.LENGTH.size + common.BLOCK_HEADER.size  # of a block without samples
 # What has waited for longer until it went out is late; it is looked at so often.
 LONGEST_WAIT_S, LOOK_INTERVAL_S = 0.5, 0.25
 
@@ -2677,13 +2678,14 @@ class Listener:
 
     A block that was begun is always finished, so that the client can tell where the next one
     starts. The broadcaster's thread calls `offer`, `end` and `lose`; the client's own thread
-    `take_requests`, then `stop`.
+    `take_requests`, then `stop`, and `send_end` if it has not been lost.
     """
 
     def __init__(self, connection: Connection, encoding: Encoding) -> None:
         self.connection = connection
         self.encoding = encoding
         self.missed_blocks = 0
+        self._missed_last = b""  # unless a later one was accepted
         self.gone = threading.Event()
         self.loss: str | None = None
         self._sending = threading.Lock()
@@ -2706,12 +2708,16 @@ class Listener:
     def _offer(self, frame: bytes, now_s: float) -> None:
         """Give a block to the system, behind the answers to what was asked for."""
         sent_bytes = self.connection.sent_bytes
+        missed = b""
         try:
             if self._is_behind(now_s) or not self.connection.offer(self._replies() + frame):
                 self.missed_blocks += 1
+                missed = frame
         except common.ConnectionLost:  # as every client ends that is stopped
             self.lose("")
             return
+        if len(frame) > SIGN_BYTES:
+            self._missed_last = missed
         if self.connection.sent_bytes != sent_bytes:
             self._progress_s = now_s
         elif now_s - self._progress_s > LISTENER_TIMEOUT_S:
@@ -2746,6 +2752,14 @@ class Listener:
         self.connection.note_progress()  # it is to be told of the end, not evicted as idle
         self.gone.set()
         self.connection.stop_reading()
+
+    def send_end(self, reason: str) -> None:
+        """Send what tells of the end, behind the last sound that there was.
+
+        Blocks until it has arrived, within the `limit` it stands in. Raises ConnectionLost.
+        """
+        self.connection.write(self._missed_last + common.StreamEnd(reason).encode())
+        self.connection.wait_until_arrived()  # a request behind it would have it thrown away
 
     def take_requests(self) -> None:
         """Take requests for the time until the client has left; raises ProtocolError."""
@@ -2899,8 +2913,7 @@ def handle_audio_client(
         reason = listener.loss
         if reason is None:
             with connection.limit(LISTENER_TIMEOUT_S):  # for what is unsent before it
-                connection.write(common.StreamEnd(broadcaster.captured.end_reason).encode())
-                connection.wait_until_arrived()  # a request behind it would have it thrown away
+                listener.send_end(broadcaster.captured.end_reason)
             reason = "the sound has ended"
         write(f"left ({reason})" if reason else "left")
     except (OSError, SocketPairError) as error:

@@ -24,6 +24,7 @@ from sound import LIMIT_S, MONO, pack_welcome
 from support import linux
 from waiting import background, ends_soon, wait_for
 
+LAST = b"last" * 10
 PAUSE_S = 0.6  # of an input, which is longer than what is taken for a delay
 
 
@@ -383,7 +384,10 @@ def test_a_slow_listener_gets_whole_blocks_and_misses_whole_blocks() -> None:
 
 
 @linux
-def test_a_slow_listener_that_asks_for_the_time_is_told_of_the_end() -> None:
+@pytest.mark.parametrize("has_pause", [False, True])
+def test_a_slow_listener_that_asks_for_the_time_hears_the_last_sample_and_is_told_of_the_end(
+    has_pause: bool,
+) -> None:
     captured = server.CaptureQueue(MONO)
     broadcaster = server.Broadcaster(captured)
     near, far = socket_pair()
@@ -400,10 +404,14 @@ def test_a_slow_listener_that_asks_for_the_time_is_told_of_the_end() -> None:
         broadcaster.start()
         while not broadcaster.count_missed():
             captured.put(bytes(9_600))
+        captured.put(LAST)
+        if has_pause:
+            captured.put(b"")  # as which a sign of life is sent
         captured.end("over")
         while not received.endswith(common.StreamEnd("over").encode()):
             received += far.recv(4_000) or pytest.fail("it was not told")
             far.sendall(request)
+    assert LAST in received
 
 
 def test_a_listener_is_not_idle_when_the_sound_ends_however_long_there_was_none() -> None:

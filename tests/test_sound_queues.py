@@ -391,7 +391,7 @@ def test_a_slow_listener_that_asks_for_the_time_hears_the_last_sample_and_is_tol
     captured = server.CaptureQueue(MONO)
     broadcaster = server.Broadcaster(captured)
     near, far = socket_pair()
-    far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
     request = common.encode_message(common.TimeRequest(0))
     received = bytearray()
 
@@ -409,7 +409,7 @@ def test_a_slow_listener_that_asks_for_the_time_hears_the_last_sample_and_is_tol
             captured.put(b"")  # as which a sign of life is sent
         captured.end("over")
         while not received.endswith(common.StreamEnd("over").encode()):
-            received += far.recv(4_000) or pytest.fail("it was not told")
+            received += far.recv(16_000) or pytest.fail("it was not told")
             far.sendall(request)
     assert LAST in received
 

@@ -14,6 +14,7 @@ from jack import JackServer
 from sound import Script, is_not_missed, port_of, read_wav, start_client, start_server
 from sound_card import VirtualSoundCard
 from support import ROOT
+from waiting import wait_for
 
 
 @pytest.fixture
@@ -48,12 +49,13 @@ def test_jack_devices_that_die_are_waited_for(card: VirtualSoundCard, jack: Jack
 def test_a_jack_microphone_is_recorded_at_its_own_rate(jack: JackServer, tmp_path: Path) -> None:
     recording = tmp_path / "jack.wav"
     with start_server(jack.environment(), "--input", "system") as sender:
-        arguments = ("--output", str(recording), "--seconds", "1")
+        arguments = ("--output", str(recording))
         with start_client(jack.environment(), port_of(sender), *arguments) as reader:
-            assert reader.end() == common.EXIT_OK
+            wait_for(lambda: recording.exists() and recording.stat().st_size > 44_100 * 4, "1 s")
+            assert reader.interrupt() == common.EXIT_OK
     audio, samples = read_wav(recording)
     assert audio == common.AudioFormat(44_100, 2)
-    assert audio.frames_of(samples) == 44_100
+    assert audio.frames_of(samples) >= 44_000
 
 
 def test_a_rate_that_the_device_cannot_do_is_refused_with_its_own_format(jack: JackServer) -> None:

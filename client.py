@@ -331,7 +331,7 @@ def look_at(entry: os.DirEntry[str], name: str) -> Source | Problem:
             return look_up_file(entry.path, name, found)
         return Problem(entry.path, name, describe_left_out(found.st_mode), False)
     except OSError as error:
-        if entry.is_symlink() and error.errno in LEADS_NOWHERE:
+        if error.errno in LEADS_NOWHERE and os.path.islink(entry.path):
             return Problem(entry.path, name, "a broken link, left out", False)
         return Problem(entry.path, name, describe_missing(entry.path, error))
 

@@ -3,10 +3,12 @@
    FAULTS holds words: CALL=ERRNO fails a call (link, flock, rename, unlink, tmpfile), CALL=stall
    keeps it waiting for 10 s the first time (link, write, read for opening a file that is there), names=fat and names=short refuse what FAT or an encrypted folder cannot hold, free=0 knows no free space,
    close=ERRNO is that of a file that was open to be read and written, as on NFS.
+   types=unknown has listings of a folder tell no kinds, as of XFS without ftype and of some FUSE.
    size=N makes a write beyond N bytes fail as on FAT, full=N as on a full disk.
 
    cc -shared -fPIC -o faulty_disk.so faulty_disk.c -ldl */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -120,6 +122,18 @@ int close(int file) {
     int is_written = setting("close") && (fcntl(file, F_GETFL) & O_ACCMODE) == O_RDWR && lseek(file, 0, SEEK_CUR) >= 0;
     int status = NEXT(close)(file);
     return is_written && fails("close") ? -1 : status;
+}
+
+struct dirent64 *readdir64(DIR *folder) {
+    struct dirent64 *entry = NEXT(readdir64)(folder);
+    if (entry && setting("types")) entry->d_type = DT_UNKNOWN;
+    return entry;
+}
+
+struct dirent *readdir(DIR *folder) {
+    struct dirent *entry = NEXT(readdir)(folder);
+    if (entry && setting("types")) entry->d_type = DT_UNKNOWN;
+    return entry;
 }
 
 int fstatvfs64(int file, struct statvfs64 *found) {

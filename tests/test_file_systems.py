@@ -18,6 +18,7 @@ from support import (
     GIVEN_UP,
     MIB,
     ROOT,
+    WITHOUT_PRIVILEGE,
     Proxy,
     RawClient,
     Server,
@@ -29,6 +30,7 @@ from support import (
     make_sparse,
     partials,
     visible,
+    with_permissions,
 )
 
 pytestmark = linux
@@ -106,6 +108,23 @@ def test_a_disk_that_tells_no_free_space_takes_files(
     with serve(inbox, faulty_disk, "free=0") as server:
         assert server.send(make_file(tmp_path / "file", 3 * MIB)).status == 0
         assert server.send("-", "--name", "piped", stdin=bytes(3 * MIB)).status == 0
+
+
+@with_permissions
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_folder_that_may_only_be_listed_stops_no_other_where_a_listing_tells_no_kinds(
+    server: Server, tmp_path: Path, faulty_disk: Path, terminal: bool
+) -> None:
+    for name in ("before", "listed", "then"):
+        make_file(tmp_path / "tree" / name / "file", 10)
+    (tmp_path / "tree" / "listed").chmod(0o444)
+    env = {"LD_PRELOAD": str(faulty_disk), "FAULTS": "types=unknown"}
+    result = server.send(tmp_path / "tree", env=env, wrapper=WITHOUT_PRIVILEGE, terminal=terminal)
+    assert result.status == 1
+    said = result.stdout + result.stderr
+    assert f"{tmp_path / 'tree' / 'listed' / 'file'}: permission denied" in said
+    assert "Saved tree/ with 2 files (20 bytes)" in said
+    assert "without 1 that failed" in said
 
 
 def test_a_file_too_large_for_the_file_system_fails_in_one_line_and_leaves_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import socket
@@ -183,6 +184,29 @@ def test_an_output_that_cannot_be_finished_for_another_format_is_closed_once() -
         listening._open_outputs(AudioFormat(44_100, 2), None)
     client.close_all(listening.outputs)
     assert writer.closed == 1
+
+
+class Gone(client.Pipe):
+    """A pipe whose reader has gone."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, _samples: bytes) -> None:
+        """Fail as a pipe does."""
+        raise client.ReaderGone("standard output was closed")
+
+
+@pytest.mark.parametrize("is_pipe_first", [True, False])
+def test_a_reader_that_goes_does_not_hide_what_has_failed(is_pipe_first: bool) -> None:
+    pipe = client.RecordingOutput(Gone(), MONO)
+    pipe.write(bytes(2), 0)
+    recording = client.RecordingOutput(Unfinishable(), MONO)
+    with pytest.raises(common.SocketPairError, match="no room"):
+        client.close_all([pipe, recording] if is_pipe_first else [recording, pipe])
+    with pytest.raises(common.ProtocolError), contextlib.ExitStack() as closing:
+        closing.callback(client.close_all, [pipe])
+        raise common.ProtocolError("received nonsense")
 
 
 class Stuck(client.Pipe):

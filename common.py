@@ -2927,10 +2927,14 @@ class Console:
 
     @property
     def columns(self) -> int:
-        """How wide a status line may be: the terminal's width without what Ctrl+C adds."""
+        """How wide a status line may be: its terminal's width without what Ctrl+C adds."""
         import shutil  # noqa: PLC0415  (it takes a while, and files do without)
 
-        return max(1, shutil.get_terminal_size().columns - 1 - len(CTRL_C_ECHO))
+        columns = 0
+        with contextlib.suppress(OSError, ValueError):  # Windows asks of 0, 1 and 2 alone
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns
+        columns = columns or shutil.get_terminal_size().columns  # of standard output
+        return max(1, columns - 1 - len(CTRL_C_ECHO))
 
     def show_status(self, text: str) -> None:
         """Replace the status line; does nothing without a terminal."""

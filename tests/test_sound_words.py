@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import struct
 import subprocess
+import sys
 from array import array
 from pathlib import Path
 
@@ -22,6 +26,11 @@ from sound import (
     write_wav,
 )
 from sound_card import RATE
+from support import posix
+
+if sys.platform != "win32":
+    import fcntl
+    import termios
 
 QUIET = array("h", [100, -100] * 60).tobytes()
 LOUDEST = array("h", [32_767, -32_768] * 60).tobytes()
@@ -67,6 +76,20 @@ def test_a_narrow_terminal_shortens_the_bar_not_what_stands_beside_it(
     shown = capsys.readouterr().err
     assert shown.endswith("|]    0 dB CLIP  1 dropout")
     assert len(shown) < columns
+
+
+@posix
+def test_a_status_line_fits_its_own_terminal_wherever_standard_output_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    near, far = os.openpty()
+    fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
+    with open(far, "w") as terminal, open(near, "rb", buffering=0) as shown:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        console = common.Console(quiet=False, data_on_stdout=True)
+        console.show_status(200 * "x")
+        (line,) = re.findall(rb"x+", shown.read(1000))
+    assert 40 < len(line) < 50
 
 
 def test_clipping_shows_at_a_terminal(silent_machine: dict[str, str], tmp_path: Path) -> None:

@@ -533,11 +533,11 @@ class Report:
         self._verbose = verbose
         self._lock = threading.Lock()
         self.failed = 0
-        # What has become of what is in each folder that was named.
+        # What has become of what is in each folder that was named, by its path.
         self._folders: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
-    def _tally(self, name: str) -> Counter[str]:
-        return self._folders[name.partition("/")[0]]
+    def _tally(self, path: str, name: str) -> Counter[str]:
+        return self._folders[named_folder(path, name)]
 
     def problem(self, problem: Problem) -> None:
         """Report what was not sent, or was not saved."""
@@ -545,7 +545,7 @@ class Report:
         with self._lock:
             self.failed += is_failure
             if is_in_folder(path, name):
-                self._tally(name)["failed"] += is_failure
+                self._tally(path, name)["failed"] += is_failure
         self._console.complain(f"{escape(name if path == STDIN else path)}: {reason}")
 
     def without_problems(self, found: Iterable[Source | Problem]) -> Iterator[Source]:
@@ -580,7 +580,7 @@ class Report:
         name, is_named = source.beside(outcome.text), not is_in_folder(source.path, source.name)
         if not is_named:
             with self._lock:
-                tally = self._tally(source.name)
+                tally = self._tally(source.path, source.name)
                 tally["files"] += 1
                 tally["bytes"] += sent.size
                 tally["already"] += outcome.kind == "already"
@@ -596,7 +596,7 @@ class Report:
                 self._console.say(f"Saved as {escape(name)}/")
             return
         with self._lock:
-            tally = self._folders.pop(source.name, Counter())
+            tally = self._folders.pop(named_folder(source.path, source.name), Counter())
         is_new = tally["already"] < tally["files"] + tally["failed"] or not tally["files"]
         files = counted(tally["files"], "file")
         text = f"{'Saved' if is_new else 'Already there as'} {escape(name)}/ with {files}"
@@ -613,6 +613,12 @@ class Report:
 def is_in_folder(path: str, name: str) -> bool:
     """Return whether what is offered under `name` is in a folder that the user named."""
     return "/" in name and path != STDIN
+
+
+def named_folder(path: str, name: str) -> str:
+    """Return the path of the folder that the user named, of what is offered from it, or itself."""
+    inside = name.partition("/")[2]
+    return path[: len(path) - len(inside)].rstrip(os.sep + (os.altsep or ""))
 
 
 class Batch:

@@ -347,3 +347,20 @@ def test_many_names_that_take_much_of_a_message_arrive(server: Server, tmp_path:
     result = server.send(tree)
     assert result.status == 0, result
     assert contents(server.folder / "tree") == contents(tree)
+
+
+@with_permissions
+def test_two_folders_of_one_name_each_count_their_own_files(server: Server, tmp_path: Path) -> None:
+    """Also those that the server has already, which it tells before all others."""
+    for number, name in enumerate(("a/x/one", "b/x/two", "b/x/sub/three")):
+        make_file(tmp_path / name, 10, seed=number)
+    named = ("a/x/", "./b/x")
+    assert server.send(*named, cwd=tmp_path).status == 0
+    make_file(tmp_path / "a" / "x" / "new", 10, seed=7)
+    (tmp_path / "b" / "x" / "sub").chmod(0)
+    result = server.send(*named, cwd=tmp_path, wrapper=WITHOUT_PRIVILEGE)
+    assert result.stdout.splitlines() == [
+        "Saved x/ with 2 files (20 bytes), every SHA-256 matches, 1 there already",
+        "Saved x/ with 1 file (10 bytes), every SHA-256 matches, 1 there already, "
+        "without 1 that failed",
+    ]

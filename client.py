@@ -695,7 +695,7 @@ MAX_OFFERS = 3
 SMALL_FILE_BYTES = 64 * 1024
 # Who may ask for the SHA-256 of any length learns a file byte by byte.
 MIN_PREFIX_BYTES = 4096
-# Signs of life that a server may send in a connection: one a second, while it looks up or hashes.
+# Signs of life that a server may send in a row: one a second, while it looks up or hashes.
 MAX_SIGNS = 100_000
 
 
@@ -1089,6 +1089,7 @@ class Upload:
     def _receive_answer(self) -> Start | Held:
         while isinstance(answer := self._connection.receive(Start, Held, Hashing), Hashing):
             self._count_sign()
+        self._signs_left = MAX_SIGNS
         return answer
 
     def _count_sign(self) -> None:
@@ -1173,6 +1174,7 @@ class Upload:
             if isinstance(message, Hashing):
                 self._count_sign()
                 continue
+            self._signs_left = MAX_SIGNS
             if not message.entries:
                 raise ProtocolError("received results without a result")
             for index, outcome in message.entries:

@@ -295,6 +295,25 @@ def test_hanging_up_in_the_middle_is_one_line(
     check_one_line(capsys, "closed the connection")
 
 
+def test_signs_of_life_end_no_conversation_that_gets_on(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "MAX_SIGNS", 4)
+    signs = 3 * say(Hashing())
+
+    def serve(peer: RawPeer) -> None:
+        welcome(peer)
+        read_message(peer, Offer)
+        peer.send(signs + say(Held([(0, [SIZE])])))
+        read_message(peer, Prefixes)
+        peer.send(signs + say(Start([0])))
+        read_file(peer)
+        peer.send(signs + say(Results([(0, SAVED)])))
+        peer.read_all()
+
+    assert send(serve, file) == 0
+
+
 def test_prefixes_are_those_of_the_file_and_none_is_near_another(file: Path) -> None:
     answers: list[Message] = []
     lengths = [1, 4096, 4097, SIZE, SIZE + 1]

@@ -3763,7 +3763,7 @@ def ask_for_paths(console: Console) -> list[str]:
         paths = clean_paths(console.ask("File name: "))
         if paths == [""]:
             continue
-        if paths == [STDIN]:
+        if STDIN in paths:
             console.say(f"{STDIN}: standard input has the answers here: {how_to_send_a_pipe()}")
             continue
         found = list(look_up_named(paths, None))

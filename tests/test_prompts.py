@@ -157,6 +157,19 @@ def test_several_files_that_are_dragged_to_the_prompt_are_sent(
     assert set(contents(server.folder)) == {"a file.txt", "another"}
 
 
+@linux
+def test_standard_input_is_not_sent_where_it_has_the_answers_also_beside_a_file(
+    server: Server, tmp_path: Path
+) -> None:
+    for name in ("-", "report.pdf"):
+        make_file(tmp_path / name, 100)
+    typed = b"'-' report.pdf\n./- report.pdf\n"
+    result = run_script("client.py", "file", f"--port={server.port}", stdin=typed, cwd=tmp_path)
+    assert result.status == 0, result
+    assert "-: standard input has the answers here" in result.stdout
+    assert set(contents(server.folder)) == {"-", "report.pdf"}
+
+
 def test_a_path_that_is_not_there_is_asked_for_again(server: Server, tmp_path: Path) -> None:
     make_file(tmp_path / "report.pdf", 100)
     typed = b"report.pfd\n-\nreport.pdf\n"

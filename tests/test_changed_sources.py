@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import client
+from common import calculate_checksum
 from support import (
     MIB,
     Result,
@@ -19,6 +20,7 @@ from support import (
     make_file,
     partials,
     posix,
+    sha256,
 )
 
 
@@ -61,6 +63,27 @@ def test_a_file_of_which_only_the_metadata_change_is_sent(
     result = send_and(server, source, changes[how])
     assert result.status == 0, result
     assert contents(server.folder) == {"log": content}
+
+
+def test_a_file_that_grows_and_is_emptied_while_it_is_compared_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_file(tmp_path / "log", 100_000)
+    transfer = client.UnderWay(client.look_up(str(source)), 0, 0, None)
+
+    def rotate_and_hash(descriptor: int, length: int) -> str:
+        os.truncate(source, 0)
+        return calculate_checksum(descriptor, length)
+
+    monkeypatch.setattr(client, "calculate_checksum", rotate_and_hash)
+    checksum = sha256(source)
+    with client.open_file(str(source)) as file:
+        content = client.Content(transfer, file)
+        assert content.read_into(memoryview(bytearray(100_000))) == 100_000
+        with open(source, "ab") as writing:
+            writing.write(b"more")
+        with pytest.raises(client.FileChanged):
+            content.compare(checksum)
 
 
 def test_a_file_that_only_grows_is_sent_as_it_was_offered(server: Server, tmp_path: Path) -> None:

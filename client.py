@@ -957,21 +957,23 @@ class ContentSender:
             content = Content(transfer, file)
             self.stdin_is_begun |= content.is_stdin
             with common.blocks_for(size, digest.update) as blocks:
-                while left and (sent := self._send_step(content, blocks, left)):
-                    if is_decided():
-                        raise SocketPairError("the server has failed it")
+                while left and (sent := self._send_step(content, blocks, left, is_decided)):
                     left -= sent
             with self._signs:
                 return content.compare(digest.hexdigest())
 
-    def _send_step(self, content: Content, blocks: common.Blocks, most: int) -> int:
+    def _send_step(
+        self, content: Content, blocks: common.Blocks, most: int, is_decided: Callable[[], bool]
+    ) -> int:
         """Send the next of a file, `most` bytes at most; return how many: none at its end."""
         start_s = time.monotonic()
         block = blocks.take()[: min(most, self._step_bytes)]
         if content.is_stdin and not content.is_over:
             self._connection.flush()  # what has been read so far
-            while not has_stdin(common.SIGN_INTERVAL_S):
+            while not (is_decided() or has_stdin(common.SIGN_INTERVAL_S)):
                 self.send_still_here()
+        if is_decided():
+            raise SocketPairError("the server has failed it")
         with self._signs:
             size = content.read_into(block)
         if size:

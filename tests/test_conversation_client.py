@@ -6,6 +6,7 @@ Where an honest one serves it, both sides of the conversation are in this proces
 from __future__ import annotations
 
 import hashlib
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from common import (
     END_OF_FILE,
     GIVEN_UP,
     LENGTH,
+    STILL_HERE,
     Error,
     Hashing,
     Held,
@@ -32,7 +34,17 @@ from common import (
     Welcome,
 )
 from conversation import honest_server, read_message, say, welcome
-from support import HOST, MIB, FakeServer, RawPeer, contents, make_file, make_partial
+from support import (
+    HOST,
+    MIB,
+    FakeServer,
+    RawPeer,
+    contents,
+    linux,
+    make_file,
+    make_partial,
+    start_client,
+)
 
 SIZE = 5000
 SAVED = Outcome("saved", "file")
@@ -273,6 +285,31 @@ def test_a_file_that_fails_at_the_server_is_given_up_and_the_next_is_sent(
     said = capsys.readouterr()
     assert said.err == f"{first}: at the server: no room\n"
     assert "Saved as second" in said.out
+
+
+@linux
+def test_a_pipe_that_has_nothing_holds_up_no_other_once_the_server_has_failed_it(
+    file: Path,
+) -> None:
+    sent: list[tuple[bytes, bytes | None]] = []
+
+    def serve(peer: RawPeer) -> None:
+        begin(peer, Start([0, 0]))
+        assert LENGTH.unpack(peer.read(LENGTH.size)) == (STILL_HERE,)
+        peer.send(say(Results([(0, Outcome("failed", "no room"))])))
+        while LENGTH.unpack(peer.read(LENGTH.size)) == (STILL_HERE,):
+            pass
+        sent.append(read_file(peer))
+        peer.send(say(Results([(1, SAVED)])))
+        peer.read_all()
+
+    with (
+        FakeServer(serve) as fake,
+        start_client(fake.port, "-", file, "--name=x", stdin=subprocess.PIPE) as sender,
+    ):
+        result = sender.wait()
+    assert result.error_lines == ["x: at the server: no room"]
+    assert [content for content, _ in sent] == [file.read_bytes()]
 
 
 @pytest.mark.parametrize("read", [0, 1000, 3 * MIB])

@@ -159,7 +159,10 @@ class Source(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What is not sent: its path, its name in an offer, why, and whether that is a failure."""
+    """What is not sent: its path, its name in an offer, why, and whether that is a failure.
+
+    What the user named and is not there has no name.
+    """
 
     path: str
     name: str
@@ -202,7 +205,7 @@ def look_up_named(paths: Iterable[str], name: str | None) -> Iterator[Source | P
         try:
             yield Source(STDIN, Entry(name or "")) if path == STDIN else look_up(path)
         except (OSError, ValueError, SocketPairError) as error:
-            yield Problem(path or "''", path, describe_missing(path, error))
+            yield Problem(path or "''", "", describe_missing(path, error))
 
 
 def how_to_send_a_pipe() -> str:

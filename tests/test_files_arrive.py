@@ -312,7 +312,7 @@ def test_each_folder_counts_its_own_failures(server: Server, tmp_path: Path) -> 
         make_file(tmp_path / name / "x", 10)
         for number in range(failures):
             make_file(tmp_path / name / f"secret {number}", 10).chmod(0)
-    named = ("missing", "one", "two", "three", "missing too")
+    named = ("missing", "two/missing", "one", "two", "three", "missing too")
     result = server.send(*named, cwd=tmp_path, wrapper=WITHOUT_PRIVILEGE)
     assert result.status == 1
     lines = result.stdout.splitlines()
@@ -321,7 +321,7 @@ def test_each_folder_counts_its_own_failures(server: Server, tmp_path: Path) -> 
         ["two/ with"],
         ["three/ with", "2 that failed"],
     ]
-    assert len(result.error_lines) == 5
+    assert len(result.error_lines) == 6
 
 
 def test_two_thousand_small_files_arrive(server: Server, tmp_path: Path) -> None:

@@ -878,11 +878,11 @@ class Content:
         self._size += have
         return have
 
-    def compare(self, checksum: str) -> Sent:
+    def compare(self, checksum: str, on_progress: Callable[[int], object]) -> Sent:
         """Return how the content was sent, of which all that was offered has this SHA-256.
 
-        Blocks while it is read once more, where something has happened to the file. Raises
-        FileChanged, also where it is not as large as the system says.
+        Blocks while it is read once more, where something has happened to the file; `on_progress`
+        is told of each block. Raises FileChanged, also where it is not as large as the system says.
         """
         then = self._source.found
         if then is None:
@@ -897,7 +897,8 @@ class Content:
             raise FileChanged
         self._file.seek(0)
         with contextlib.suppress(common.FileShrunk):
-            if calculate_checksum(self._file.fileno(), then.st_size) == checksum:
+            descriptor, size = self._file.fileno(), then.st_size
+            if calculate_checksum(descriptor, size, on_progress=on_progress) == checksum:
                 note = ", as it was: it has grown since" if has_grown else ""
                 return Sent(checksum, then.st_size, note)
         raise FileChanged
@@ -963,7 +964,7 @@ class ContentSender:
                 while left and (sent := self._send_step(content, blocks, left, is_decided)):
                     left -= sent
             with self._signs:
-                return content.compare(digest.hexdigest())
+                return content.compare(digest.hexdigest(), self._signs.check)
 
     def _send_step(
         self, content: Content, blocks: common.Blocks, most: int, is_decided: Callable[[], bool]
@@ -1116,11 +1117,16 @@ class Upload:
                 raise ProtocolError("received a held of what has no size")
             self._progress.start(source, 0, "comparing ")
             with self._signs:
-                digests = hash_prefixes(source, lengths, self._progress.move)
+                digests = hash_prefixes(source, lengths, self._note_compared)
             found[index] = digests
             answers.append([digests[n].hexdigest() if n in digests else "" for n in lengths])
         self._connection.send(common.Prefixes(answers))
         return found
+
+    def _note_compared(self, size: int) -> None:
+        """Note that so many bytes more are compared; raises ConnectionLost if that is for none."""
+        self._progress.move(size)
+        self._signs.check()
 
     def _begin(self, batch: Batch, start: Start, digests: Mapping[int, Digests]) -> list[UnderWay]:
         """Report those that the server has decided on already; return the others."""

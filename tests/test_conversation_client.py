@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import client
+import common
 from common import (
     END_OF_FILE,
     GIVEN_UP,
@@ -44,6 +45,7 @@ from support import (
     make_file,
     make_partial,
     start_client,
+    wait_for,
 )
 
 SIZE = 5000
@@ -369,6 +371,26 @@ def test_prefixes_are_those_of_the_file_and_none_is_near_another(file: Path) -> 
     whole = file.read_bytes()
     known = {size: hashlib.sha256(whole[:size]).hexdigest() for size in (4096, SIZE)}
     assert answers == [Prefixes([[known.get(length, "") for length in lengths]])]
+
+
+def test_a_file_is_compared_no_further_once_the_server_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = make_file(tmp_path / "file", 8 * MIB)
+    monkeypatch.setattr(common, "SIGN_INTERVAL_S", 0.02)
+    read: list[int] = []
+
+    def serve(peer: RawPeer) -> None:
+        begin(peer, Held([(0, [8 * MIB])]))
+        peer.reset()
+
+    def note(_progress: client.Progress, size: int) -> None:
+        read.append(size)
+        wait_for(lambda: "signs of life" not in [each.name for each in threading.enumerate()])
+
+    monkeypatch.setattr(client.Progress, "move", note)
+    assert send(serve, file) == 1
+    assert read == [MIB]
 
 
 def test_a_server_that_is_lost_after_it_has_compared_for_long_is_waited_for_anew(

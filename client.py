@@ -3375,7 +3375,7 @@ def browse() -> list[ServiceInfo]:
             zeroconf.ServiceBrowser(network, common.SERVICE_TYPE, handlers=[note])
             common.INTERRUPTS.wait(FIND_S)
             return [services.get() for _ in range(services.qsize())]
-    except (OSError, zeroconf.Error) as error:
+    except Exception as error:  # zeroconf raises many that are no kin
         reason = escape(describe_error(error))
         raise SocketPairError(f"cannot ask the local network: {reason}") from error
 

@@ -17,7 +17,7 @@ import common
 import server
 from client import FoundServer
 from common import Announced
-from support import HOST, FakeServer, Server, free_port
+from support import HOST, FakeServer, Server, as_root, free_port, run_script
 
 posix = pytest.mark.skipif(os.name != "posix", reason="has no such shell")
 
@@ -93,6 +93,14 @@ def test_servers_of_one_name_are_all_shown_by_what_they_answer(
         paired.port: common.CODE_WANTED,
         server.port: common.NO_CODE,
     }
+
+
+@as_root
+def test_a_machine_without_any_network_is_told_so() -> None:
+    result = run_script("client.py", "--find", wrapper=("unshare", "--net"))
+    assert result.status == 1
+    (line,) = result.error_lines
+    assert line.startswith("cannot ask the local network: ")
 
 
 @pytest.mark.parametrize("answer", [b"", b"\xff" * 100, b"\0\0\0\2{}", b"SSH-2.0-OpenSSH\r\n"])

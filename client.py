@@ -2639,9 +2639,15 @@ class RecordingOutput:
         self._writer.write(samples)
 
     def close(self) -> None:
-        """Write what is queued, and finish the file. Raises SocketPairError."""
+        """Write what is queued, and finish the file. Raises SocketPairError.
+
+        Blocks for as long as some of it is written every ``RECORDING_CLOSE_S``.
+        """
         self._blocks.put(None)
-        self._thread.join(RECORDING_CLOSE_S)
+        left = self._blocks.qsize() + 1
+        while self._thread.is_alive() and self._blocks.qsize() < left:
+            left = self._blocks.qsize()
+            self._thread.join(RECORDING_CLOSE_S)
         if self._thread.is_alive():  # the reader of a pipe has stopped to read, say
             raise SocketPairError("the last of the sound could not be written")
         try:

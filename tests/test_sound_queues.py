@@ -237,6 +237,45 @@ def test_blocks_without_samples_fill_the_queue_of_a_recording_as_well(
     output.close()
 
 
+class Slow(client.Pipe):
+    """A writer that takes a block when it may."""
+
+    def __init__(self) -> None:
+        self.may = threading.Semaphore(0)
+        self.samples = b""
+
+    def write(self, samples: bytes) -> None:
+        """Take a block, once it may."""
+        assert self.may.acquire(timeout=LIMIT_S)
+        self.samples += samples
+
+
+def test_a_reader_that_is_slow_gets_all_of_the_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = Slow()
+    output = client.RecordingOutput(writer, MONO)
+    for number in range(5):
+        output.write(bytes([number, number]), 0)
+
+    def let_one_through(_seconds: float) -> None:
+        left = output._blocks.qsize()
+        writer.may.release()
+        wait_for(lambda: output._blocks.qsize() < left or not output._thread.is_alive())
+
+    monkeypatch.setattr(output._thread, "join", let_one_through)
+    output.close()
+    assert writer.samples == bytes([0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
+
+
+def test_a_reader_that_reads_no_more_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "RECORDING_CLOSE_S", 0.1)
+    writer = Stuck()
+    output = client.RecordingOutput(writer, MONO)
+    output.write(bytes(2), 0)
+    with pytest.raises(common.SocketPairError, match="the last of the sound"):
+        output.close()
+    writer.may.set()
+
+
 class Broken(client.Pipe):
     """A writer that fails in a way that nobody has thought of."""
 

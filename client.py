@@ -3797,15 +3797,23 @@ def clean_paths(answer: str) -> list[str]:
     if os.path.lexists(answer):
         return [answer]
     path = os.path.expanduser(re.sub(r"^(['\"])(.*)\1$", r"\2", answer.strip()))
-    if os.name == "posix" and not os.path.lexists(path):
-        import shlex  # noqa: PLC0415  (only a prompt needs it)
-
-        # Dragged into a terminal: "My\ File", or "'My File' 'another'".
+    if not os.path.lexists(path):
         with contextlib.suppress(ValueError):
-            words = list(map(os.path.expanduser, shlex.split(answer)))
+            words = list(map(os.path.expanduser, split_words(answer)))
             if words and all(map(os.path.lexists, words)):
                 return words
     return [path]
+
+
+def split_words(answer: str, posix: bool = os.name == "posix") -> list[str]:
+    r"""Return the words of what was dragged into a terminal: ``My\ File``, ``'My File' 'another'``.
+
+    On Windows only ``"`` quotes. Raises ValueError where a quote has no end.
+    """
+    import shlex  # noqa: PLC0415  (only a prompt needs it)
+
+    words = shlex.split(answer, posix=posix)
+    return words if posix else [word.strip('"') for word in words]
 
 
 def complete_paths() -> None:

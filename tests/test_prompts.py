@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from client import split_words
 from pairing import CODE, OTHER_CODE
 from processes import CTRL_C
 from support import (
@@ -168,6 +169,23 @@ def test_standard_input_is_not_sent_where_it_has_the_answers_also_beside_a_file(
     assert result.status == 0, result
     assert "-: standard input has the answers here" in result.stdout
     assert set(contents(server.folder)) == {"-", "report.pdf"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "posix", "words"),
+    [
+        ("My\\ File 'My Files/it' it\\'s", True, ["My File", "My Files/it", "it's"]),
+        (
+            r""""C:\My Files\a.txt" C:\it's "E:\b c" """,
+            False,
+            [r"C:\My Files\a.txt", r"C:\it's", r"E:\b c"],
+        ),
+    ],
+)
+def test_what_a_terminal_makes_of_several_dragged_files_is_split(
+    answer: str, posix: bool, words: list[str]
+) -> None:
+    assert split_words(answer, posix) == words
 
 
 def test_a_path_that_is_not_there_is_asked_for_again(server: Server, tmp_path: Path) -> None:

@@ -1169,13 +1169,25 @@ class Upload:
         except (OSError, SocketPairError) as error:
             end = NotSent(describe_error(error))
             if isinstance(error, FileChanged) and error.source:
-                self._backlog.give_back([error.source])
+                self._offer_again(batch, error.source)
                 end = OFFERED_AGAIN
         batch.ends[transfer.number] = end
         if isinstance(end, Sent):
             self._connection.queue(LENGTH.pack(common.END_OF_FILE) + bytes.fromhex(end.checksum))
         else:
             self._connection.queue(LENGTH.pack(common.GIVEN_UP))
+
+    def _offer_again(self, batch: Batch, source: Source) -> None:
+        """Have a file of `batch` be offered anew, and after it the folders there that it is in.
+
+        So these are told, and get their times, once it is there.
+        """
+        self._backlog.give_back([source])
+        for index, folder in enumerate(batch.sources):
+            is_around = folder.entry.is_folder and source.name.startswith(f"{folder.name}/")
+            if is_around and index in batch.undecided and index not in batch.ends:
+                batch.ends[index] = OFFERED_AGAIN
+                self._backlog.give_back([folder])
 
     # decided
 

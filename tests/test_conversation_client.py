@@ -6,6 +6,7 @@ Where an honest one serves it, both sides of the conversation are in this proces
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import threading
 import time
@@ -439,6 +440,30 @@ def test_a_file_that_is_offered_anew_is_so_once_when_the_connection_is_lost(
     assert isinstance(second, Offer)
     assert [len(offer.entries) for offer in (first, second)] == [1, 1]
     assert capsys.readouterr().out.count("Saved as") == 1
+
+
+def test_a_folder_is_told_once_all_that_is_in_it_is_decided_also_what_is_offered_anew(
+    inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tmp_path / "tree"
+    for name in ("a/changes", "a/b/changes", "c/stays"):
+        make_file(tree / name, 100_000)
+    for folder in (tree / "a" / "b", tree / "a", tree / "c", tree):
+        os.utime(folder, (1e9, 1e9))
+    look_up = client.Upload._look_up
+
+    def change_and_look_up(upload: client.Upload, batch: client.Batch) -> list[client.UnderWay]:
+        for path in tree.rglob("changes"):
+            if path.stat().st_size == 100_000:
+                path.write_bytes(b"changed")
+        return look_up(upload, batch)
+
+    monkeypatch.setattr(client.Upload, "_look_up", change_and_look_up)
+    assert send(honest_server(inbox), tree) == 0
+    assert contents(inbox / "tree") == contents(tree)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "Saved tree/ with 3 files (100.0 kB), every SHA-256 matches"
+    assert {path.stat().st_mtime for path in inbox.rglob("*") if path.is_dir()} == {1e9}
 
 
 def test_a_file_that_is_offered_anew_counts_once_for_the_bar(

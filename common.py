@@ -2680,11 +2680,11 @@ class SoundCard:
 def in_background(work: Callable[[], T]) -> T:
     """Return what `work` returns, or raise what it raises.
 
-    It is done by a thread of its own, so that Ctrl+C gets through where a sound system hangs.
+    It is done by a thread of its own, so that Ctrl+C gets through where the system hangs.
     """
-    from concurrent.futures import ThreadPoolExecutor, wait  # noqa: PLC0415  (only sound needs it)
+    from concurrent.futures import ThreadPoolExecutor, wait  # noqa: PLC0415  (few need it)
 
-    future = ThreadPoolExecutor(1, "sound system").submit(work)
+    future = ThreadPoolExecutor(1, "in background").submit(work)
     while wait([future], timeout=0.5).not_done:
         pass  # Windows lets Ctrl+C through only in between
     return future.result()

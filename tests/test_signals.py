@@ -20,6 +20,7 @@ from support import (
     Process,
     Proxy,
     Server,
+    as_root,
     contents,
     half_way,
     linux,
@@ -236,3 +237,21 @@ common.run(main)
         command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert (result.returncode, result.stdout, result.stderr) == (status, "", "")
+
+
+@as_root
+def test_ctrl_c_ends_a_client_at_once_whose_servers_name_nobody_answers_for(tmp_path: Path) -> None:
+    resolver = "127.0.7.7"
+    (tmp_path / "resolv.conf").write_text(f"nameserver {resolver}\noptions timeout:30 attempts:5\n")
+    setup = f'mount --bind "{tmp_path}/resolv.conf" /etc/resolv.conf && exec "$@"'
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind((resolver, 53))
+        silent.settimeout(LIMIT_S)
+        with Process(
+            "client.py",
+            *("file", __file__, "--host=server.example"),
+            wrapper=("unshare", "--mount", "sh", "-c", setup, "sh"),
+        ) as client:
+            silent.recv(1000)
+            client.signal(signal.SIGINT)
+            assert client.wait(60).status == 130

@@ -3529,7 +3529,8 @@ def connect(
 
     Asks for the pairing code where the server wants one that `address` lacks, and there is somebody
     to ask; again, if the answer was wrong. `console` shows no status line meanwhile.
-    Otherwise blocks for `timeout_s` for connecting and for 10 s for the handshake at most.
+    Otherwise blocks for `timeout_s` for each address of a name, after that was looked up, and for
+    10 s for the handshake at most.
 
     Raises ConnectionLost, ProtocolError where it is no Socket Pair server, WrongCode, PeerRefused,
     and SocketPairError where it does not pair.

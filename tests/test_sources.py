@@ -5,12 +5,17 @@ from __future__ import annotations
 import ntpath
 import os
 import posixpath
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 import client
-from support import Server, as_root, contents, linux, make_file, make_partial, posix
+from support import MIB, Server, as_root, contents, linux, make_file, make_partial, posix
+
+if sys.platform != "win32":
+    import fcntl
 
 
 @pytest.mark.parametrize(
@@ -154,3 +159,22 @@ def test_a_folder_of_another_machine_with_the_numbers_of_the_servers_own_is_sent
     assert result.status == 0, result
     arrived = server.folder / server.folder.name / "file"
     assert arrived.read_bytes() == source.read_bytes()
+
+
+@linux
+@pytest.mark.parametrize("size", [1000, 3 * MIB])
+def test_a_file_that_another_program_has_a_lease_on_is_waited_for(
+    server: Server, tmp_path: Path, size: int
+) -> None:
+    """As Samba has on files that its clients have open."""
+    source = make_file(tmp_path / "file", size)
+    with open(source, "r+b") as file:
+        before = signal.signal(
+            signal.SIGIO, lambda *_: fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        )
+        try:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            result = server.send(source)
+        finally:
+            signal.signal(signal.SIGIO, before)
+    assert result.status == 0, result

@@ -3761,7 +3761,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add_audio_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     take_path_for_mode(parser, args)
-    common.refuse_other_mode(parser, args, MODE_OPTIONS)
+    args.check_mode = functools.partial(common.refuse_other_mode, parser, args, MODE_OPTIONS)
+    args.check_mode()
     check_arguments(parser, args)
     common.take_code_from_environment(parser, args)
     return args
@@ -3866,7 +3867,8 @@ def main(argv: Sequence[str]) -> int:
     if args.find:
         found = pick_server(args.mode, asking)
         args.mode, args.host, args.port = found.announced.mode, found.host, found.port
-    mode = "audio" if args.list_devices else args.mode or common.ask_mode(asking)
+    mode = args.mode = "audio" if args.list_devices else args.mode or common.ask_mode(asking)
+    args.check_mode()
     address = Address(args.host, args.port, args.code, args.open, asks)
     if mode == "audio":
         common.quiet_libraries(args.verbose)

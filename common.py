@@ -3044,7 +3044,10 @@ def ask_mode(console: Console) -> str:
 def refuse_other_mode(
     parser: argparse.ArgumentParser, args: argparse.Namespace, options: Mapping[str, Sequence[str]]
 ) -> None:
-    """Exit with status 2 where `options` of the mode that was not chosen have been given."""
+    """Exit with status 2 where `options` of the mode that was not chosen have been given.
+
+    While no mode is chosen, all may be.
+    """
     for mode, names in options.items():
         for name in names:
             given = getattr(args, name) != parser.get_default(name)

@@ -53,6 +53,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import errno
+import functools
 import hashlib
 import heapq
 import ipaddress
@@ -3816,7 +3817,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.mode not in (None, *common.MODES):
         parser.error(f"{args.mode!r} is not a mode: give file or audio")
-    common.refuse_other_mode(parser, args, MODE_OPTIONS)
+    args.check_mode = functools.partial(common.refuse_other_mode, parser, args, MODE_OPTIONS)
+    args.check_mode()
     common.take_code_from_environment(parser, args)
     return args
 
@@ -3972,7 +3974,8 @@ def main(argv: Sequence[str]) -> int:
     common.INTERRUPTS.take()
     raise_open_file_limit()
     is_audio = args.list_devices or args.input == STDIN  # where no answer comes from
-    mode = "audio" if is_audio else args.mode or common.ask_mode(Console(quiet=False))
+    mode = args.mode = "audio" if is_audio else args.mode or common.ask_mode(Console(quiet=False))
+    args.check_mode()
     if mode == "audio":
         common.quiet_libraries(args.verbose)
     with logging_to_streams(args) as console:

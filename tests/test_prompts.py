@@ -382,6 +382,24 @@ def test_arguments_that_make_no_sense_are_refused(command: str) -> None:
     assert result.error_lines[0].startswith(f"{script}: error: ")
 
 
+@pytest.mark.parametrize(
+    ("command", "answer", "told"),
+    [
+        ("client.py --record x.wav", "file", "--record is for audio mode"),
+        ("client.py --retry 3", "audio", "--retry is for file mode"),
+        ("server.py --rate 8000", "file", "--rate is for audio mode"),
+        ("server.py --overwrite", "audio", "--overwrite is for file mode"),
+    ],
+)
+def test_an_option_of_the_other_mode_is_refused_also_where_the_mode_was_asked_for(
+    command: str, answer: str, told: str, tmp_path: Path
+) -> None:
+    script, *args = command.split()
+    result = run_script(script, *args, "--port=1", stdin=f"{answer}\n".encode(), cwd=tmp_path)
+    assert result.status == 2
+    assert result.error_lines == [f"{script}: error: {told} (see {script} --help)"]
+
+
 @pytest.mark.parametrize("script", ["server.py", "client.py"])
 def test_a_bad_code_in_the_environment_is_told_as_that(script: str) -> None:
     result = run_script(script, "file", env={"SOCKET_PAIR_CODE": "short"})

@@ -331,7 +331,8 @@ class Folder:
         path = self.path + name
         if HAS_OPEN_FOLDERS:
             return Folder(path, os.open(name, FOLDER_FLAGS, dir_fd=self.descriptor))
-        if os.path.normcase(os.path.realpath(path, strict=True)) != os.path.normcase(path):
+        real = os.path.normcase(os.path.realpath(path, strict=True))
+        if real != os.path.normcase(path) or not os.path.isdir(path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         return Folder(path, None)
 

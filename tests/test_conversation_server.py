@@ -38,6 +38,7 @@ from support import MIB, contents, make_partial, partials, wait_for
 CONTENT = b"what is sent " * 40
 HELD = CONTENT[:200]
 OFFER = Offer([Entry("file", len(CONTENT))])
+NO_FOLDER = "a file or a symbolic link stands where a folder should go"
 GOOD = hashlib.sha256(HELD).hexdigest()
 REST = segments(CONTENT[len(HELD) :], hashlib.sha256(CONTENT).digest())
 
@@ -363,6 +364,22 @@ def test_a_file_of_which_nothing_comes_leaves_no_folder(inbox: Path) -> None:
         peer.send(LENGTH.pack(STILL_HERE) + LENGTH.pack(GIVEN_UP) + segments(b"x"))
         assert [each.kind for each in outcomes_of(peer, 2).values()] == ["failed", "saved"]
     assert contents(inbox) == {"a/": b"", "a/c/": b"", "a/c/kept": b"x"}
+
+
+@pytest.mark.parametrize("has_open_folders", [True, False], ids=["open", "by path"])
+def test_a_file_where_a_folder_should_go_fails_what_is_in_it_and_the_folder(
+    inbox: Path, monkeypatch: pytest.MonkeyPatch, has_open_folders: bool
+) -> None:
+    monkeypatch.setattr(server, "HAS_OPEN_FOLDERS", has_open_folders and server.HAS_OPEN_FOLDERS)
+    inbox.mkdir()
+    (inbox / "a").write_bytes(b"a file")
+    with real_server(inbox) as peer:
+        peer.send(say(Offer([Entry("a/x", 1), Entry("a", is_folder=True)])))
+        inside, folder = start_of(peer).entries
+        assert inside == Outcome("failed", NO_FOLDER)
+        assert folder == 0
+        assert outcomes_of(peer) == {1: Outcome("failed", NO_FOLDER)}
+    assert contents(inbox) == {"a": b"a file"}
 
 
 def test_a_folder_that_is_removed_costs_one_file_at_most(inbox: Path) -> None:

@@ -419,6 +419,12 @@ class Folders:
             return self._known[path]
         return self._walk(path, None)
 
+    def find_again(self, path: str) -> Folder | None:
+        """Return the folder at `path` if it is still to be had."""
+        with contextlib.suppress(Refused, OSError):
+            return self.find(path)
+        return None
+
     def make(self, path: str, mode: int) -> Folder:
         """Return the folder at `path`, made with `mode` if it is missing; raises as `find` does."""
         folder = self.find(path) or self._walk(path, mode)
@@ -1237,11 +1243,13 @@ Checksums = dict["PartialFile | str", str]  # of partial files, and of finished 
 
 
 class LookedUp(NamedTuple):
-    """An offered file, and what is here that may be its beginning, or the whole of it."""
+    """An offered file, and what is here that may be its beginning, or the whole of it.
+
+    It keeps no folder open, as there may be one for each entry.
+    """
 
     entry: Entry
     size: int
-    folder: Folder
     partials: Sequence[PartialFile]
     candidates: Sequence[str]  # names of finished files of its size
 
@@ -1250,16 +1258,18 @@ class LookedUp(NamedTuple):
         lengths = {each.size for each in self.partials}
         return sorted(lengths | {self.size} if self.candidates else lengths)
 
-    def read(self, store: Store, on_progress: Callable[[int], object]) -> Checksums:
+    def read(self, batch: Batch, on_progress: Callable[[int], object]) -> Checksums:
         """Return the SHA-256 of all that is here and can be read; blocks until it is read."""
+        store = batch.store
         here: Checksums = {}
         for each in self.partials:
             with contextlib.suppress(OSError, FileShrunk):  # as good as different
                 each.digest = store.digests.read(each.descriptor, each.size, on_progress)
                 here[each] = each.digest.hexdigest()
-        for name in self.candidates:
-            if checksum := store.read_finished(self.folder, name, self.size, on_progress):
-                here[name] = checksum
+        if self.candidates and (folder := batch.folders.find_again(folder_of(self.entry))):
+            for name in self.candidates:
+                if checksum := store.read_finished(folder, name, self.size, on_progress):
+                    here[name] = checksum
         return here
 
     def decide(
@@ -1270,8 +1280,9 @@ class LookedUp(NamedTuple):
         A partial file is for one entry only: it is `taken` then.
         """
         for name in self.candidates:
-            if name in here and here[name] == there.get(self.size):
-                return batch.settle("already", self.folder, name)
+            is_same = name in here and here[name] == there.get(self.size)
+            if is_same and (folder := batch.folders.find_again(folder_of(self.entry))):
+                return batch.settle("already", folder, name)
         same = [
             each for each in self.partials if each in here and here[each] == there.get(each.size)
         ]
@@ -1338,7 +1349,7 @@ class LookUp:
         same = [each for each, found in finished.items() if found.st_size == entry.size]
         same.sort(key=lambda each: finished[each].st_mtime_ns == entry.mtime_ns)
         if partials or same:
-            return LookedUp(entry, entry.size, folder, partials, same[-MAX_CANDIDATES:])
+            return LookedUp(entry, entry.size, partials, same[-MAX_CANDIDATES:])
         return Wanted(entry)
 
     def _reopen_partials(self, folder: Folder, name: str) -> Iterator[PartialFile]:
@@ -1902,7 +1913,7 @@ class Reception:
         lengths = [(index, each.held()) for index, each in held.items()]
         self._connection.send(common.Held(lengths))
         with self._signs:
-            here = [each.read(self._store, self._signs.check) for each in held.values()]
+            here = [each.read(batch, self._signs.check) for each in held.values()]
         answers = self._receive_prefixes(len(held))
         return {
             index: (its, dict(zip(each.held(), checksums, strict=False)))

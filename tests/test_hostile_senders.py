@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common import LENGTH, MAX_FRAME_BYTES, MAX_HELD_LENGTHS, PARTIAL_SUFFIX, STILL_HERE
-from server import FREE_MISMATCHES, MAX_ALIKE, MAX_OPEN_PARTIALS
+from server import FREE_MISMATCHES, MAX_ALIKE, MAX_OPEN_FOLDERS, MAX_OPEN_PARTIALS
 from support import (
     MIB,
     RawClient,
@@ -51,6 +51,21 @@ def test_deep_folders_that_are_only_offered_take_little_memory(server: Server) -
         deep = 470 * "a/"
         client.offer(*({"path": f"{number}/{deep}x", "size": 1} for number in range(1000)))
     assert server.peak_mib() < 80
+
+
+def test_a_batch_from_many_folders_that_are_here_keeps_few_of_them_open(server: Server) -> None:
+    paths = [f"{number}/x" for number in range(1000)]
+    for path in paths:
+        make_file(server.folder / path, 1)
+    with RawClient(server.port).greet() as client:
+        before = server.descriptors()
+        held = client.offer(*({"path": path, "size": 1} for path in paths))
+        assert len(held["entries"]) == 1000
+        assert server.descriptors() < before + 2 * MAX_OPEN_FOLDERS
+        checksums = [[sha256(server.folder / path)] for path in paths]
+        client.send(message("prefixes", entries=checksums))
+        start = client.receive()
+        assert start["entries"] == [{"already": "x"}] * 1000
 
 
 def test_a_batch_has_a_few_lines_in_the_log(server: Server) -> None:

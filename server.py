@@ -1882,21 +1882,24 @@ class Reception:
         """Return what is done with each entry; blocks until both sides have read their files."""
         held = {index: each for index, each in enumerate(looked_up) if isinstance(each, LookedUp)}
         checksums = self._ask(batch, held) if held else {}
-        taken: set[PartialFile] = set()
-        decided = [
-            each.decide(batch, *checksums[index], taken) if isinstance(each, LookedUp) else each
-            for index, each in enumerate(looked_up)
-        ]
-        compared = {
-            partial for index, each in held.items() for partial in each.compared(*checksums[index])
-        }
-        for partial in set(batch.partials) - taken:
-            with contextlib.suppress(OSError):  # of a network, at the end of any file
-                # A client of another address may continue what was made for it.
-                if partial in compared and has_tag(partial.name, self.tag):
-                    partial.discard()
-                else:
-                    partial.close()
+        with self._signs:
+            taken: set[PartialFile] = set()
+            decided = [
+                each.decide(batch, *checksums[index], taken) if isinstance(each, LookedUp) else each
+                for index, each in enumerate(looked_up)
+            ]
+            compared = {
+                partial
+                for index, each in held.items()
+                for partial in each.compared(*checksums[index])
+            }
+            for partial in set(batch.partials) - taken:
+                with contextlib.suppress(OSError):  # of a network, at the end of any file
+                    # A client of another address may continue what was made for it.
+                    if partial in compared and has_tag(partial.name, self.tag):
+                        partial.discard()
+                    else:
+                        partial.close()
         return decided
 
     def _ask(

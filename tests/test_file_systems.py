@@ -167,15 +167,17 @@ def test_a_disk_that_is_full_in_the_middle_of_a_slow_segment_costs_that_file_alo
     assert contents(inbox) == {"small": b"small"}
 
 
-@pytest.mark.parametrize("call", ["write", "link", "read"])
+@pytest.mark.parametrize("call", ["write", "link", "read", "unlink"])
 def test_a_disk_that_stands_still_for_longer_than_a_client_waits_costs_no_connection(
     inbox: Path, tmp_path: Path, faulty_disk: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """Not while the file is written, nor while it gets its name, nor while it is compared."""
+    """Whether a file is written, gets its name or is compared, or a leftover of it is removed."""
     size = 40 * MIB if call == "write" else MIB
     source = make_sparse(tmp_path / "file", size)
     if call == "read":
         make_sparse(make_file(inbox / "file", 0), size)
+    if call == "unlink":
+        make_partial(inbox, "file", b"other")
     monkeypatch.setattr(common, "PROGRESS_TIMEOUT_S", 4.0)  # of the client, in this process
     with serve(inbox, faulty_disk, f"{call}=stall") as server:
         assert send_here(server.port, source) == 0

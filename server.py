@@ -1915,17 +1915,22 @@ class Reception:
                 self._signs.check()
         lengths = [(index, each.held()) for index, each in held.items()]
         self._connection.send(common.Held(lengths))
+        began_s = time.monotonic()
         with self._signs:
             here = [each.read(batch, self._signs.check) for each in held.values()]
-        answers = self._receive_prefixes(len(held))
+        answers = self._receive_prefixes(len(held), time.monotonic() - began_s)
         return {
             index: (its, dict(zip(each.held(), checksums, strict=False)))
             for (index, each), its, checksums in zip(held.items(), here, answers, strict=True)
         }
 
-    def _receive_prefixes(self, count: int) -> Sequence[Sequence[str]]:
+    def _receive_prefixes(self, count: int, unread_s: float) -> Sequence[Sequence[str]]:
+        """Return the client's answer to Held; its signs of life of `unread_s` are there already."""
+        gathered = unread_s / SIGN_SPACING_S
         while isinstance(message := self._connection.receive(common.Prefixes, Hashing), Hashing):
-            self._note_sign()
+            gathered -= 1
+            if gathered < 0:
+                self._note_sign()
         if len(message.entries) != count:
             raise common.BadField("entries")
         return message.entries

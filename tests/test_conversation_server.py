@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +36,7 @@ from common import (
 from conversation import read_message, real_server, say, segments
 from peers import RawPeer
 from server import FOLDER_GONE
-from support import MIB, contents, make_partial, partials, wait_for
+from support import LIMIT_S, MIB, contents, make_partial, partials, wait_for
 
 CONTENT = b"what is sent " * 40
 HELD = CONTENT[:200]
@@ -124,6 +127,31 @@ def test_the_right_prefix_is_resumed(inbox: Path) -> None:
         peer.send(REST)
         assert outcomes_of(peer) == {0: Outcome("saved", "file")}
     assert contents(inbox) == {"file": CONTENT}
+
+
+def test_signs_of_life_that_gather_while_the_server_reads_for_long_are_not_too_many(
+    inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a client that reads a file of hundreds of gigabytes meanwhile."""
+    monkeypatch.setattr(server, "SIGNS_AT_ONCE", 3)
+    monkeypatch.setattr(server, "SIGN_SPACING_S", 0.01)
+    is_told, read = threading.Event(), server.LookedUp.read
+
+    def read_later(*args: Any) -> Any:
+        is_told.wait(LIMIT_S)
+        return read(*args)
+
+    monkeypatch.setattr(server.LookedUp, "read", read_later)
+    make_partial(inbox, "file", HELD)
+    with real_server(inbox) as peer:
+        resume(peer, b"")
+        began_s = time.monotonic()
+        peer.send(say(*[Hashing()] * 10, Prefixes([[GOOD]])))
+        wait_for(lambda: time.monotonic() - began_s > 10 * server.SIGN_SPACING_S)
+        is_told.set()
+        assert start_of(peer).entries == [len(HELD)]
+        peer.send(REST)
+        assert outcomes_of(peer) == {0: Outcome("saved", "file")}
 
 
 @pytest.mark.parametrize(

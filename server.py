@@ -188,7 +188,8 @@ class NameRules(NamedTuple):
         )
         if self.is_windows:
             name = fit_windows_name(name)
-        return self.shorten(*split_suffix(name))
+        name = self.shorten(*split_suffix(name))
+        return fit_windows_name(name) if self.is_windows else name  # it has another end by now
 
     def _takes(self, char: str) -> bool:
         if self.is_unicode and "\ud800" <= char <= "\udfff":  # no character, but perhaps a byte

@@ -132,6 +132,8 @@ def test_ordinary_and_odd_names_are_kept_as_they_are(path: str) -> None:
 @example("." + "x" * 300)
 @example("\ud800")
 @example(f"{'x' * 239}{PARTIAL_SUFFIX}{'y' * 50}")  # of which that would be left
+@example(f"{'x' * 254} {'y' * 50}")  # on Windows what would be left ends in a space
+@example(f"{'x' * 142}.{'y' * 250}")
 @example("con")
 @example("CON.tar.gz")
 @example(" ")

@@ -758,18 +758,19 @@ class PartialFile:
         if self.name:
             return
         place, name = self._place, self._place.new_hidden_name()
-        file = (self.folder.identity, name)
-        self._lease = place.store.leases.take(file, place.holder, time.monotonic())
+        leases, file = place.store.leases, (self.folder.identity, name)
+        leases.take(file, place.holder, time.monotonic())
         lock_file(self.descriptor)
         try:
             self._link(name)
         except OSError as error:
+            leases.release(file)
             if error.errno not in NO_HARD_LINKS:
                 raise
-            self._place.store.without_nameless.add(self.folder.device)
+            place.store.without_nameless.add(self.folder.device)
             self._copy()
         else:
-            self.name = name
+            self.name, self._lease = name, file
 
     def _copy(self) -> None:
         """Become a copy that has a hidden name: this system gives the open file none."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 
 from common import PARTIAL_SUFFIX
 from server import (
+    KEPT_BYTES,
     RELEASE_TIMEOUT_S,
     UNFINISHED_MODE,
     Folder,
@@ -310,6 +313,24 @@ def test_what_is_about_to_replace_a_file_is_in_use(root: Path) -> None:
     assert os.listdir(root) == ["x"]
     assert (root / "x").read_bytes() == b"new"
     assert (root / "x").stat().st_mode & 0o777 == 0o644 & ~place.store.umask
+
+
+@linux
+def test_what_could_not_get_a_hidden_name_is_in_use_no_more(root: Path) -> None:
+    """Nor is the client remembered that it was for."""
+    client = Client()
+    place, unused = place_of(root, "x", client), weakref.ref(client)
+    (root / "sub").mkdir()
+    small = PartialFile.create_nameless(Folders(place.store).make("sub", 0o777), place, 0o644)
+    small.write(memoryview(bytes(KEPT_BYTES)))
+    (root / "sub").rmdir()
+    with pytest.raises(FileNotFoundError):
+        small.replace("x")
+    assert small.keep() == 0
+    store = place.store
+    del client, place, small
+    gc.collect()
+    assert unused() is None, store.leases
 
 
 def test_a_partial_file_is_in_use_from_the_moment_that_it_is_there(root: Path) -> None:

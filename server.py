@@ -781,10 +781,10 @@ class PartialFile:
             while data := os.read(self.descriptor, SEGMENT_BYTES):
                 copy.write(memoryview(data))
             copy.set_metadata(made.st_mtime_ns, stat.S_IMODE(made.st_mode))
+            self.close()
         except OSError:
             copy.discard()
             raise
-        self.close()
         self.descriptor, self.name, self._lease = copy.descriptor, copy.name, copy._lease
 
     def keep(self) -> int:

@@ -196,6 +196,19 @@ def test_what_a_network_tells_only_at_the_end_of_a_file_keeps_it_from_its_name(
             assert os.listdir(inbox) == []
 
 
+def test_a_copy_of_what_fails_at_its_end_is_not_left_behind(
+    inbox: Path, tmp_path: Path, faulty_disk: Path
+) -> None:
+    """Where a file cannot get a hidden name it would be copied for the next run."""
+    source = make_file(tmp_path / "file", 100_000)
+    with serve(inbox, faulty_disk, f"close={errno.EIO} link={errno.EPERM}") as server:
+        held = server.held()
+        result = server.send(source)
+        assert result.error_lines == [f"{source}: at the server: input/output error"]
+        server.wait_until_idle(held)
+    assert os.listdir(inbox) == []
+
+
 def test_what_a_network_tells_of_a_partial_file_that_is_of_no_use_costs_no_connection(
     inbox: Path, tmp_path: Path, faulty_disk: Path
 ) -> None:

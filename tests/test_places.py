@@ -9,11 +9,13 @@ import os
 import sys
 import threading
 import time
+import types
 import weakref
 from pathlib import Path
 
 import pytest
 
+import server
 from common import PARTIAL_SUFFIX
 from server import (
     KEPT_BYTES,
@@ -259,6 +261,24 @@ def test_a_silent_client_is_ended_for_the_next_one(root: Path) -> None:
     assert isinstance(place.holder, Client)
     assert place.holder.has_ended
     partial.close()
+
+
+@linux
+def test_a_file_on_a_disk_without_locks_is_written_from_its_beginning_also_on_windows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where what is locked is a byte that no file has."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    locks = types.SimpleNamespace(LK_NBLCK=2, locking=refuse)
+    monkeypatch.setattr(server, "msvcrt", locks, raising=False)
+    descriptor = os.memfd_create("file")
+    assert server.lock_file(descriptor)
+    assert os.lseek(descriptor, 0, os.SEEK_CUR) == 0
+    os.close(descriptor)
 
 
 def test_what_came_within_the_tick_of_a_coarse_clock_is_found(root: Path) -> None:

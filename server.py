@@ -1072,10 +1072,12 @@ def remove_old_leftover(name: str, dir_fd: int | None) -> None:
             found = os.fstat(descriptor)
             is_old = found.st_mtime < time.time() - LEFTOVER_LIFE_S
             is_free = is_old and is_own_file(found) and lock_file(descriptor)
+            if is_free and sys.platform != "win32":  # where no file is removed that is open
+                os.unlink(name, dir_fd=dir_fd)
         finally:
-            os.close(descriptor)  # Windows removes no file that is open
-        if is_free:
-            os.unlink(name, dir_fd=dir_fd)
+            os.close(descriptor)
+        if is_free and sys.platform == "win32":
+            os.unlink(name)
 
 
 def is_own_file(found: os.stat_result) -> bool:

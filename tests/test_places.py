@@ -293,6 +293,27 @@ def test_what_came_within_the_tick_of_a_coarse_clock_is_found(root: Path) -> Non
     assert found == [partial.name]
 
 
+@posix
+def test_an_old_partial_file_is_in_use_while_it_is_removed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that continued it just then would lose all that comes."""
+    place = place_of(root, "x")
+    old = PartialFile.create(open_root(root), place)
+    old.close()
+    os.utime(root / old.name, (0, 0))
+    found, unlink = [], os.unlink
+
+    def remove(name: str, dir_fd: int) -> None:
+        found.append(PartialFile.reopen(open_root(root), old.name, place, 0.0))
+        unlink(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", remove)
+    server.remove_old_leftovers(str(root))
+    assert found == [None]
+    assert os.listdir(root) == []
+
+
 def test_a_client_that_is_ended_has_time_to_release_what_it_holds(root: Path) -> None:
     """Its end is the last that it hears, and what has come is written before it releases it."""
 

@@ -566,6 +566,9 @@ MAX_FRAME_BYTES = 1024 * 1024
 # the small stack of a listener's thread: in its limit Python 3.13 does not look at the stack.
 MAX_HELLO_BYTES = 1024
 MAX_JSON_VALUES = 32_000  # of JSON in a frame; the longest offer has six thousand
+# Deeper than any message. Python 3.13 follows JSON for thousands, past the end of a small stack.
+MAX_JSON_DEPTH = 16
+NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 # Up to its end or that of all: else one without an end is looked through from each of its quotes.
 JSON_STRING = rb'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?'  # compiled where it is used, as few need it
 
@@ -601,8 +604,9 @@ def decode_message(content: bytes, expected: Iterable[type[Message]]) -> Message
     """
     check_size(content)
     try:
+        check_depth(content)
         fields = json.loads(content.decode())  # of bytes it would take UTF-16 as well
-    except (ValueError, RecursionError):
+    except ValueError:
         raise ProtocolError("received a message that is not JSON") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("type"), str):
         raise ProtocolError("received a message without a type")
@@ -619,9 +623,26 @@ def check_size(content: bytes) -> None:
     ``[{},{},{}]`` does, at thirty times as many; strings do not.
     """
     if count_values(content) > MAX_JSON_VALUES:
-        bare = re.sub(JSON_STRING, b"", content)  # which takes far longer
+        bare = without_strings(content)  # which takes far longer
         if count_values(bare) > MAX_JSON_VALUES:
             raise ProtocolError("received a message of too many parts")
+
+
+def check_depth(content: bytes) -> None:
+    """Raise ValueError where JSON is far deeper than any message, or brackets have no end."""
+    if content.count(b"[") + content.count(b"{") > MAX_JSON_DEPTH:
+        brackets = without_strings(content).translate(None, NO_BRACKETS)
+        for _ in range(MAX_JSON_DEPTH):
+            brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")  # the innermost
+        if brackets:
+            raise ValueError
+
+
+def without_strings(content: bytes) -> bytes:
+    """Return JSON without its strings."""
+    if b'\\"' in content:
+        return re.sub(JSON_STRING, b"", content)
+    return b"".join(content.split(b'"')[::2])  # far faster
 
 
 def count_values(content: bytes) -> int:

@@ -208,6 +208,27 @@ def test_a_string_without_an_end_is_looked_through_once() -> None:
         decode_message(content, [Offer])
 
 
+@pytest.mark.parametrize("depth", [2 * common.MAX_JSON_DEPTH, 500])
+@pytest.mark.parametrize(
+    ("begin", "end"),
+    [(b"[", b"]"), (b'{"a":', b"}"), (b'["]",', b"]"), (b'["\\"]",', b"]"), (b"[[],{},", b"]")],
+)
+def test_what_is_nested_deeper_than_any_message_is_refused_before_it_is_parsed(
+    begin: bytes, end: bytes, depth: int
+) -> None:
+    """Python 3.13 follows it past the end of a small stack, which ends the program."""
+    content = b'{"type":"hashing","x":' + begin * depth + b"0" + end * depth + b"}"
+    for each in (content, begin * depth):
+        with pytest.raises(ProtocolError, match="not JSON"):
+            decode_message(each, [Hashing])
+
+
+@pytest.mark.parametrize("text", ["[", "]", '\\"[', "[" * 100, '"', "\\"])
+def test_brackets_in_strings_are_no_depth(text: str) -> None:
+    content = json.dumps({"type": "hashing", "x": [[text]] * 100}).encode()
+    assert decode_message(content, [Hashing]) == Hashing()
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le", "utf-32"])
 def test_a_message_comes_in_utf_8_alone(encoding: str) -> None:
     content = '{"type":"offer","\u2200":"","entries":[' + "{}," * 100_000 + '{}],"":""}'

@@ -562,11 +562,10 @@ REFUSAL_KINDS = (CODE_WANTED, NO_CODE, WAIT, BUSY)
 SHARE_BYTES = 33  # of SPAKE2: which side it is, and a point of the curve
 LENGTH = struct.Struct("!I")
 MAX_FRAME_BYTES = 1024 * 1024
-# Before the handshake, and of listeners for good. JSON that is nested as deeply as fits has room on
-# the small stack of a listener's thread: in its limit Python 3.13 does not look at the stack.
-MAX_HELLO_BYTES = 1024
+MAX_HELLO_BYTES = 4 * 1024
 MAX_JSON_VALUES = 32_000  # of JSON in a frame; the longest offer has six thousand
-# Deeper than any message. Python 3.13 follows JSON for thousands, past the end of a small stack.
+# Deeper than any message. Python 3.13 follows JSON for thousands of levels, past the end of a small
+# stack, as a listener's thread has.
 MAX_JSON_DEPTH = 16
 NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 # Up to its end or that of all: else one without an end is looked through from each of its quotes.

@@ -139,34 +139,18 @@ def test_a_bad_server_is_a_line(
         ends_with_one_line(reader)
 
 
-@pytest.mark.parametrize(
-    ("depth", "words"),
-    [
-        (common.MAX_HELLO_BYTES, "received a message that is not JSON"),
-        # On the stack of a listener's thread, Python 3.13 crashes with this.
-        (4_000, "not Socket Pair's protocol"),
-    ],
-)
 def test_a_message_that_is_nested_as_deeply_as_can_be_does_not_end_a_broadcast(
-    silent_machine: dict[str, str], depth: int, words: str
+    silent_machine: dict[str, str],
 ) -> None:
+    """On the small stack of a listener's thread, Python 3.13 crashes where it is parsed."""
     with start_server(silent_machine, "--input", "-", stdin=subprocess.PIPE) as sender:
         port = int(port_of(sender))
         with RawClient(port) as stranger:
-            stranger.send(frame(b"[" * depth))
+            stranger.send(frame(b"[" * common.MAX_HELLO_BYTES))
             stranger.read_all()
-        sender.wait_for(words)
+        sender.wait_for("received a message that is not JSON")
         with RawClient(port) as listener:
             listener.greet("audio")
-
-
-def test_standard_input_is_meant_where_a_file_has_its_sign_for_a_name_as_well(
-    silent_machine: dict[str, str], tmp_path: Path
-) -> None:
-    (tmp_path / "-").write_bytes(b"no sound")
-    options = {"cwd": tmp_path, "stdin": subprocess.PIPE}
-    with start_server(silent_machine, "--input", "-", **options) as sender:
-        assert "Broadcasting standard input" in sender.text()
 
 
 def test_seconds_end_a_client_that_finds_no_server(card: VirtualSoundCard, tmp_path: Path) -> None:

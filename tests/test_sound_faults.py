@@ -153,6 +153,15 @@ def test_a_message_that_is_nested_as_deeply_as_can_be_does_not_end_a_broadcast(
             listener.greet("audio")
 
 
+def test_standard_input_is_meant_where_a_file_has_its_sign_for_a_name_as_well(
+    silent_machine: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "-").write_bytes(b"no sound")
+    options = {"cwd": tmp_path, "stdin": subprocess.PIPE}
+    with start_server(silent_machine, "--input", "-", **options) as sender:
+        assert "Broadcasting standard input" in sender.text()
+
+
 def test_seconds_end_a_client_that_finds_no_server(card: VirtualSoundCard, tmp_path: Path) -> None:
     output = str(tmp_path / "x.wav")
     with start_client(card, "1", "--output", output, "--seconds", "1") as reader:

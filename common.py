@@ -564,6 +564,7 @@ LENGTH = struct.Struct("!I")
 MAX_FRAME_BYTES = 1024 * 1024
 MAX_HELLO_BYTES = 4 * 1024
 MAX_JSON_VALUES = 32_000  # of JSON in a frame; the longest offer has six thousand
+MAX_JSON_QUOTES = 64_000  # around strings; the longest offer has ten thousand
 # Deeper than any message. Python 3.13 follows JSON for thousands of levels, past the end of a small
 # stack, as a listener's thread has.
 MAX_JSON_DEPTH = 16
@@ -619,8 +620,10 @@ def decode_message(content: bytes, expected: Iterable[type[Message]]) -> Message
 def check_size(content: bytes) -> None:
     """Raise ProtocolError where JSON would take far more memory than it has bytes.
 
-    ``[{},{},{}]`` does, at thirty times as many; strings do not.
+    ``[{},{},{}]`` does, at thirty times as many; so do many strings, but not long ones.
     """
+    if content.count(b'"') - content.count(b'\\"') > MAX_JSON_QUOTES:
+        raise ProtocolError("received a message of too many parts")
     if count_values(content) > MAX_JSON_VALUES:
         bare = without_strings(content)  # which takes far longer
         if count_values(bare) > MAX_JSON_VALUES:

@@ -194,7 +194,7 @@ def test_an_entry_that_cannot_be_read_is_refused_by_itself() -> None:
         assert entry.kind == "failed"
 
 
-@pytest.mark.parametrize("part", [b"{},", b"[],", b"0,", b'{"a":0},'])
+@pytest.mark.parametrize("part", [b"{},", b"[],", b"0,", b'{"a":0},', b'ab"', b'"\\n"'])
 def test_what_would_fill_memory_is_refused_before_it_is_parsed(part: bytes) -> None:
     content = b'{"type":"offer","entries":[' + part * (1024 * 1024 // len(part) - 10) + b"0]}"
     with pytest.raises(ProtocolError, match="too many parts"):

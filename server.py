@@ -1920,8 +1920,8 @@ class Reception:
                 time.sleep(min(left_s, SIGN_INTERVAL_S))
                 self._signs.check()
         lengths = [(index, each.held()) for index, each in held.items()]
-        self._connection.send(common.Held(lengths))
         began_s = time.monotonic()
+        self._connection.send(common.Held(lengths))
         with self._signs:
             here = [each.read(batch, self._signs.check) for each in held.values()]
         answers = self._receive_prefixes(len(held), time.monotonic() - began_s)

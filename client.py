@@ -759,7 +759,7 @@ class Backlog:
 
     def take(self) -> list[Source]:
         """Return the next batch, none at the end; blocks while it is looked up."""
-        self._returned.sort(key=lambda each: each.entry.is_folder)  # after what is in them
+        self._returned.sort(key=rank)
         batch = next(in_batches(self._returned), [])
         del self._returned[: len(batch)]
         return batch or next(self._batches, [])
@@ -770,6 +770,11 @@ class Backlog:
         self._fruitless = 0 if reached > self._reached else self._fruitless + 1
         self._reached = max(reached, self._reached)
         return self._fruitless < MAX_FRUITLESS
+
+
+def rank(source: Source) -> int:
+    """Return what files are sorted by, and folders after all that is in them."""
+    return -source.name.count("/") if source.entry.is_folder else -sys.maxsize
 
 
 class Sender:

@@ -23,6 +23,7 @@ from common import (
     GIVEN_UP,
     LENGTH,
     STILL_HERE,
+    Entry,
     Error,
     Hashing,
     Held,
@@ -45,6 +46,7 @@ from support import (
     linux,
     make_file,
     make_partial,
+    make_sparse,
     start_client,
     wait_for,
 )
@@ -464,6 +466,35 @@ def test_a_folder_is_told_once_all_that_is_in_it_is_decided_also_what_is_offered
     (line,) = capsys.readouterr().out.splitlines()
     assert line == "Saved tree/ with 3 files (100.0 kB), every SHA-256 matches"
     assert {path.stat().st_mtime for path in inbox.rglob("*") if path.is_dir()} == {1e9}
+
+
+def test_a_folder_is_offered_after_all_that_is_in_it_also_what_a_lost_connection_brings_back(
+    tmp_path: Path,
+) -> None:
+    tree = tmp_path / "tree"
+    file = make_file(tree / "a" / "changes", 100_000)
+    make_sparse(make_file(tree / "b" / "is under way", 0), 100 * MIB)
+    offers: list[list[str]] = []
+
+    def serve(peer: RawPeer) -> None:
+        welcome(peer)
+        offer = read_message(peer, Offer)
+        assert isinstance(offer, Offer)
+        offers.append([entry.path for entry in offer.entries if isinstance(entry, Entry)])
+        if len(offers) == 1:
+            file.write_bytes(b"changed")
+            peer.send(say(Start([0] * 5)))
+            assert read_file(peer) == (b"", None)
+            peer.reset()
+        else:
+            peer.send(say(Start([Outcome("failed", "enough")] * 5)))
+            peer.read_all()
+
+    with FakeServer(serve) as fake:
+        assert send_to(fake, tree, retry_s=60) == 1
+    assert offers[0] == ["tree/a/changes", "tree/a", "tree/b/is under way", "tree/b", "tree"]
+    assert sorted(offers[1]) == sorted(offers[0])
+    assert offers[1][-1] == "tree"
 
 
 def test_a_file_that_is_offered_anew_counts_once_for_the_bar(

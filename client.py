@@ -3491,7 +3491,6 @@ OPEN_SERVER = (
     "add --open if you trust them all"
 )
 
-NUMERIC = r"[\d.]+|.*:.*"  # addresses, of IPv4 and of IPv6
 NO_SUCH_HOST = (socket.gaierror, ValueError)  # the latter for what cannot be a name
 UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
 # What a server may say in place of pairing, to follow its address.
@@ -3576,8 +3575,7 @@ def connect_once(address: Address, hello: Hello, timeout_s: float) -> tuple[Conn
     place: Any = host, address.port
     dial = functools.partial(socket.create_connection, place, timeout_s)
     try:
-        # Whoever knows the name may not answer for long.
-        sock = dial() if re.fullmatch(NUMERIC, address.host) else common.in_background(dial)
+        sock = common.with_host(address.host, dial)
     except (OSError, *NO_SUCH_HOST) as error:
         raise ConnectionLost(describe_no_server(address, hello.mode, error)) from error
     with contextlib.ExitStack() as opened:

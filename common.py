@@ -282,6 +282,18 @@ def is_loopback(address: str) -> bool:
     return address == "::1" or address.removeprefix("::ffff:").startswith("127.")
 
 
+def is_numeric(host: str) -> bool:
+    """Return whether `host` is an address, rather than a name that somebody is asked for."""
+    family, address = socket.AF_INET, host
+    if ":" in host:
+        family, address = socket.AF_INET6, host.partition("%")[0]
+    try:
+        socket.inet_pton(family, address)
+    except (OSError, ValueError):  # ValueError: characters that no address has
+        return False
+    return True
+
+
 def say(text: str) -> None:
     """Print a line for people on standard output, at once.
 
@@ -2711,6 +2723,14 @@ def in_background(work: Callable[[], T]) -> T:
     while wait([future], timeout=0.5).not_done:
         pass  # Windows lets Ctrl+C through only in between
     return future.result()
+
+
+def with_host(host: str, work: Callable[[], T]) -> T:
+    """Do as `in_background` does with `work`, which looks up `host`; at once for an address.
+
+    Whoever knows a name may not answer for long, and then the C library lets no signal through.
+    """
+    return work() if is_numeric(host) else in_background(work)
 
 
 def find_device(direction: Direction, wanted: str | None) -> tuple[SoundSystem, Device]:

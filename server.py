@@ -3163,7 +3163,8 @@ def open_sockets(host: str, port: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     passed_over = None
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = common.with_host(host, functools.partial(look_up, flags=socket.AI_PASSIVE))
         for family, address in dict.fromkeys((each[0], each[4]) for each in found):
             try:
                 sockets.append(open_socket(family, address, port))

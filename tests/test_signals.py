@@ -240,18 +240,25 @@ common.run(main)
 
 
 @as_root
-def test_ctrl_c_ends_a_client_at_once_whose_servers_name_nobody_answers_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("client.py", "file", __file__, "--host=server.example"),
+        ("client.py", "file", __file__, "--host=192.168.1.555"),  # mistyped, so it may be a name
+        ("server.py", "file", "--host=server.example", "--port=0"),
+    ],
+)
+def test_ctrl_c_ends_either_at_once_while_nobody_answers_for_the_servers_name(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
     resolver = "127.0.7.7"
     (tmp_path / "resolv.conf").write_text(f"nameserver {resolver}\noptions timeout:30 attempts:5\n")
     setup = f'mount --bind "{tmp_path}/resolv.conf" /etc/resolv.conf && exec "$@"'
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
         silent.bind((resolver, 53))
         silent.settimeout(LIMIT_S)
-        with Process(
-            "client.py",
-            *("file", __file__, "--host=server.example"),
-            wrapper=("unshare", "--mount", "sh", "-c", setup, "sh"),
-        ) as client:
+        wrapper = ("unshare", "--mount", "sh", "-c", setup, "sh")
+        with Process(*command, wrapper=wrapper) as process:
             silent.recv(1000)
-            client.signal(signal.SIGINT)
-            assert client.wait(60).status == 130
+            process.signal(signal.SIGINT)
+            assert process.wait(60).status == 130

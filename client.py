@@ -132,7 +132,6 @@ LOOK_UP_S = 1.0
 # Linux's virtual files (/proc, /sys) have no blocks, and say that they have 0 or 4096 bytes.
 MAX_DOUBTFUL_BYTES = 4096
 LEADS_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
-READ_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 
 
 class Source(NamedTuple):
@@ -196,18 +195,7 @@ def open_file(path: str) -> FileIO:
     """
     if path == STDIN:
         return open(0, "rb", buffering=0, closefd=False)
-    return open(path, "rb", buffering=0, opener=open_to_read)
-
-
-def open_to_read(path: str, _flags: int = 0) -> int:
-    """Return the descriptor of a file; waits for no pipe, but for who has a lease on a file.
-
-    As Samba has, which gives it up when it is asked to. Raises OSError.
-    """
-    try:
-        return os.open(path, READ_FLAGS | getattr(os, "O_NONBLOCK", 0))
-    except BlockingIOError:
-        return os.open(path, READ_FLAGS)
+    return open(path, "rb", buffering=0, opener=common.open_to_read)
 
 
 def look_up_named(paths: Iterable[str], name: str | None) -> Iterator[Source | Problem]:
@@ -1254,7 +1242,7 @@ def hash_prefixes(
 
 def read_small(path: str, then: os.stat_result) -> bytes | None:
     """Return what a small file holds, None if anything has happened to it. Raises OSError."""
-    descriptor = open_to_read(path)
+    descriptor = common.open_to_read(path)
     try:
         content = os.read(descriptor, then.st_size + 1)
         is_whole = len(content) == then.st_size

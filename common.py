@@ -2121,6 +2121,18 @@ def blocks_for(
     return BlockPipeline(consume)
 
 
+def open_to_read(path: str, flags: int = 0, dir_fd: int | None = None) -> int:
+    """Return the descriptor of a file; waits for no pipe, but for who has a lease on a file.
+
+    As Samba has, which gives it up when it is asked to. Raises OSError.
+    """
+    flags |= os.O_RDONLY | getattr(os, "O_BINARY", 0)
+    try:
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), dir_fd=dir_fd)
+    except BlockingIOError:
+        return os.open(path, flags, dir_fd=dir_fd)
+
+
 def calculate_checksum(
     path: str | os.PathLike[str] | int,
     length: int | None = None,

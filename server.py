@@ -294,7 +294,6 @@ FILE_FLAGS = (
     | getattr(os, "O_NOFOLLOW", 0)
     | getattr(os, "O_NONBLOCK", 0)
 )
-READ_FLAGS = FILE_FLAGS & ~os.O_RDWR | os.O_RDONLY
 # Windows has no folders to work inside of: there a folder is its path.
 HAS_OPEN_FOLDERS = {os.open, os.mkdir, os.stat, os.link, os.unlink, os.rename} <= os.supports_dir_fd
 
@@ -364,6 +363,11 @@ class Folder:
     def open_file(self, name: str, flags: int = FILE_FLAGS) -> int:
         """Open a file in it, never through a link nor waiting for it; return the descriptor."""
         return os.open(self.at(name), flags, 0o600, dir_fd=self.descriptor)
+
+    def open_to_read(self, name: str) -> int:
+        """Open a file in it as `common.open_to_read` does, never through a link."""
+        flags = getattr(os, "O_NOFOLLOW", 0)
+        return common.open_to_read(self.at(name), flags, self.descriptor)
 
     def remove(self, name: str) -> None:
         """Remove a file from it."""
@@ -1160,7 +1164,7 @@ class Store:
     ) -> str:
         """Return the SHA-256 of a finished file; "" if it is not of `size` bytes or unreadable."""
         with contextlib.suppress(OSError, FileShrunk):
-            descriptor = folder.open_file(name, READ_FLAGS)
+            descriptor = folder.open_to_read(name)
             try:
                 found = os.fstat(descriptor)
                 if stat.S_ISREG(found.st_mode) and found.st_size == size:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ntpath
 import os
 import posixpath
+import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -161,20 +164,41 @@ def test_a_folder_of_another_machine_with_the_numbers_of_the_servers_own_is_sent
     assert arrived.read_bytes() == source.read_bytes()
 
 
-@linux
-@pytest.mark.parametrize("size", [1000, 3 * MIB])
-def test_a_file_that_another_program_has_a_lease_on_is_waited_for(
-    server: Server, tmp_path: Path, size: int
-) -> None:
-    """As Samba has on files that its clients have open."""
-    source = make_file(tmp_path / "file", size)
-    with open(source, "r+b") as file:
+@contextlib.contextmanager
+def leased(path: Path) -> Iterator[None]:
+    """Have a lease on a file, as Samba has on those that its clients have open.
+
+    It is given up as soon as another program asks for it.
+    """
+    with open(path, "r+b") as file:
         before = signal.signal(
             signal.SIGIO, lambda *_: fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         )
         try:
             fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-            result = server.send(source)
+            yield
         finally:
             signal.signal(signal.SIGIO, before)
-    assert result.status == 0, result
+
+
+@linux
+@pytest.mark.parametrize("size", [1000, 3 * MIB])
+def test_a_file_that_another_program_has_a_lease_on_is_waited_for(
+    server: Server, tmp_path: Path, size: int
+) -> None:
+    source = make_file(tmp_path / "file", size)
+    with leased(source):
+        assert server.send(source).status == 0
+
+
+@linux
+@pytest.mark.parametrize("size", [1000, 3 * MIB])
+def test_a_file_that_is_there_is_compared_also_where_another_program_has_a_lease_on_it(
+    server: Server, tmp_path: Path, size: int
+) -> None:
+    source = make_file(tmp_path / "file", size)
+    server.folder.mkdir(exist_ok=True)
+    there = shutil.copyfile(source, server.folder / "file")
+    with leased(there):
+        result = server.send(source)
+    assert result.stdout.startswith("Already there as file, SHA-256 matches")

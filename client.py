@@ -2624,6 +2624,7 @@ class RecordingOutput:
         self._blocks: queue.SimpleQueue[tuple[bytes, int] | None] = queue.SimpleQueue()
         self._written: queue.SimpleQueue[int] = queue.SimpleQueue()  # bytes of each block that was
         self._waiting_bytes = 0
+        self._writes = 0  # so far, each of a second at most
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="recording", daemon=True)
         self._thread.start()
@@ -2651,8 +2652,10 @@ class RecordingOutput:
         while gap_frames > 0:
             frames = min(gap_frames, self._audio.rate)
             self._writer.write(bytes(frames * self._audio.frame_bytes))
+            self._writes += 1
             gap_frames -= frames
         self._writer.write(samples)
+        self._writes += 1
 
     def close(self) -> None:
         """Write what is queued, and finish the file. Raises SocketPairError.
@@ -2660,9 +2663,9 @@ class RecordingOutput:
         Blocks for as long as some of it is written every ``RECORDING_CLOSE_S``.
         """
         self._blocks.put(None)
-        left = self._blocks.qsize() + 1
-        while self._thread.is_alive() and self._blocks.qsize() < left:
-            left = self._blocks.qsize()
+        before = -1
+        while self._thread.is_alive() and self._writes > before:
+            before = self._writes
             self._thread.join(RECORDING_CLOSE_S)
         if self._thread.is_alive():  # the reader of a pipe has stopped to read, say
             raise SocketPairError("the last of the sound could not be written")

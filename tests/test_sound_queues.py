@@ -251,19 +251,21 @@ class Slow(client.Pipe):
 
 
 def test_a_reader_that_is_slow_gets_all_of_the_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a block comes behind a long gap."""
     writer = Slow()
     output = client.RecordingOutput(writer, MONO)
     for number in range(5):
-        output.write(bytes([number, number]), 0)
+        output.write(bytes([number, number]), 3 * MONO.rate if number == 4 else 0)
 
     def let_one_through(_seconds: float) -> None:
-        left = output._blocks.qsize()
+        before = output._writes
         writer.may.release()
-        wait_for(lambda: output._blocks.qsize() < left or not output._thread.is_alive())
+        wait_for(lambda: output._writes > before or not output._thread.is_alive())
 
     monkeypatch.setattr(output._thread, "join", let_one_through)
     output.close()
-    assert writer.samples == bytes([0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
+    silence = bytes(3 * MONO.rate * MONO.frame_bytes)
+    assert writer.samples == bytes([0, 0, 1, 1, 2, 2, 3, 3]) + silence + bytes([4, 4])
 
 
 def test_a_reader_that_reads_no_more_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1852,21 +1852,27 @@ class Reception:
 
     def receive_batch(self, offer: Offer) -> None:
         """Answer an offer, take what is then sent, and say what became of each entry."""
-        with contextlib.closing(Batch(self._store, self, offer.run or self.peer)) as batch:
-            with self._signs, self._in_turn():
-                looked_up = self._look_up(batch, offer)
-            compared = self._compare(batch, looked_up)
+        batch = Batch(self._store, self, offer.run or self.peer)
+        try:
+            self._receive(batch, offer)
+        finally:
             with self._signs:
-                decided = [
-                    batch.check_room(each) if isinstance(each, Wanted) else each
-                    for each in compared
-                ]
-            start = [each.offset if isinstance(each, Wanted) else each for each in decided]
-            self._connection.send(common.Start(start))
-            for index, each in enumerate(decided):
-                if isinstance(each, Wanted):
-                    self._transfer(batch, index, each)
-            self._tell_results()
+                batch.close()
+
+    def _receive(self, batch: Batch, offer: Offer) -> None:
+        with self._signs, self._in_turn():
+            looked_up = self._look_up(batch, offer)
+        compared = self._compare(batch, looked_up)
+        with self._signs:
+            decided = [
+                batch.check_room(each) if isinstance(each, Wanted) else each for each in compared
+            ]
+        start = [each.offset if isinstance(each, Wanted) else each for each in decided]
+        self._connection.send(common.Start(start))
+        for index, each in enumerate(decided):
+            if isinstance(each, Wanted):
+                self._transfer(batch, index, each)
+        self._tell_results()
 
     # looked up
 

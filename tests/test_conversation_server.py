@@ -129,6 +129,26 @@ def test_the_right_prefix_is_resumed(inbox: Path) -> None:
     assert contents(inbox) == {"file": CONTENT}
 
 
+def test_a_client_hears_that_the_server_lives_also_while_what_it_gave_up_is_put_away(
+    inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next offer waits for that."""
+    keep, told = server.PartialFile.keep, []
+
+    def look_and_keep(partial: server.PartialFile) -> int:
+        told.append(partial._place.holder._signs.is_on())
+        return keep(partial)
+
+    monkeypatch.setattr(server.PartialFile, "keep", look_and_keep)
+    make_partial(inbox, "file", HELD)
+    with real_server(inbox) as peer:
+        resume(peer, say(Prefixes([[GOOD]])))
+        assert start_of(peer).entries == [len(HELD)]
+        peer.send(LENGTH.pack(GIVEN_UP))
+        assert outcomes_of(peer)[0].kind == "failed"
+    assert told == [True]
+
+
 def test_signs_of_life_that_gather_while_the_server_reads_for_long_are_not_too_many(
     inbox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

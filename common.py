@@ -221,12 +221,13 @@ def counted(number: int, noun: str) -> str:
 
 def describe_error(error: Exception) -> str:
     """Return what went wrong in words, an OSError's without number and path: ``no space left``."""
+    kind = type(error).__name__  # where there are none, as of zeroconf on a machine that is busy
     if isinstance(error, OSError):
         if reason := getattr(error, "reason", ""):  # of ssl's
             return str(reason).replace("_", " ").lower()
         # What create_server() adds in brackets is for programmers.
-        return (error.strerror or str(error)).partition(" (while")[0].lower()
-    return "out of memory" if isinstance(error, MemoryError) else str(error)
+        return (error.strerror or str(error) or kind).partition(" (while")[0].lower()
+    return "out of memory" if isinstance(error, MemoryError) else str(error) or kind
 
 
 def shell_line(*words: str) -> str:

@@ -6,11 +6,12 @@ import os
 import subprocess
 from collections.abc import Sequence
 from ipaddress import ip_interface
+from typing import NoReturn
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from zeroconf import ServiceInfo
+from zeroconf import EventLoopBlocked, ServiceInfo
 
 import client
 import common
@@ -101,6 +102,22 @@ def test_a_machine_without_any_network_is_told_so() -> None:
     assert result.status == 1
     (line,) = result.error_lines
     assert line.startswith("cannot ask the local network: ")
+
+
+@pytest.mark.parametrize("error", [EventLoopBlocked(), TimeoutError()])
+def test_what_has_no_words_is_told_by_its_kind(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As what zeroconf raises on a machine that is too busy for it."""
+
+    def fail() -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(common, "open_network", fail)
+    with pytest.raises(common.SocketPairError) as told:
+        client.browse()
+    reason = str(told.value).removeprefix("cannot ask the local network: ")
+    assert reason.lower() == type(error).__name__.lower()
 
 
 @pytest.mark.parametrize("answer", [b"", b"\xff" * 100, b"\0\0\0\2{}", b"SSH-2.0-OpenSSH\r\n"])

@@ -788,7 +788,7 @@ class PartialFile:
                 copy.write(memoryview(data))
             copy.set_metadata(made.st_mtime_ns, stat.S_IMODE(made.st_mode))
             self.close()
-        except OSError:
+        except BaseException:
             copy.discard()
             raise
         self.descriptor, self.name, self._lease = copy.descriptor, copy.name, copy._lease

@@ -374,6 +374,29 @@ def test_what_could_not_get_a_hidden_name_is_in_use_no_more(root: Path) -> None:
     assert unused() is None, store.leases
 
 
+@linux
+def test_a_copy_for_which_there_is_no_memory_is_not_left_behind(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it stay open, and in use, while the server runs."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    place = place_of(root, "x")
+    small = PartialFile.create_nameless(open_root(root), place, 0o644)
+    small.write(memoryview(bytes(KEPT_BYTES)))
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "read", fail)
+    with pytest.raises(MemoryError):
+        small.keep()
+    assert os.listdir(root) == []
+    assert not place.store.leases._holders
+
+
 def test_a_partial_file_is_in_use_from_the_moment_that_it_is_there(root: Path) -> None:
     """Another connection that finds it then would continue, name or remove it."""
     place = place_of(root, "x")

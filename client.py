@@ -189,10 +189,7 @@ def look_up_file(path: str, name: str, found: os.stat_result) -> Source:
 
 
 def open_file(path: str) -> FileIO:
-    """Open a file, or standard input, without buffer; at once, even if it is a pipe by now.
-
-    Raises OSError.
-    """
+    """Open a file, or standard input, without buffer; waits and raises as `open_to_read` does."""
     if path == STDIN:
         return open(0, "rb", buffering=0, closefd=False)
     return open(path, "rb", buffering=0, opener=common.open_to_read)

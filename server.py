@@ -444,14 +444,22 @@ class Folders:
     def _walk(self, path: str, mode: int | None) -> Folder | None:
         """Open the folder at `path`, part by part; make what is missing if there is a `mode`."""
         parent, _, name = path.rpartition("/")
-        known = self._known.get(parent)
-        folder, left = (known, [name]) if known else (self._root(mode), path.split("/"))
-        for part in filter(None, left):
-            folder = self._enter(folder, part, mode) if folder else None
+        folder = self._known.get(parent)
+        if folder is None:
+            folder = self._root(mode)
+            for part in filter(None, parent.split("/")):
+                folder = self._enter(folder, part, mode) if folder else None
+        self._keep(parent, folder)  # others in it may follow, and it may be deep
+        if folder and name:
+            folder = self._enter(folder, name, mode)
+        self._keep(path, folder)
+        return folder
+
+    def _keep(self, path: str, folder: Folder | None) -> None:
         self._known[path] = folder
+        self._known.move_to_end(path)
         while len(self._known) > MAX_OPEN_FOLDERS:
             self._known.popitem(last=False)
-        return folder
 
     def _root(self, mode: int | None) -> Folder | None:
         root = self._known.get("")

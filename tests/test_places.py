@@ -374,6 +374,26 @@ def test_what_could_not_get_a_hidden_name_is_in_use_no_more(root: Path) -> None:
     assert unused() is None, store.leases
 
 
+def test_what_a_deep_folder_is_in_is_opened_once_for_all_that_is_in_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of a batch's entries may be in another folder of it, and is looked up three times."""
+    deep = "/".join("abcdefghij")
+    for number in range(40):
+        (root / deep / str(number)).mkdir(parents=True)
+    entered, enter = [], Folder.enter
+
+    def note_and_enter(folder: Folder, name: str) -> Folder:
+        entered.append(name)
+        return enter(folder, name)
+
+    monkeypatch.setattr(Folder, "enter", note_and_enter)
+    folders = folders_in(root)
+    for number in range(40):
+        assert folders.find(f"{deep}/{number}")
+    assert len(entered) == 10 + 40
+
+
 @linux
 def test_a_copy_for_which_there_is_no_memory_is_not_left_behind(
     root: Path, monkeypatch: pytest.MonkeyPatch

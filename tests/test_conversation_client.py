@@ -469,8 +469,9 @@ def test_a_folder_is_told_once_all_that_is_in_it_is_decided_also_what_is_offered
 
 
 def test_a_folder_is_offered_after_all_that_is_in_it_also_what_a_lost_connection_brings_back(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(client, "LOOK_UP_S", 60.0)  # all of it in one offer
     tree = tmp_path / "tree"
     file = make_file(tree / "a" / "changes", 100_000)
     make_sparse(make_file(tree / "b" / "is under way", 0), 100 * MIB)

@@ -1382,6 +1382,7 @@ ARRIVALS_WINDOW_S = 3.0
 LATENESS_WINDOW_S = 0.1
 RECENT_WINDOWS = 200
 REMEMBERED_WINDOWS = 1800
+BLOCK_WINDOWS = 30  # in which the length of a block is looked for
 RECURRING = 4.0
 # For so long the sound card's callback waits for sound that is not there, before that is a dropout:
 # its own buffer lasts for longer. So much less has to be in reserve.
@@ -1427,7 +1428,8 @@ class Arrivals:
         self._window_end_s = -math.inf
         self._outage_end_s = -math.inf
         self._late_since_s = math.inf
-        self.block_s = math.inf  # the shortest
+        self._window_block_s = math.inf  # the shortest
+        self._blocks_s: deque[float] = deque(maxlen=BLOCK_WINDOWS)
 
     @property
     def line_s(self) -> float:
@@ -1437,9 +1439,9 @@ class Arrivals:
     def note(self, now_s: float, first_s: float, end_s: float) -> None:
         """Take in that a block came whose first frame and end stand for these times."""
         self._follow(now_s, now_s - end_s)
-        self.block_s = min(self.block_s, end_s - first_s)
         if now_s >= self._window_end_s:
             self._close_window(now_s)
+        self._window_block_s = min(self._window_block_s, end_s - first_s)
         lateness_s = now_s - first_s - self.line_s
         if lateness_s - self.edge_s > MAX_RESERVE_S:
             self._outage_end_s = now_s + LATENESS_WINDOW_S
@@ -1463,7 +1465,9 @@ class Arrivals:
         if self._window_worst_s > -math.inf:
             self._worst_s.append(self._window_worst_s)
             self._remembered_s = self._remember()
-        self._window_worst_s = -math.inf
+        if self._window_block_s < math.inf:
+            self._blocks_s.append(self._window_block_s)
+        self._window_worst_s, self._window_block_s = -math.inf, math.inf
         self._window_end_s = now_s + LATENESS_WINDOW_S
 
     def _remember(self) -> float:
@@ -1474,6 +1478,11 @@ class Arrivals:
             return min(max(self._worst_s), usual_s + RECURRING * (worst_s - usual_s))
         spread_s = sum(min(abs(late - usual_s), MAX_SPREAD_S) for late in recent_s) / count
         return worst_s + spread_s * math.log(RECENT_WINDOWS / count)
+
+    @property
+    def block_s(self) -> float:
+        """How long a block is: mostly, as Opus has odd ones, and lately, as servers differ."""
+        return common.median(self._blocks_s or [self._window_block_s])
 
     @property
     def latest_s(self) -> float:

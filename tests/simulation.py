@@ -97,7 +97,7 @@ class Simulation:
         self.held_until_s = 0.0
         self._delay = delay or quiet_network(seed)
         self._rate = playout.audio.rate * (1 + ppm / 1e6)
-        self._block_frames = playout.audio.frames_in(CAPTURED_MS)
+        self.block_frames = playout.audio.frames_in(CAPTURED_MS)
         self._read_frames = read_frames or playout.card.frames_in(READ_MS)
         self._burst_frames = burst_frames or self._read_frames
         self._rng = random.Random(seed)
@@ -153,14 +153,14 @@ class Simulation:
 
     def _captured_s(self) -> float:
         """Return when the next block has been captured."""
-        return self._lost_s + (self._captured_frames + self._block_frames) / self._rate
+        return self._lost_s + (self._captured_frames + self.block_frames) / self._rate
 
     def _capture(self) -> tuple[bytes, int]:
         """Return the next block, and how many frames were missed before it."""
         first, missed_frames = self._captured_frames, self._missed_frames
-        self._captured_frames += self._block_frames
+        self._captured_frames += self.block_frames
         self._missed_frames = 0
-        return tone(self.playout.audio, first, self._block_frames), missed_frames
+        return tone(self.playout.audio, first, self.block_frames), missed_frames
 
     def miss(self, frames: int) -> None:
         """Let the next `frames` not get through to the listener, who is told how many."""

@@ -150,6 +150,23 @@ def test_a_latency_that_the_user_fixed_stays(latency_ms: float) -> None:
     assert lead_ms(simulation) == pytest.approx(latency_ms + CAPTURED_MS, abs=1)
 
 
+@pytest.mark.parametrize("others", [[1_024], [24, 480]])  # another microphone, a cut packet of Opus
+def test_a_latency_that_the_user_fixed_is_beside_a_block_of_the_length_that_they_have_now(
+    others: list[int],
+) -> None:
+    playout = Playout(MONO, MONO, 0.01)
+    simulation = Simulation(playout)
+    simulation.run(3)
+    for block_frames in others:
+        simulation.block_frames = block_frames
+        simulation.run(0.1)
+    simulation.run(5)
+    dropouts = playout.dropouts
+    simulation.run(5)
+    assert playout.dropouts == dropouts
+    assert lead_ms(simulation) == pytest.approx(10 + MONO.milliseconds(others[-1]), abs=1)
+
+
 def test_a_server_that_lost_time_is_heard_again_within_seconds() -> None:
     playout = Playout(MONO, MONO)
     simulation = Simulation(playout)

@@ -1773,7 +1773,8 @@ class Playout:
         self._error_s = 0.0
         self._concealment = self._concealment_at(0)
         self._overlay = Overlay(self._tape.between(0, 0))
-        self._resampler.read(1)  # it takes some frames for itself
+        self._resampler.read(1)
+        self._inside_frames = self._next - self._stride  # as it takes some for itself
         self._next = 0
 
     @property
@@ -2398,7 +2399,7 @@ class SyncedPlayout(Playout):
         return self.step.is_ready
 
     def _find_error_s(self) -> float:
-        return self.step.late_s(self._asked_frames)
+        return self.step.late_s(self._asked_frames - self._inside_frames)
 
     def _steer(self, now_s: float) -> None:
         """Be neither late nor early; where it is by far, wait in silence for what is due."""

@@ -162,6 +162,22 @@ def test_sound_is_kept_until_it_is_due(after_s: float) -> None:
     assert heard.count(0, -2 * audio.rate) < audio.rate / 10
 
 
+@pytest.mark.parametrize("card_rate", [8_000, 16_000, 44_100, 48_000, 96_000])
+def test_cards_of_any_rate_play_together(card_rate: int) -> None:
+    card = AudioFormat(card_rate, 1)
+    playout = SyncedPlayout(SERVER, card, InStep(Sync(known_clock(), AFTER_S), SERVER, card_rate))
+    seconds = np.arange(2 * SERVER.rate) / SERVER.rate
+    click = (20_000 * np.exp(-(((seconds - 1.5) / 0.001) ** 2))).astype("<i2").tobytes()
+    heard = b""
+    for number in range(200):
+        now_s = (number + 1) / 100
+        playout.write(click[number * 960 :][:960], 0, now_s, now_s)
+        heard += playout.read(card_rate // 100, now_s, 0.01)
+    # What is read first leaves 20 ms after the first sample frame was captured.
+    place = np.average(np.arange(len(heard) // 2), weights=np.abs(np.frombuffer(heard, "<i2")))
+    assert place / card_rate + 0.02 == pytest.approx(1.5 + AFTER_S, abs=100e-6)
+
+
 def test_what_comes_last_is_played_when_it_is_due_though_the_sound_ends_before() -> None:
     audio = AudioFormat(8_000, 1)
     playout = SyncedPlayout(audio, audio, InStep(Sync(known_clock(), 1.0), audio, audio.rate))

@@ -68,10 +68,10 @@ def test_overwriting_never_replaces_what_the_same_run_saved_before_it_was_cut_of
     second = make_file(tmp_path / "b" / "x", 8 * MIB, 2)
     with Server(inbox, "--overwrite") as server, Proxy(server.port, hold_at=5 * MIB) as link:
         with start_client(link.port, first, second) as client:
-            wait_for(lambda: "x" in contents(inbox))
+            wait_for((inbox / "x").exists)
             wait_for(lambda: link.passed >= 5 * MIB)
-            link.release()
             link.cut()
+            link.release()
             result = client.wait()
         assert result.status == 0, result
     assert contents(inbox) == {"x": first.read_bytes(), "x (1)": second.read_bytes()}

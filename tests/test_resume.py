@@ -175,8 +175,8 @@ def test_the_client_comes_back_by_itself_when_the_link_breaks(
     source = make_file(tmp_path / "file.bin", 40 * MIB)
     small = make_file(tmp_path / "small", 10)
     with half_way(server, small, source, hold_at=30 * MIB, written=28 * MIB) as (client, link):
-        link.release()
         link.cut()
+        link.release()
         result = client.wait()
     assert link.connections == 2
     assert link.passed < 44 * MIB, "goes on, and does not begin again"
@@ -290,8 +290,8 @@ def test_a_pipe_that_was_cut_off_is_not_sent_in_part(server: Server, tmp_path: P
         open(source, "rb") as file,
         half_way(server, *args, stdin=file.fileno()) as (client, link),
     ):
-        link.release()
         link.cut()
+        link.release()
         result = client.wait()
     assert result.status == 1
     assert "standard input cannot be sent a second time" in result.stderr

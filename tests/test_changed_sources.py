@@ -148,7 +148,7 @@ def test_a_file_that_changes_while_it_is_sent_is_refused(
     assert result.error_lines == [f"{source}: it changed while it was sent"]
     assert finished(server.folder) == {"after": after.read_bytes()}
     assert partials(server.folder), "what came of it stays for the next run"
-    assert "log" in server.stderr()
+    server.wait_for("failed log")
 
 
 def test_a_file_that_is_replaced_while_it_is_sent_arrives_as_it_was(

@@ -137,7 +137,8 @@ def test_odd_names_arrive_and_never_reach_a_terminal_raw(server: Server, tmp_pat
     for number, name in enumerate(names):
         with open(os.path.join(arrived, name), "rb") as file:
             assert file.read() == b"%d" % number
-    log = server.stdout() + server.stderr()
+    server.wait_for(", saved as ", times=len(names))
+    log = server.text()
     assert log.count(", saved as ") == len(names)
     for printed in (log, result.stdout, result.stderr):
         assert control_codes(printed) == set()

@@ -262,6 +262,7 @@ def test_silent_and_slow_peers_are_left_after_the_handshake_limit(
     (line,) = result.error_lines
     assert line.endswith(": the other side made no progress for 10 s before it answered")
     server.wait_until_idle(before)
+    server.wait_for("the other side made no progress for 10 s", times=21)
     assert server.stderr().count("the other side made no progress for 10 s") == 21
 
 

@@ -104,19 +104,15 @@ def test_a_busy_client_gives_way_to_no_more_of_its_own_origin(
 def test_nobody_waits_for_the_idle_when_the_server_stops(
     ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "IDLE_S", 0.5)
+    monkeypatch.setattr(server, "IDLE_S", 1800.0)
     clients = Clients(max_served=9)
     idle, busy = ends.client(HERE), ends.client(HERE)
     for each in (idle, busy):
         clients.add(each)
         assert clients.admit(each)
+    idle.connection._progress_s -= 3600
     with background(clients.finish):
-
-        def idle_gave_way() -> str:
-            busy.connection.note_progress()
-            return idle.eviction
-
-        wait_for(idle_gave_way)
+        wait_for(lambda: idle.eviction)
         assert not busy.eviction
         clients.remove(idle)
         clients.remove(busy)
@@ -169,7 +165,8 @@ def test_ctrl_c_waits_for_the_busy_and_not_for_who_holds_a_place(inbox: Path) ->
     with Server(inbox) as running, hold_place(running.port):
         running.signal(signal.SIGINT)
         running.wait_for_output("finishing 1 under way")
-        assert running.wait(40).status == 130
+        running.wait_for_output("dropped: the server stops, and it was idle")
+        assert running.wait().status == 130
 
 
 def test_turning_many_away_is_some_lines_and_a_number(caplog: pytest.LogCaptureFixture) -> None:

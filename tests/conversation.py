@@ -11,7 +11,7 @@ import common
 import server
 from common import Connection, Hello, Message, Welcome, decode_message, encode_message
 from peers import RawPeer, socket_pair
-from proxy import HOST
+from ports import HOST
 from waiting import background
 
 

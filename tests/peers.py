@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from common import PROTOCOL
-from proxy import HOST
+from ports import HOST
 from waiting import LIMIT_S
 
 if TYPE_CHECKING:

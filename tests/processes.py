@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
+from ports import free_port
 from waiting import LIMIT_S, wait_for
 
 if TYPE_CHECKING:
@@ -336,11 +337,12 @@ class Server(Process):
         self,
         folder: Path,
         *args: str,
-        port: int = 0,
+        port: int | None = None,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         wrapper: Sequence[str] = (),
     ) -> None:
+        port = free_port() if port is None else port
         arguments = ("file", "--port", str(port), "--folder", str(folder), *args)
         super().__init__("server.py", *arguments, env=env, cwd=cwd, wrapper=wrapper)
         self.folder = folder

@@ -7,10 +7,10 @@ import socket
 import threading
 from collections.abc import Callable
 
+from ports import HOST
 from processes import Process
 from waiting import LIMIT_S, wait_for
 
-HOST = "127.0.0.1"
 RECORD_BYTES = 16 * 1024 * 1024
 BLOCK_BYTES = 64 * 1024
 
@@ -19,14 +19,6 @@ UP, DOWN = 0, 1  # towards the server, and back
 # Takes a direction, how many bytes of this connection have passed that way, and what comes next;
 # returns what goes on in its place. It may block, and raise Cut.
 Hook = Callable[[int, int, bytes], bytes]
-
-
-def free_port() -> int:
-    """Return a port on which nothing listens."""
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 class Cut(Exception):

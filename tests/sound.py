@@ -17,6 +17,7 @@ import client
 import common
 from common import AudioFormat
 from peers import message
+from ports import free_port
 from processes import Process
 from proxy import DOWN, Hook
 from sound_card import (
@@ -61,7 +62,7 @@ class Script(Process):
 def start_server(machine: Machine, *arguments: str, **options: Any) -> Script:
     """Return a server that listens, on a port of its own unless `arguments` name one."""
     if "--port" not in arguments:
-        arguments = ("--port", "0", *arguments)
+        arguments = ("--port", str(free_port()), *arguments)
     script = Script("server.py", machine, *arguments, **options)
     script.wait_for("Ctrl+C to stop")
     return script

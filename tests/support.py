@@ -5,6 +5,7 @@
 ``processes``         ``Program`` running, ``Process`` a script, ``Server`` one that listens
 ``peers``             ``RawClient``, ``FakeServer``: the protocol by hand
 ``proxy``             ``Proxy``: a link that holds, changes, cuts and records
+``ports``             ``free_port``: one that nobody else gets
 here                  marks; ``make_file``, ``partials``, ``contents`` ...
 ====================  =============================================================
 """
@@ -24,6 +25,7 @@ from typing import Any
 import pytest
 
 from peers import END_OF_FILE, GIVEN_UP, HELLO, FakeServer, RawClient, RawPeer, frame, message
+from ports import HOST, free_port
 from processes import (
     ROOT,
     Process,
@@ -35,7 +37,7 @@ from processes import (
     send,
     start_client,
 )
-from proxy import DOWN, HOST, UP, Cut, Proxy, free_port
+from proxy import DOWN, UP, Cut, Proxy
 from waiting import LIMIT_S, background, wait_for
 
 __all__ = [

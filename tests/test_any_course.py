@@ -15,7 +15,8 @@ import server
 from common import Connection
 from conversation import welcome
 from peers import FakeServer, RawPeer
-from proxy import HOST, UP, Cut, Proxy
+from ports import HOST
+from proxy import UP, Cut, Proxy
 from support import MIB, contents, make_file, partials
 
 SIZES = (0, 1, 5_000, 70_000, 300_000, MIB + 1, 3 * MIB)

@@ -20,7 +20,7 @@ import common
 import server
 from common import AudioBlock, AudioFormat
 from peers import FakeServer, RawPeer, socket_pair
-from proxy import HOST
+from ports import HOST
 from sound import LIMIT_S, MONO, pack_welcome
 from support import MIB, linux
 from waiting import background, ends_soon, wait_for

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from proxy import HOST, free_port  # noqa: E402
+from ports import HOST, free_port  # noqa: E402
 from sound_card import stop_process  # noqa: E402
 
 MIB = 1024 * 1024

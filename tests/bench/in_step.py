@@ -41,7 +41,7 @@ from quality import relayed  # noqa: E402
 
 from common import AudioFormat  # noqa: E402
 from likeness import Signal, lag, to_signal  # noqa: E402
-from proxy import free_port  # noqa: E402
+from ports import free_port  # noqa: E402
 from sound import write_wav  # noqa: E402
 from sound_card import (  # noqa: E402
     MICROPHONE_MONITOR,

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from proxy import free_port  # noqa: E402
+from ports import free_port  # noqa: E402
 from sound_card import (  # noqa: E402
     MICROPHONE_MONITOR,
     RATE,

@@ -42,7 +42,8 @@ import latency  # noqa: E402
 
 from client import Playout  # noqa: E402
 from common import AudioFormat  # noqa: E402
-from proxy import DOWN, Proxy, free_port  # noqa: E402
+from ports import free_port  # noqa: E402
+from proxy import DOWN, Proxy  # noqa: E402
 from simulation import MONO, PoorWifi, Simulation, sinad_db, tone  # noqa: E402
 from sound_card import (  # noqa: E402
     MICROPHONE_FEED,

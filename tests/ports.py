@@ -1,0 +1,27 @@
+"""Ports of this machine that nobody else gets, also where it runs these tests twice at once."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+HOST = "127.0.0.1"
+
+_held: list[socket.socket] = []
+
+
+def free_port() -> int:
+    """Return a port on which nothing listens, but whom it is given to.
+
+    On Linux a socket that never listens holds it until this process ends: the system gives it to
+    nobody who asks for any port, also while a server on it is started anew.
+    """
+    sock = socket.socket()
+    if sys.platform == "linux":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do
+        _held.append(sock)
+    sock.bind((HOST, 0))
+    port: int = sock.getsockname()[1]
+    if sys.platform != "linux":
+        sock.close()
+    return port

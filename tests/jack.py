@@ -15,7 +15,7 @@ from typing import IO
 from sound_card import stop_process
 from waiting import wait_for
 
-COMMAND_LIMIT_S = 20.0
+COMMAND_LIMIT_S = 60.0
 
 
 def take_name() -> tuple[str, IO[bytes]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from sound_card import stop_process
 from waiting import wait_for
 
-COMMAND_LIMIT_S = 20.0
+COMMAND_LIMIT_S = 60.0
 
 DEVICES = """\
 context.objects = [

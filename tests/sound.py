@@ -30,7 +30,7 @@ from sound_card import (
 )
 from waiting import wait_for
 
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 TONE_HZ = 1_000.0
 OTHER_HZ = 1_700.0
 PIP_S = 0.05

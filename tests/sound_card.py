@@ -33,7 +33,7 @@ def raw_format(channels: int = 1) -> tuple[str, ...]:
 
 
 STOP_LIMIT_S = 10.0
-COMMAND_LIMIT_S = 20.0
+COMMAND_LIMIT_S = 60.0
 
 # "pulse" is what every program on the card opens, by whichever of these names.
 ALSA_CONFIGURATION = """\
@@ -50,7 +50,7 @@ def stop_process(process: subprocess.Popen[bytes]) -> None:
         process.wait(STOP_LIMIT_S)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.wait(STOP_LIMIT_S)
+        process.wait(COMMAND_LIMIT_S)
     for stream in (process.stdin, process.stdout, process.stderr):
         if stream is not None and not stream.closed:
             stream.close()

@@ -72,11 +72,11 @@ def test_openssl_s_client_gets_no_certificate(either: Server) -> None:
 
 @pytest.mark.usefixtures("still_well")
 def test_a_browser_is_told_what_this_is(either: Server) -> None:
-    page = run_tool("curl", "-s", "-m", "20", f"http://{HOST}:{either.port}/")
+    page = run_tool("curl", "-s", "-m", "60", f"http://{HOST}:{either.port}/")
     assert page.stdout.startswith("This is a Socket Pair server, not a web server")
     either.wait_for_output("not a Socket Pair client: it speaks HTTP, as a browser does")
     for _ in range(10):
-        assert run_tool("curl", "-sk", "-m", "20", f"https://{HOST}:{either.port}/").returncode
+        assert run_tool("curl", "-sk", "-m", "60", f"https://{HOST}:{either.port}/").returncode
 
 
 @pytest.mark.usefixtures("still_well")

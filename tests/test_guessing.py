@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from common import (
     normalize_code,
 )
 from pairing import OTHER_CODE, check_paired, send_here
-from support import HOST, Server, background
+from support import HOST, Server, background, wait_for
 
 ELSEWHERE = "127.0.0.2"
 WRONG = normalize_code(OTHER_CODE)
@@ -44,7 +45,7 @@ def begin_guess(connection: Connection) -> None:
 
 def guess(host: str, port: int) -> None:
     """Try a wrong code as a real client does; raises what that raises."""
-    with connect_from(host, port) as connection, connection.limit(20):
+    with connect_from(host, port) as connection, connection.limit(60):
         connection.send(Hello(PROTOCOL, PAIRING))
         pairing = Pairing(WRONG, server_side=False)
         connection.send(Pair(pairing.share))
@@ -54,7 +55,7 @@ def guess(host: str, port: int) -> None:
 
 def see_certificate(port: int) -> bytes:
     """Return the certificate that the server shows to who does not look whether it is right."""
-    with connect_from(HOST, port) as connection, connection.limit(20):
+    with connect_from(HOST, port) as connection, connection.limit(60):
         connection.send(Hello(PROTOCOL, PAIRING))
         pairing = Pairing(WRONG, server_side=False)
         connection.send(Pair(pairing.share))
@@ -85,31 +86,50 @@ def test_many_guesses_at_once_do_not_pass_the_limit(
     with contextlib.ExitStack() as stack:
         guessers = [stack.enter_context(connect_from(ELSEWHERE, paired.port)) for _ in range(200)]
         share = Pairing(WRONG, server_side=False).share
+        began_s = time.monotonic()
         for each in guessers:
             each.send(Hello(PROTOCOL, PAIRING))
             each.send(Pair(share))
         answers = {"pair": 0, "wait": 0}
         for each in guessers:
-            with contextlib.suppress(PeerRefused), each.limit(30):
+            with contextlib.suppress(PeerRefused), each.limit(60):
                 each.receive(Pair)
                 answers["pair"] += 1
                 continue
             answers["wait"] += 1
-        assert answers["pair"] <= server.FREE_GUESSES + 2
+        # One that waits for its time, and those whose time has come meanwhile.
+        late = 1 + (time.monotonic() - began_s) / server.GUESS_SPACING_S
+        assert answers["pair"] <= server.FREE_GUESSES + 1 + late
         check_paired(paired, code, tmp_path)  # another address does not notice
     paired.wait_for_output("too many wrong pairing codes came from this address")
 
 
 def test_many_right_codes_at_once_from_one_address_all_get_in(paired: Server, code: str) -> None:
+    def get_in() -> bool:
+        began_s = time.monotonic()
+        try:
+            let_in_at_once(paired.port, code)
+        except SocketPairError:
+            # Where the machine has stood still, those wait for too long that wait for others.
+            if time.monotonic() - began_s < server.GUESS_SPACING_S:
+                raise
+            return False
+        return True
+
+    wait_for(get_in, "a try for which there was time")
+
+
+def let_in_at_once(port: int, code: str) -> None:
+    """Have many clients with the right code connect; raises what one of them raises."""
     with contextlib.ExitStack() as stack:
         pairings = []
         for _ in range(4 * server.FREE_GUESSES):
-            connection = stack.enter_context(connect_from(ELSEWHERE, paired.port))
+            connection = stack.enter_context(connect_from(ELSEWHERE, port))
             connection.send(Hello(PROTOCOL, PAIRING))
             pairings.append((connection, Pairing(code, server_side=False)))
             connection.send(Pair(pairings[-1][1].share))
         for connection, pairing in pairings:
-            with connection.limit(20):
+            with connection.limit(60):
                 context = pairing.finish(connection.receive(Pair).share)
                 connection.start_tls(context, server_side=False)
                 connection.send(Hello(PROTOCOL, "file"))
@@ -117,14 +137,17 @@ def test_many_right_codes_at_once_from_one_address_all_get_in(paired: Server, co
 
 
 def test_who_takes_the_servers_share_and_goes_has_guessed_as_well(paired: Server) -> None:
+    def has_to_wait() -> bool:
+        with connect_from(HOST, paired.port) as connection:
+            begin_guess(connection)
+            return not connection.wait_for_peer(0.5)
+
     for _ in range(server.FREE_GUESSES):
         with connect_from(HOST, paired.port) as connection:
             begin_guess(connection)
             connection.receive(Pair)
     paired.wait_for_output("did not prove that it has the pairing code")
-    with connect_from(HOST, paired.port) as connection:
-        begin_guess(connection)
-        assert not connection.wait_for_peer(0.5)  # it has to wait for a second
+    wait_for(has_to_wait)  # at once, but where that took so long that another is free
 
 
 def test_the_right_code_gets_in_from_an_address_that_wrong_ones_came_from(
@@ -146,9 +169,9 @@ def test_a_client_that_hangs_up_while_it_waits_for_a_guess_leaves_no_thread(pair
     with contextlib.ExitStack() as stack:
         guessers = [
             stack.enter_context(connect_from(ELSEWHERE, paired.port))
-            for _ in range(server.FREE_GUESSES + 1)
+            for _ in range(server.FREE_GUESSES + 3)
         ]
-        for each in guessers:  # all within a second, also on a busy machine
+        for each in guessers:  # all within seconds, also on a busy machine
             each.send(Hello(PROTOCOL, PAIRING))
             each.send(Pair(share))
     paired.wait_for_output("hung up while it waited to try a pairing code")

@@ -128,9 +128,14 @@ def test_each_guess_at_what_is_here_counts_and_a_right_one_is_told_no_sooner(
     for _ in range(FREE_MISMATCHES // MAX_ALIKE):
         with RawClient(server.port).greet() as client:
             assert guess(client, wrong, MAX_ALIKE) == "start"
-    with RawClient(server.port).greet() as client, RawClient(server.port).greet() as other:
-        assert guess(client, wrong, MAX_ALIKE) == "hashing", "it has to wait for its turn"
-        assert guess(other, right, 1) == "hashing", "or whoever waits would know that it is wrong"
+
+    def both_wait() -> bool:
+        """Guess wrong and right, when none is left, or hardly any on a machine that was busy."""
+        with RawClient(server.port).greet() as client, RawClient(server.port).greet() as other:
+            answers = (guess(client, wrong, MAX_ALIKE), guess(other, right, 1))
+        return answers == ("hashing", "hashing")
+
+    wait_for(both_wait, "whoever waits would know that it is wrong where a right one did not")
 
 
 def test_no_number_of_partial_files_has_a_client_asked_more_than_it_answers(

@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-import client
-import common
 from common import normalize_code
-from pairing import CODE, CONTENT, NAME
+from pairing import CODE, CONTENT, NAME, make_hasty
 from sound_card import VirtualSoundCard
 from support import (
     Server,
@@ -80,8 +78,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a client in this process soon tired of waiting."""
-    monkeypatch.setattr(client, "HANDSHAKE_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(common, "PROGRESS_TIMEOUT_S", 1.0)
+    make_hasty(monkeypatch)
 
 
 @pytest.fixture(scope="module")

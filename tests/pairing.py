@@ -7,7 +7,10 @@ import random
 import ssl
 from pathlib import Path
 
+import pytest
+
 import client
+import common
 from common import TLS, Pairing
 from support import HOST, Server
 
@@ -30,6 +33,12 @@ JUNK = {
     "deep": b"\x00\x00\x0f\xff" + b"[" * 0xFFF,
     "a long number": b"\x00\x00\x0f\xff" + b"9" * 0xFFF,
 }
+
+
+def make_hasty(patched: pytest.MonkeyPatch) -> None:
+    """Make a client in this process soon tired of waiting."""
+    patched.setattr(client, "HANDSHAKE_TIMEOUT_S", 1.0)
+    patched.setattr(common, "PROGRESS_TIMEOUT_S", 1.0)
 
 
 def send_here(port: int, path: Path, code: str | None = None) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common import normalize_code
-from pairing import CODE, CONTENT, NAME, check_paired, send_here
+from pairing import CODE, CONTENT, NAME, check_paired, make_hasty, send_here
 from support import DOWN, UP, Cut, Process, Proxy, RawClient, Server, free_port, visible, wait_for
 
 
@@ -87,10 +87,9 @@ def test_the_same_conversation_never_looks_the_same(
     check_paired(paired, code, source.parent)
 
 
-@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("harm", ["change", "cut"])
 def test_whatever_is_changed_or_cut_off_on_the_way_nothing_wrong_arrives(
-    harm: str, paired: Server, tmp_path: Path, code: str
+    harm: str, paired: Server, tmp_path: Path, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = paired.held()
     path = tmp_path / NAME
@@ -100,7 +99,11 @@ def test_whatever_is_changed_or_cut_off_on_the_way_nothing_wrong_arrives(
     memory = paired.status_field("VmRSS")
     for direction in (UP, DOWN):
         for number in samples(lengths[direction], 40):
-            with Proxy(paired.port, hook=Harm(harm, direction, number)) as proxy:
+            with (
+                monkeypatch.context() as patched,
+                Proxy(paired.port, hook=Harm(harm, direction, number)) as proxy,
+            ):
+                make_hasty(patched)
                 status = send_here(proxy.port, path, code)
             arrived = paired.folder / NAME
             if status == 0:

@@ -37,6 +37,7 @@ PIP_S = 0.05
 PIP_LIMIT_S = 5.0
 PIPS = 6
 LOUD = 6_000
+HEAD_BYTES = 240  # of a recording, by which its place is found: less than the first block
 MONO = AudioFormat(48_000, 1)
 
 Machine = VirtualSoundCard | Mapping[str, str]  # by its card, or by the environment there
@@ -112,6 +113,37 @@ def let_pass(
     arguments += ("--output", str(folder / "passed.wav"), "--seconds", str(seconds))
     with start_client(card, port_of(sender), *arguments) as other:
         assert other.end() == common.EXIT_OK
+
+
+def until_whole(listen: Callable[[], Process], *written: Path) -> Process:
+    """Run a client to its end, again where it says that it did not hear all; return the last.
+
+    So says one that has stood still, as on a busy machine, or whose server has. What it has
+    `written` is removed before each.
+    """
+
+    def hear() -> Process | None:
+        for path in written:
+            path.unlink(missing_ok=True)
+        with listen() as listener:
+            assert listener.wait().status == common.EXIT_OK, listener.text()
+        heard = listener.lines[-1]
+        assert heard.startswith("heard "), listener.text()
+        return None if "missed" in heard or " of " in heard else listener
+
+    listener = wait_for(hear, "all of the sound is heard")
+    assert listener is not None
+    return listener
+
+
+def is_part(heard: bytes, sent: bytes) -> bool:
+    """Return whether `heard` is a part of `sent`, but for gaps, which are silence."""
+    place = sent.find(heard[:HEAD_BYTES])
+    part = sent[max(0, place) :][: len(heard)]
+    if place < 0 or len(part) < len(heard):
+        return False
+    pairs = zip(memoryview(heard).cast("h"), memoryview(part).cast("h"), strict=True)
+    return all(one in (0, other) for one, other in pairs)
 
 
 def make_tone(seconds: float, hertz: float = TONE_HZ) -> bytes:

@@ -29,6 +29,7 @@ from sound import (
     read_wav,
     start_client,
     start_server,
+    until_whole,
     write_wav,
 )
 from sound_card import RATE
@@ -102,12 +103,15 @@ def test_opus_has_the_tone_and_the_length(tmp_path: Path, audio: AudioFormat) ->
 def test_a_tone_is_recorded_beside_the_pipe_that_it_goes_through(
     sender: Script, tmp_path: Path, silent_machine: dict[str, str]
 ) -> None:
-    recording = tmp_path / "talk.flac"
-    with (tmp_path / "heard.raw").open("wb") as heard:
-        arguments = ("--output", "-", "--record", str(recording), "--seconds", "2")
-        with start_client(silent_machine, port_of(sender), *arguments, stdout=heard) as listening:
-            assert listening.end() == common.EXIT_OK
-    samples = (tmp_path / "heard.raw").read_bytes()
+    recording, heard = tmp_path / "talk.flac", tmp_path / "heard.raw"
+    arguments = ("--output", "-", "--record", str(recording), "--seconds", "2")
+
+    def listen() -> Script:
+        with heard.open("wb") as output:
+            return start_client(silent_machine, port_of(sender), *arguments, stdout=output)
+
+    until_whole(listen, recording)
+    samples = heard.read_bytes()
     assert len(samples) == 2 * RATE * 2
     assert decode(recording, MONO) == samples
 

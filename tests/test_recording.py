@@ -18,12 +18,14 @@ from sound import (
     OTHER_HZ,
     Script,
     is_heard,
+    is_part,
     make_tone,
     numbered_frames,
     port_of,
     read_wav,
     start_client,
     start_server,
+    until_whole,
     write_wav,
 )
 from sound_card import VirtualSoundCard
@@ -37,13 +39,9 @@ def test_a_wav_file_arrives_sample_for_sample(
     sent = numbered_frames(audio.rate, audio.channels)
     write_wav(tmp_path / "sent.wav", sent, audio)
     recording = tmp_path / "heard.wav"
-    with (
-        start_server(card, "--input", str(tmp_path / "sent.wav")) as sender,
-        start_client(
-            card, port_of(sender), "--output", str(recording), "--seconds", "1.5"
-        ) as writer,
-    ):
-        assert writer.end() == common.EXIT_OK
+    arguments = ("--output", str(recording), "--seconds", "1.5")
+    with start_server(card, "--input", str(tmp_path / "sent.wav")) as sender:
+        until_whole(lambda: start_client(card, port_of(sender), *arguments), recording)
     heard_format, heard = read_wav(recording)
     assert heard_format == audio
     assert len(heard) == audio.frames_in(1_500) * audio.frame_bytes
@@ -52,9 +50,23 @@ def test_a_wav_file_arrives_sample_for_sample(
 
 def test_a_pipe_arrives_sample_for_sample_and_ends(card: VirtualSoundCard, tmp_path: Path) -> None:
     sent = numbered_frames(40_000, 2)
+
+    def arrives() -> bool:
+        said = send_through_pipe(card, sent, tmp_path / "heard.raw")
+        heard = (tmp_path / "heard.raw").read_bytes()
+        assert len(heard) == len(sent)
+        is_whole = "missed" not in said  # as it does where the machine stands still
+        assert heard == sent if is_whole else is_part(heard, sent)
+        return is_whole
+
+    wait_for(arrives, "all of the sound is heard")
+
+
+def send_through_pipe(card: VirtualSoundCard, sent: bytes, path: Path) -> str:
+    """Have a server send what comes through a pipe; return what a client says that writes it."""
     arguments = ("--input", "-", "--rate", "32000", "--channels", "2")
     with (
-        (tmp_path / "heard.raw").open("wb") as heard,
+        path.open("wb") as heard,
         start_server(card, *arguments, stdin=subprocess.PIPE) as sender,
         start_client(card, port_of(sender), "--output", "-", stdout=heard) as reader,
     ):
@@ -66,7 +78,7 @@ def test_a_pipe_arrives_sample_for_sample_and_ends(card: VirtualSoundCard, tmp_p
         assert reader.end() == common.EXIT_OK
         assert sender.end() == common.EXIT_OK
         assert "standard input is at its end" in reader.text()
-    assert (tmp_path / "heard.raw").read_bytes() == sent
+        return reader.text()
 
 
 def test_a_pipe_without_sound_is_a_failure(silent_machine: dict[str, str]) -> None:
@@ -89,7 +101,8 @@ def test_a_recording_beside_playing_is_valid_after_kill_9(
     audio, samples = read_wav(recording)
     assert audio == MONO
     uncounted = recording.stat().st_size - client.WAV_HEADER.size - len(samples)
-    assert 0 <= uncounted < 5_000  # it is killed between a block and the header that counts it
+    # It is killed between a block, in which much may have gathered, and the header counting it.
+    assert 0 <= uncounted <= audio.frames_in(common.MAX_BLOCK_MS) * audio.frame_bytes
 
 
 def test_a_reader_that_goes_ends_the_client_quietly_and_what_is_recorded_stays(

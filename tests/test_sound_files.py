@@ -22,6 +22,8 @@ from sound import (
     Script,
     decode,
     ends_with_one_line,
+    heard_from_the_start,
+    is_part,
     numbered_frames,
     port_of,
     read_wav,
@@ -225,22 +227,20 @@ CUT = {
 def test_a_file_that_stops_half_way_plays_to_there_and_ends_with_status_1(
     source: Path, name: str, silent_machine: dict[str, str]
 ) -> None:
-    sound = numbered_frames(4 * STEREO.rate, 2)  # of which a busy machine misses a good deal
+    sound = numbered_frames(4 * STEREO.rate, 2)
     write_wav(source, sound, STEREO)
     song = encode(source, source.with_name(name), "-c:a", CUT[name])
     cut(song)
     heard = source.with_name("heard.wav")
-    with (
-        start_server(silent_machine, "--input", str(song)) as sender,
-        start_client(silent_machine, port_of(sender), "--output", str(heard)) as writer,
-    ):
+    with heard_from_the_start(silent_machine, song, "--output", str(heard)) as (sender, writer):
         assert writer.end() == common.EXIT_OK
         assert f"The sound has ended: {song} cannot be read any further" in writer.text()
         assert sender.end() == common.EXIT_FAILED
         assert f"{song} cannot be read any further" in sender.text()
     samples = read_wav(heard)[1]
     assert len(samples) > FRAMES
-    assert samples in sound
+    # What a client that stands still was too slow for is silence, and told.
+    assert is_part(samples, sound) if "missed" in writer.text() else samples in sound
 
 
 def make_fifo(path: Path) -> None:

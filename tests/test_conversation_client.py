@@ -39,6 +39,7 @@ from common import (
 from conversation import honest_server, read_message, say, welcome
 from support import (
     HOST,
+    LIMIT_S,
     MIB,
     FakeServer,
     RawPeer,
@@ -270,8 +271,15 @@ def test_a_name_at_the_server_is_shown_harmless(
 
 
 def test_a_file_that_fails_at_the_server_is_given_up_and_the_next_is_sent(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    is_told, decide = threading.Event(), client.Upload._decide
+
+    def note(*args: Any) -> None:
+        decide(*args)
+        is_told.set()
+
+    monkeypatch.setattr(client.Upload, "_decide", note)
     first = make_file(tmp_path / "first", 40 * MIB)
     second = make_file(tmp_path / "second", SIZE)
     sent: list[tuple[bytes, bytes | None]] = []
@@ -279,6 +287,7 @@ def test_a_file_that_fails_at_the_server_is_given_up_and_the_next_is_sent(
     def serve(peer: RawPeer) -> None:
         begin(peer, Start([0, 0]))
         peer.send(say(Results([(0, Outcome("failed", "no room"))])))
+        is_told.wait(LIMIT_S)
         sent.extend(read_file(peer) for _ in range(2))
         peer.send(say(Results([(1, Outcome("saved", "second"))])))
         peer.read_all()

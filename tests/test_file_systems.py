@@ -178,7 +178,7 @@ def test_a_disk_that_stands_still_for_longer_than_a_client_waits_costs_no_connec
         make_sparse(make_file(inbox / "file", 0), size)
     if call == "unlink":
         make_partial(inbox, "file", b"other")
-    monkeypatch.setattr(common, "PROGRESS_TIMEOUT_S", 4.0)  # of the client, in this process
+    monkeypatch.setattr(common, "PROGRESS_TIMEOUT_S", 7.0)  # of the client, in this process
     with serve(inbox, faulty_disk, f"{call}=stall") as server:
         assert send_here(server.port, source) == 0
     assert os.listdir(inbox) == ["file"]

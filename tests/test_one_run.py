@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from server import remove_old_leftovers
+from server import SILENT_S, remove_old_leftovers
 from support import (
     MIB,
     Process,
@@ -106,6 +106,8 @@ def test_a_client_takes_over_from_its_connection_that_fell_silent(
     source = make_file(tmp_path / "file", 40 * MIB)
     with half_way(server, source, hold_at=30 * MIB, written=28 * MIB) as (client, _):
         client.signal(signal.SIGSTOP)  # and its connection stays
+        stopped_s = time.monotonic()
+        wait_for(lambda: time.monotonic() - stopped_s > SILENT_S, "what counts as silence")
         with Proxy(server.port) as second:
             result = server.send(source, port=second.port)
             assert result.status == 0, result

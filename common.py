@@ -1195,6 +1195,8 @@ LINGER = struct.Struct("HH" if sys.platform == "win32" else "ii")
 SO_NWRITE = 0x1024  # of macOS
 # Of Linux: what has not gone out (whatever SO_SNDBUF says, it takes 64 KiB in small writes).
 SIOCOUTQNSD = 0x894B
+MIN_RTT_US = struct.Struct("=148xI")  # of Linux's struct tcp_info
+MAX_ROUND_TRIP_S = 1.0  # that is believed: what is kept for it may be late
 ENDED_INSIDE = "it ended in the middle of a frame"
 SIGN_INTERVAL_S = 1.0
 RECEIVE_BYTES = 256 * 1024
@@ -1711,6 +1713,15 @@ class ByteStream(TimedSocket):
     def unsent(self) -> int:
         """Return how many bytes the system has taken that have not gone out; 0 where not Linux."""
         return ask_for_count(self._socket, SIOCOUTQNSD)
+
+    def round_trip_s(self) -> float:
+        """Return how long the quickest way there and back has taken; 0 where not Linux."""
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError, struct.error):  # closed, or an old kernel
+                info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, MIN_RTT_US.size)
+                shortest_us: int = MIN_RTT_US.unpack(info)[0]
+                return min(shortest_us / 1e6, MAX_ROUND_TRIP_S)
+        return 0.0
 
     def _seal_and_send(self, view: memoryview) -> None:
         step = SEND_BYTES if self._tls else max(1, len(view))

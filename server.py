@@ -2709,9 +2709,10 @@ LISTENER_TIMEOUT_S = 5.0
 SILENCE_S = 3600.0  # of a client, which need not say anything
 REQUESTS_AT_ONCE = 200
 REQUEST_SPACING_S = 0.05
-# Small writes take a multiple of their size in the system's buffers.
 SEND_BUFFER_MS = 200
 MIN_SEND_BUFFER_BYTES = 16 * 1024
+# What a small write takes there besides, as Linux counts it, until it is known to have arrived.
+WRITE_BYTES = 1024
 LONGEST_REST_S = 0.02
 SIGN_BYTES = common.LENGTH.size + common.BLOCK_HEADER.size  # of a block without samples
 # What has waited for longer until it went out is late; it is looked at so often.
@@ -2947,7 +2948,7 @@ def handle_audio_client(
         broadcaster.log.write(line, logging.INFO, host_of(connection.peer))
 
     try:
-        size = send_buffer_bytes(broadcaster.captured.audio)
+        size = send_buffer_bytes(broadcaster.captured.audio, connection.round_trip_s())
         connection.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         listener = broadcaster.add(connection, opus_kbit)
         try:
@@ -2965,9 +2966,14 @@ def handle_audio_client(
         write(f"left ({error})")
 
 
-def send_buffer_bytes(audio: AudioFormat) -> int:
-    """Return how much the system may keep for a slow listener: what waits there is late."""
-    return max(MIN_SEND_BUFFER_BYTES, audio.frames_in(SEND_BUFFER_MS) * audio.frame_bytes)
+def send_buffer_bytes(audio: AudioFormat, round_trip_s: float = 0.0) -> int:
+    """Return how much the system may keep for a slow listener: what waits there is late.
+
+    Besides, it keeps for `round_trip_s` what is on its way, which is not.
+    """
+    late_bytes = max(MIN_SEND_BUFFER_BYTES, audio.frames_in(SEND_BUFFER_MS) * audio.frame_bytes)
+    block_bytes = audio.frames_in(CAPTURE_BLOCK_MS) * audio.frame_bytes + WRITE_BYTES
+    return late_bytes + round(round_trip_s * 1000 / CAPTURE_BLOCK_MS * block_bytes)
 
 
 # --- who may connect ------------------------------------------------------------------------

@@ -1,12 +1,13 @@
-"""A bad line between two machines: what a router does that loses, delays and damages packets.
+"""A line between two machines: what a router does that loses, delays and damages packets.
 
-    python bad_line.py CABLE MAC CABLE MAC
+    python bad_line.py LINE CABLE MAC CABLE MAC
     python bad_line.py --no-offload CABLE
 
 As root, in the network of the machine between, which must not forward by itself. Each packet that
 comes in at one cable goes out at the other, to the machine with that address there. It works with
 any kernel, which netem does not. A cable that is to end in it must have no offload: else packets
-come in without their checksums, which a card would have added, and larger than any.
+come in without their checksums, which a card would have added, and larger than any. LINE is one of
+``LINES``.
 """
 
 from __future__ import annotations
@@ -20,10 +21,18 @@ import struct
 import sys
 import time
 from array import array
+from typing import NamedTuple
 
-LOST = 0.02
-DAMAGED = 0.005
-DELAY_S = (0.015, 0.025)
+
+class Line(NamedTuple):
+    """How many packets it loses, of the others damages, and for how long it keeps each."""
+
+    lost: float
+    damaged: float
+    delay_s: tuple[float, float]
+
+
+LINES = {"bad": Line(0.02, 0.005, (0.015, 0.025)), "long": Line(0.0, 0.0, (0.15, 0.15))}
 SIOCETHTOOL, ETHTOOL_STXCSUM = 0x8946, 0x17
 ETH_P_IP = 0x0800
 PACKET_BYTES = 65536
@@ -49,7 +58,7 @@ def damage(packet: bytes) -> bytes:
     return bytes(changed)
 
 
-def receive(cable: Cable) -> bytes | None:
+def receive(cable: Cable, line: Line) -> bytes | None:
     """Return the next packet of another machine, perhaps damaged; None where it is lost.
 
     What it does is printed.
@@ -57,16 +66,16 @@ def receive(cable: Cable) -> bytes | None:
     packet, (_, _, kind, *_) = cable.socket.recvfrom(PACKET_BYTES)
     if kind == socket.PACKET_OUTGOING:
         return None
-    if random.random() < LOST:
+    if random.random() < line.lost:
         print("lost", flush=True)
         return None
-    if random.random() < DAMAGED:
+    if random.random() < line.damaged:
         print("damaged", flush=True)
         return damage(packet)
     return packet
 
 
-def run(cables: tuple[Cable, Cable]) -> None:
+def run(line: Line, cables: tuple[Cable, Cable]) -> None:
     """Pass on for ever."""
     under_way: list[tuple[float, int, Cable, bytes]] = []
     number = 0
@@ -77,9 +86,9 @@ def run(cables: tuple[Cable, Cable]) -> None:
         wait_s = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None
         for key, _ in selector.select(wait_s):
             cable, other = key.data
-            if packet := receive(cable):
+            if packet := receive(cable, line):
                 number += 1
-                due_s = time.monotonic() + random.uniform(*DELAY_S)
+                due_s = time.monotonic() + random.uniform(*line.delay_s)
                 heapq.heappush(under_way, (due_s, number, other, packet))
         while under_way and under_way[0][0] <= time.monotonic():
             _, _, cable, packet = heapq.heappop(under_way)
@@ -98,7 +107,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "--no-offload":
         switch_off_offload(sys.argv[2])
         sys.exit()
-    near, near_mac, far, far_mac = sys.argv[1:]
+    kind, near, near_mac, far, far_mac = sys.argv[1:]
     both = (Cable(near, near_mac), Cable(far, far_mac))
     print("connected", flush=True)
-    run(both)
+    run(LINES[kind], both)

@@ -80,15 +80,21 @@ class Hosts:
     @contextlib.contextmanager
     def bad_line(self) -> Iterator[None]:
         """Have packets lost, late, out of order and damaged; fail where it did no harm."""
+        with self.line("bad") as line:
+            yield
+            assert {"lost", "damaged"} <= set(line.lines)
+
+    @contextlib.contextmanager
+    def line(self, kind: str) -> Iterator[Program]:
+        """Have one of bad_line.py's lines between the machines."""
         macs = (mac_address(self.near), mac_address(self.far))
-        arguments = ["to-near", macs[0], "to-far", macs[1]]
+        arguments = [kind, "to-near", macs[0], "to-far", macs[1]]
         self.set_forwarding(False)
         try:
             with Program([*self.at(self.between), sys.executable, BAD_LINE, *arguments]) as line:
                 line.wait_for("connected")
-                yield
+                yield line
                 assert line.running(), line.text()
-                assert {"lost", "damaged"} <= set(line.lines)
         finally:
             self.set_forwarding(True)
 

@@ -109,6 +109,21 @@ def test_a_cable_pulled_out_in_the_middle_of_a_song_and_put_back(
     assert f"missed {missed * 1000 / SONG_RATE:.0f} ms" in result.stdout
 
 
+def test_sound_arrives_over_a_line_as_long_as_around_the_earth(
+    hosts: Hosts, song: Path, tmp_path: Path
+) -> None:
+    heard = tmp_path / "heard.wav"
+    with (
+        singing(hosts, song, "--code", CODE) as (_, port),
+        hosts.line("long"),
+        listener(hosts, port, heard, "--code", CODE, "--seconds", "4") as client,
+    ):
+        result = client.wait()
+    assert result.status == 0, result
+    # The machine may stand still for a moment, and the line with it.
+    assert sum(map(len, find_silence(heard))) < frames_in(heard) / 8
+
+
 def test_a_third_machine_without_the_code_hears_nothing(
     hosts: Hosts, song: Path, tmp_path: Path
 ) -> None:

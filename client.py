@@ -2612,7 +2612,9 @@ MAX_RECORDINGS = 1_000  # of one name: the parts of a server's sound that change
 WAV_LIMIT_BYTES = 2**32 - 1
 WAV_HEADER = struct.Struct("<4sI8sIHHIIHH4sI")
 # What FFmpeg calls so many channels, as FLAC and Opus have them.
-LAYOUTS = ("mono", "stereo", "3.0", "quad", "5.0", "5.1", "6.1", "7.1")
+LAYOUTS = dict(enumerate(("mono", "stereo", "3.0", "quad", "5.0", "5.1", "6.1", "7.1"), 1))
+# FFmpeg's encoder mixes up the middle and the sides of five, and of seven (5.1, 8.1 at least).
+OPUS_LAYOUTS = {count: LAYOUTS[count] for count in (1, 2, 3, 4, 6, 8)}
 
 Made = TypeVar("Made")
 
@@ -2821,15 +2823,16 @@ class EncodedWriter:
     options: Mapping[str, str] = {"flush_packets": "1"}
     rate = 0  # the sound's own
     bits_per_s = 0  # lossless; else that of mono, and half of it for each more
+    layouts: Mapping[int, str] = LAYOUTS
 
     def __init__(self, files: RecordingFiles, audio: AudioFormat) -> None:
         import av  # noqa: PLC0415  (only such recordings need it)
 
-        if audio.channels > len(LAYOUTS):
+        if audio.channels not in self.layouts:
             raise SocketPairError(f"{self.container} cannot hold {audio.describe()}: record .wav")
         self._av = av
         self._audio = audio
-        self._layout = LAYOUTS[audio.channels - 1]
+        self._layout = self.layouts[audio.channels]
         with told_as_recording(av.error.FFmpegError), files.create() as self._file:
             options = dict(self.options)
             self._container = av.open(self._file, "w", format=self.container, options=options)
@@ -2875,6 +2878,7 @@ class OpusWriter(EncodedWriter):
     options: Mapping[str, str] = {"flush_packets": "1", "page_duration": "500000"}
     rate = common.OPUS_RATE
     bits_per_s = 64_000
+    layouts = OPUS_LAYOUTS
 
 
 WRITERS: Mapping[str, Callable[[RecordingFiles, AudioFormat], Writer]] = {

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 import client
 import common
+import server
 from common import AudioFormat
 from sound import (
     MONO,
@@ -65,13 +67,33 @@ def record(machine: dict[str, str], port: str, path: Path) -> Script:
 # --- what is written ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels", range(1, 9))
-def test_opus_can_have_so_many_channels(tmp_path: Path, channels: int) -> None:
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6, 8])
+def test_opus_has_each_of_so_many_channels_at_its_place(tmp_path: Path, channels: int) -> None:
     audio = AudioFormat(48_000, channels)
+    tone = array("h", make_tone(1)[:96_000])
+    sent = array("h", bytes(2 * channels * len(tone)))
+    for place in range(channels):
+        sent[place::channels] = array("h", (value * (place + 1) // 8 for value in tone))
     output = client.RecordingFiles(str(tmp_path / "talk.opus"), QUIET).open(audio)
-    output.write(bytes(48_000 * audio.frame_bytes), 0)
+    output.write(sent.tobytes(), 0)
     output.close()
-    assert len(decode(tmp_path / "talk.opus", audio)) == 48_000 * audio.frame_bytes
+    heard = array("h")
+    for part in server.DecodedFile(str(tmp_path / "talk.opus"), None, None).read_once():
+        heard.frombytes(part)
+    assert len(heard) == len(sent)
+    for place in range(channels):
+        loud = max(heard[place::channels][4_800:-4_800])
+        assert loud == pytest.approx(max(sent[place::channels]), rel=0.06)
+
+
+@pytest.mark.parametrize("channels", [5, 7, 9])
+def test_opus_is_not_recorded_with_more_channels_or_mixed_up_ones(
+    tmp_path: Path, channels: int
+) -> None:
+    files = client.RecordingFiles(str(tmp_path / "talk.opus"), QUIET)
+    with pytest.raises(common.SocketPairError, match=f"cannot hold .* {channels} channels: record"):
+        files.open(AudioFormat(48_000, channels))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("audio", [MONO, STEREO, AudioFormat(96_000, 6)])

@@ -347,9 +347,10 @@ def test_hanging_up_in_the_middle_is_one_line(
 
 
 def test_signs_of_life_end_no_conversation_that_gets_on(
-    file: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "MAX_SIGNS", 4)
+    monkeypatch.setattr(client, "LOOK_UP_S", 60.0)  # both in one offer
     signs = 3 * say(Hashing())
 
     def serve(peer: RawPeer) -> None:
@@ -357,12 +358,13 @@ def test_signs_of_life_end_no_conversation_that_gets_on(
         read_message(peer, Offer)
         peer.send(signs + say(Held([(0, [SIZE])])))
         read_message(peer, Prefixes)
-        peer.send(signs + say(Start([0])))
-        read_file(peer)
-        peer.send(signs + say(Results([(0, SAVED)])))
+        peer.send(signs + say(Start([0, 0])))
+        for index in range(2):
+            read_file(peer)
+            peer.send(signs + say(Results([(index, SAVED)])))
         peer.read_all()
 
-    assert send(serve, file) == 0
+    assert send(serve, file, make_file(tmp_path / "other", SIZE)) == 0
 
 
 def test_prefixes_are_those_of_the_file_and_none_is_near_another(file: Path) -> None:

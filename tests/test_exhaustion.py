@@ -121,6 +121,7 @@ def test_a_connection_without_an_address_is_left_and_others_are_served(
         listening.bind("socket")
         listening.listen()
         with serving(besides=[listening]) as port:
+            nameless.settimeout(60)
             nameless.connect("socket")
             assert not nameless.recv(1)
             with RawClient(port) as raw:

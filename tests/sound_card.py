@@ -32,6 +32,7 @@ def raw_format(channels: int = 1) -> tuple[str, ...]:
     return ("--raw", f"--rate={RATE}", f"--channels={channels}", "--format=s16le")
 
 
+FIRST_SOUND_S = 20.0  # of a recording, before it is begun anew
 STOP_LIMIT_S = 10.0
 COMMAND_LIMIT_S = 60.0
 
@@ -92,15 +93,33 @@ class Recording:
         self, source: str, environment: Mapping[str, str], latency_ms: int = 5, channels: int = 1
     ) -> None:
         self._frame_bytes = 2 * channels
+        self._command = ["parec", "-d", source, f"--latency-msec={latency_ms}"]
+        self._command += raw_format(channels)
+        self._environment = dict(environment)
+
+    def __enter__(self) -> Recording:
+        wait_for(self._begins, "the first sound of a recording", 5 * FIRST_SOUND_S)
+        return self
+
+    def _begins(self) -> bool:
+        """Start to record; return whether sound comes. It was seen not to, on a busy machine."""
         self._samples = bytearray()
         self._start_s = float("inf")
         self._process = subprocess.Popen(
-            ["parec", "-d", source, f"--latency-msec={latency_ms}", *raw_format(channels)],
-            stdout=subprocess.PIPE,
-            env=dict(environment),
+            self._command, stdout=subprocess.PIPE, env=self._environment
         )
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: self._samples or not self._thread.is_alive(), timeout=FIRST_SOUND_S)
+        if self._samples:
+            return True
+        status = self._process.poll()
+        self._process.kill()
+        self.__exit__()
+        assert status is None, f"parec has ended ({status})"
+        print(f"parec has given nothing for {FIRST_SOUND_S:g} s, and is started anew")
+        return False
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -109,14 +128,6 @@ class Recording:
             self._samples += chunk
             began_s = time.monotonic() - len(self._samples) / self._frame_bytes / RATE
             self._start_s = min(self._start_s, began_s)
-
-    def __enter__(self) -> Recording:
-        try:
-            wait_for(lambda: self._samples, "the first sound of a recording")
-        except AssertionError:
-            self.__exit__()
-            raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()

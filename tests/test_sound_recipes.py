@@ -158,7 +158,7 @@ def test_one_microphone_has_200_listeners_through_icecast(station: Workplace) ->
 
 
 def crowd_hears_melody(station: Workplace) -> bool:
-    """Have 200 listen; return whether one of them heard all tones, as where no card stands still."""
+    """Have 200 listen; return whether one heard all tones, as where no card stands still."""
     crowd = run_all(station, f"python3 {CROWD} {URL} --count 200 --seconds 6 --keep one.opus")
     assert "200 of 200 kept up" in crowd.text()
     run_all(station, f"ffmpeg -loglevel error -y -i one.opus {PCM} one.raw")

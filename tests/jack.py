@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from sound_card import stop_process
-from waiting import wait_for
+from waiting import LIMIT_S, wait_for
 
 COMMAND_LIMIT_S = 60.0
 
@@ -79,7 +79,7 @@ class JackServer:
         self._process = subprocess.Popen(
             self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        wait_for(self._is_ready, "the start of JACK")
+        wait_for(self._is_ready, "the start of JACK", LIMIT_S)
 
     def _is_ready(self) -> bool:
         found = subprocess.run(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sound_card import stop_process
-from waiting import wait_for
+from waiting import LIMIT_S, wait_for
 
 COMMAND_LIMIT_S = 60.0
 
@@ -84,7 +84,7 @@ class PipeWire:
         core = self._run("pipewire")
         wait_for(Path(self._runtime, "pipewire-0").exists, "PipeWire's socket")
         self._daemons = [core, self._run("wireplumber")]
-        wait_for(self._is_ready, "the start of PipeWire")
+        wait_for(self._is_ready, "the start of PipeWire", LIMIT_S)
 
     def _is_ready(self) -> bool:
         found = subprocess.run(

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from waiting import wait_for
+from waiting import LIMIT_S, wait_for
 
 RATE = 48_000
 SPEAKER_MONITOR = "speaker.monitor"
@@ -190,7 +190,7 @@ class VirtualSoundCard:
             self._process = subprocess.Popen(
                 self._command(), stdout=log, stderr=log, env=self.environment
             )
-        wait_for(lambda: self._pactl("info").returncode == 0, "the start of PulseAudio")
+        wait_for(lambda: self._pactl("info").returncode == 0, "the start of PulseAudio", LIMIT_S)
         outrank(self._process.pid)
         self.pactl("set-default-sink", "speaker")
         self.pactl("set-default-source", "mic")

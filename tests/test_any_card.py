@@ -25,7 +25,7 @@ from sound import (
     write_wav,
 )
 from sound_card import VirtualSoundCard
-from waiting import wait_for
+from waiting import LIMIT_S, wait_for
 
 CARD = AudioFormat(44_100, 2)
 
@@ -56,7 +56,9 @@ def test_jack_plays_mono_on_both_sides_at_its_own_rate(
         player.wait_for("Listening")
         wait_for(lambda: len(playing_ports(jack)) == 2, "the client's ports")
         # Of the right pitch and whole, but where a busy machine holds it up.
-        wait_for(lambda: min(record_sides_db(jack, tmp_path / "heard.wav")) > 30, "a pure tone")
+        wait_for(
+            lambda: min(record_sides_db(jack, tmp_path / "heard.wav")) > 30, "a pure tone", LIMIT_S
+        )
         assert player.interrupt() == common.EXIT_OK
         assert player.text().count("--delay does nothing") == 1
 

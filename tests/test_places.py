@@ -314,8 +314,11 @@ def test_an_old_partial_file_is_in_use_while_it_is_removed(
     assert os.listdir(root) == []
 
 
-def test_a_client_that_is_ended_has_time_to_release_what_it_holds(root: Path) -> None:
+def test_a_client_that_is_ended_has_time_to_release_what_it_holds(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its end is the last that it hears, and what has come is written before it releases it."""
+    monkeypatch.setattr(server, "TAKEOVER_TIMEOUT_S", 60.0)
 
     class Ending(Client):
         def end(self) -> None:

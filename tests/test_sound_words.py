@@ -116,7 +116,7 @@ def test_the_shortest_time_is_heard_and_told_in_tenths(
             recording.unlink(missing_ok=True)
             with start_client(silent_machine, port_of(sender), *arguments) as reader:
                 assert reader.end() == common.EXIT_OK
-            assert reader.lines[-1] in ("heard 0:00.0", "heard 0:00.1")
+            assert reader.lines[-1].startswith(("heard 0:00.0", "heard 0:00.1"))
             return reader.lines[-1] == "heard 0:00.1"
 
         wait_for(hears_all)

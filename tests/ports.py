@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections import deque
 
 HOST = "127.0.0.1"
+MOST_HELD = 64  # far more than any test needs, and far less than a process may have open
 
-_held: list[socket.socket] = []
+_held: deque[socket.socket] = deque()
 
 
 def free_port() -> int:
     """Return a port on which nothing listens, but whom it is given to.
 
-    On Linux a socket that never listens holds it until this process ends: the system gives it to
-    nobody who asks for any port, also while a server on it is started anew.
+    On Linux a socket that never listens holds it, until so many more have been: the system gives it
+    to nobody who asks for any port, also while a server on it is started anew.
     """
+    if len(_held) == MOST_HELD:
+        _held.popleft().close()
     sock = socket.socket()
     if sys.platform == "linux":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do

@@ -134,11 +134,14 @@ def let_pass(
         assert other.end() == common.EXIT_OK
 
 
-def until_whole(listen: Callable[[], Process], *written: Path) -> Process:
-    """Run a client to its end, again where it says that it did not hear all; return the last.
+def until_whole(
+    listen: Callable[[], Process], *written: Path, is_whole: Callable[[], bool] = lambda: True
+) -> Process:
+    """Run a client to its end, again where it did not hear all; return the last.
 
-    So says one that has stood still, as on a busy machine, or whose server has. What it has
-    `written` is removed before each.
+    That is one that has stood still, as on a busy machine, or whose server has. It says so, unless
+    it is less than a tenth of a second: `is_whole` tells. What it has `written` is removed before
+    each.
     """
 
     def hear() -> Process | None:
@@ -148,11 +151,17 @@ def until_whole(listen: Callable[[], Process], *written: Path) -> Process:
             assert listener.wait().status == common.EXIT_OK, listener.text()
         heard = listener.lines[-1]
         assert heard.startswith("heard "), listener.text()
-        return None if "missed" in heard or " of " in heard else listener
+        return None if "missed" in heard or " of " in heard or not is_whole() else listener
 
     listener = wait_for(hear, "all of the sound is heard")
     assert listener is not None
     return listener
+
+
+def lasts(recording: Path, seconds: float) -> bool:
+    """Return whether a WAV file has exactly so much sound."""
+    audio, samples = read_wav(recording)
+    return audio.frames_of(samples) == audio.frames_in(seconds * 1000)
 
 
 def is_part(heard: bytes, sent: bytes) -> bool:

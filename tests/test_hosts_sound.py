@@ -26,7 +26,7 @@ from hosts import (
     third_machine_listening,
 )
 from pairing import CODE
-from sound import until_whole
+from sound import lasts, until_whole
 from support import Process, wait_for
 
 __all__ = ["hosts", "song"]
@@ -132,7 +132,7 @@ def test_a_third_machine_without_the_code_hears_nothing(
         with singing(hosts, song, *arguments) as (server, port):
             with third_machine_listening(hosts, record):
                 listen = partial(listener, hosts, port, heard, *arguments, "--seconds", "1")
-                until_whole(listen, heard)
+                until_whole(listen, heard, is_whole=partial(lasts, heard, 1))
             if not audible:
                 for guess in ((), ("--open",), ("--code", "KQ7M-2XFD-9WPB")):
                     stolen = tmp_path / "stolen.wav"
@@ -142,7 +142,6 @@ def test_a_third_machine_without_the_code_hears_nothing(
                     assert not frames_in(stolen)
                 server.wait_for_output(r"10\.77\.2\.1:\d+: was asked for the pairing code\n")
                 server.wait_for_output(r"10\.77\.2\.1:\d+: turned away: wrong pairing code\n")
-        assert frames_in(heard) == SONG_RATE
         samples, wire = heard.read_bytes()[WAV_HEADER_BYTES:], record.read_bytes()
         assert len(wire) > len(samples)
         parts = [samples[at : at + 8 * FRAME_BYTES] for at in range(0, len(samples), 6000)]

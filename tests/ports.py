@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections import deque
@@ -9,7 +10,7 @@ from collections import deque
 HOST = "127.0.0.1"
 MOST_HELD = 64  # far more than any test needs, and far less than a process may have open
 
-_held: deque[socket.socket] = deque()
+_held: deque[int] = deque()  # descriptors
 
 
 def free_port() -> int:
@@ -19,13 +20,12 @@ def free_port() -> int:
     to nobody who asks for any port, also while a server on it is started anew.
     """
     if len(_held) == MOST_HELD:
-        _held.popleft().close()
-    sock = socket.socket()
-    if sys.platform == "linux":
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do
-        _held.append(sock)
-    sock.bind((HOST, 0))
-    port: int = sock.getsockname()[1]
-    if sys.platform != "linux":
-        sock.close()
-    return port
+        os.close(_held.popleft())
+    with socket.socket() as sock:
+        if sys.platform == "linux":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do
+        sock.bind((HOST, 0))
+        port: int = sock.getsockname()[1]
+        if sys.platform == "linux":
+            _held.append(sock.detach())
+        return port

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from sound_card import stop_process
-from waiting import LIMIT_S, wait_for
-
-COMMAND_LIMIT_S = 60.0
+from waiting import COMMAND_LIMIT_S, LIMIT_S, wait_for
 
 
 def take_name() -> tuple[str, IO[bytes]]:

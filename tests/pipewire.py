@@ -13,9 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sound_card import stop_process
-from waiting import LIMIT_S, wait_for
-
-COMMAND_LIMIT_S = 60.0
+from waiting import COMMAND_LIMIT_S, LIMIT_S, wait_for
 
 DEVICES = """\
 context.objects = [

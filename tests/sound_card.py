@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from waiting import LIMIT_S, wait_for
+from waiting import COMMAND_LIMIT_S, LIMIT_S, wait_for
 
 RATE = 48_000
 SPEAKER_MONITOR = "speaker.monitor"
@@ -34,7 +34,6 @@ def raw_format(channels: int = 1) -> tuple[str, ...]:
 
 FIRST_SOUND_S = 20.0  # of a recording, before it is begun anew
 STOP_LIMIT_S = 10.0
-COMMAND_LIMIT_S = 60.0
 
 # "pulse" is what every program on the card opens, by whichever of these names.
 ALSA_CONFIGURATION = """\

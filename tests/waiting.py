@@ -10,6 +10,7 @@ from typing import TypeVar
 
 # For whatever ends by itself, on a loaded machine of two cores.
 LIMIT_S = 120.0
+COMMAND_LIMIT_S = 60.0  # for a command that asks a sound system, or the end of one
 INTERVAL_S = 0.01
 
 T = TypeVar("T")

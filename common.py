@@ -21,8 +21,9 @@ sound card           in five rooms: the *devices*, and what opens them: ``SoundS
                      *PortAudio*, or ``JackProcess``, PortAudio in a process that *JACK* may end;
                      one *in use*: ``SoundCard``; the *last words* of a C library
 console              ``Console``: lines, questions and the status line; ``LevelMeter``
-command line         arguments of both scripts; ``INTERRUPTS``: signals; ``run``, which turns every
-                     end of a program into its exit status
+command line         arguments of both scripts; ``INTERRUPTS``: signals, and ``in_background``,
+                     where the system lets none through; ``run``, which turns every end of a
+                     program into its exit status
 ===================  ==============================================================
 
 Neither this module nor ``client.py`` uses dataclasses: importing them, and inspect with them,
@@ -635,12 +636,12 @@ def check_size(content: bytes) -> None:
 
     ``[{},{},{}]`` does, at thirty times as many; so do many strings, but not long ones.
     """
-    if content.count(b'"') - content.count(b'\\"') > MAX_JSON_QUOTES:
-        raise ProtocolError("received a message of too many parts")
-    if count_values(content) > MAX_JSON_VALUES:
+    is_large = content.count(b'"') - content.count(b'\\"') > MAX_JSON_QUOTES
+    if not is_large and count_values(content) > MAX_JSON_VALUES:
         bare = without_strings(content)  # which takes far longer
-        if count_values(bare) > MAX_JSON_VALUES:
-            raise ProtocolError("received a message of too many parts")
+        is_large = count_values(bare) > MAX_JSON_VALUES
+    if is_large:
+        raise ProtocolError("received a message of too many parts")
 
 
 def check_depth(content: bytes) -> None:
@@ -2736,27 +2737,6 @@ class SoundCard:
             self._card = OpenCard(self._open_stream, settings, lost_s)
 
 
-def in_background(work: Callable[[], T]) -> T:
-    """Return what `work` returns, or raise what it raises.
-
-    It is done by a thread of its own, so that Ctrl+C gets through where the system hangs.
-    """
-    from concurrent.futures import ThreadPoolExecutor, wait  # noqa: PLC0415  (few need it)
-
-    future = ThreadPoolExecutor(1, "in background").submit(work)
-    while wait([future], timeout=0.5).not_done:
-        pass  # Windows lets Ctrl+C through only in between
-    return future.result()
-
-
-def with_host(host: str, work: Callable[[], T]) -> T:
-    """Do as `in_background` does with `work`, which looks up `host`; at once for an address.
-
-    Whoever knows a name may not answer for long, and then the C library lets no signal through.
-    """
-    return work() if is_numeric(host) else in_background(work)
-
-
 def find_device(direction: Direction, wanted: str | None) -> tuple[SoundSystem, Device]:
     """Return the device that `wanted` names or numbers, or the default, and PortAudio.
 
@@ -3226,6 +3206,27 @@ class Interrupts:
 
 
 INTERRUPTS = Interrupts()
+
+
+def in_background(work: Callable[[], T]) -> T:
+    """Return what `work` returns, or raise what it raises.
+
+    It is done by a thread of its own, so that Ctrl+C gets through where the system hangs.
+    """
+    from concurrent.futures import ThreadPoolExecutor, wait  # noqa: PLC0415  (few need it)
+
+    future = ThreadPoolExecutor(1, "in background").submit(work)
+    while wait([future], timeout=0.5).not_done:
+        pass  # Windows lets Ctrl+C through only in between
+    return future.result()
+
+
+def with_host(host: str, work: Callable[[], T]) -> T:
+    """Do as `in_background` does with `work`, which looks up `host`; at once for an address.
+
+    Whoever knows a name may not answer for long, and then the C library lets no signal through.
+    """
+    return work() if is_numeric(host) else in_background(work)
 
 
 def exit_status_of(main: Callable[[Sequence[str]], int]) -> int:

@@ -360,7 +360,7 @@ class Folder:
             return False
         return True
 
-    def open_file(self, name: str, flags: int = FILE_FLAGS) -> int:
+    def open_file(self, name: str, flags: int) -> int:
         """Open a file in it, never through a link nor waiting for it; return the descriptor."""
         return os.open(self.at(name), flags, 0o600, dir_fd=self.descriptor)
 
@@ -1906,25 +1906,25 @@ class Reception:
         """Return what is done with each entry; blocks until both sides have read their files."""
         held = {index: each for index, each in enumerate(looked_up) if isinstance(each, LookedUp)}
         checksums = self._ask(batch, held) if held else {}
+        taken: set[PartialFile] = set()
         with self._signs:
-            taken: set[PartialFile] = set()
             decided = [
                 each.decide(batch, *checksums[index], taken) if isinstance(each, LookedUp) else each
                 for index, each in enumerate(looked_up)
             ]
-            compared = {
-                partial
-                for index, each in held.items()
-                for partial in each.compared(*checksums[index])
-            }
-            for partial in set(batch.partials) - taken:
-                with contextlib.suppress(OSError):  # of a network, at the end of any file
-                    # A client of another address may continue what was made for it.
-                    if partial in compared and has_tag(partial.name, self.tag):
-                        partial.discard()
-                    else:
-                        partial.close()
+            compared = [each.compared(*checksums[index]) for index, each in held.items()]
+            self._put_away(set(batch.partials) - taken, set().union(*compared))
         return decided
+
+    def _put_away(self, partials: set[PartialFile], compared: set[PartialFile]) -> None:
+        """Remove those of `partials` that are of no use to anyone, and release the others."""
+        for partial in partials:
+            with contextlib.suppress(OSError):  # of a network, at the end of any file
+                # A client of another address may continue what was made for it.
+                if partial in compared and has_tag(partial.name, self.tag):
+                    partial.discard()
+                else:
+                    partial.close()
 
     def _ask(
         self, batch: Batch, held: dict[int, LookedUp]
@@ -2966,7 +2966,7 @@ def handle_audio_client(
         write(f"left ({error})")
 
 
-def send_buffer_bytes(audio: AudioFormat, round_trip_s: float = 0.0) -> int:
+def send_buffer_bytes(audio: AudioFormat, round_trip_s: float) -> int:
     """Return how much the system may keep for a slow listener: what waits there is late.
 
     Besides, it keeps for `round_trip_s` what is on its way, which is not.

@@ -426,7 +426,7 @@ def test_a_partial_file_is_in_use_from_the_moment_that_it_is_there(root: Path) -
     found = []
 
     class Watched(Folder):
-        def open_file(self, name: str, flags: int = 0) -> int:
+        def open_file(self, name: str, flags: int) -> int:
             descriptor = super().open_file(name, flags)
             if flags & os.O_CREAT:
                 again = Place(place.name, Client(), place.store)

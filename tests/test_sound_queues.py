@@ -442,7 +442,7 @@ def test_listeners_that_come_and_go_have_a_bounded_number_of_lines_in_the_log(
 def test_a_slow_listener_gets_whole_blocks_and_misses_whole_blocks() -> None:
     near, far = socket_pair()
     with common.Connection(near, "near") as sending, common.Connection(far, "far") as reading:
-        sending.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, server.send_buffer_bytes(MONO))
+        sending.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, server.send_buffer_bytes(MONO, 0.0))
         listener = server.Listener(sending, server.PcmEncoding(MONO))
         data = {number: bytes([number % 256]) * 20_000 for number in range(2_000)}
         for number, samples in data.items():
@@ -546,7 +546,9 @@ def test_less_than_a_second_waits_for_a_network_that_is_slow_or_stands(kbit: int
     encoding = server.PcmEncoding(audio) if kbit is None else server.OpusEncoding(audio, kbit)
     near, far = socket_pair()
     with common.Connection(near, "near") as sending, far:
-        sending.set_option(socket.SOL_SOCKET, socket.SO_SNDBUF, server.send_buffer_bytes(audio))
+        sending.set_option(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, server.send_buffer_bytes(audio, 0.0)
+        )
         listener = server.Listener(sending, encoding)
 
         def offer(number: int) -> None:
